@@ -1,0 +1,34 @@
+"""The errors that reach a user as one clear line, and the wrapper that prints them so."""
+
+import functools
+import sys
+from collections.abc import Callable
+
+
+class SamloveError(Exception):
+    """The work failed: the message says what was expected, what was found, where, and what to do."""
+
+    exit_status = 1
+
+
+class RequestError(SamloveError):
+    """The request was wrong: a bad argument, a bad configuration value, a missing input."""
+
+    exit_status = 2
+
+
+def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
+    """Let `main` end with one line on stderr and exit status 1 or 2 where it raises a SamloveError."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs) -> None:
+        try:
+            main(*args, **kwargs)
+        except SamloveError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(error.exit_status)
+        except KeyboardInterrupt:
+            print("stopped; the same command takes the work up again", file=sys.stderr)
+            sys.exit(1)
+
+    return wrapped
