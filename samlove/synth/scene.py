@@ -1,0 +1,272 @@
+"""LAVS-synth's scenes: coloured, textured shapes that move, hide one another, leave and come back.
+
+A `Scene` is the ground truth that pictures (`render`), sound (`samlove.synth.voice`) and sentences
+(`samlove.synth.expressions`) are made from. Positions are fractions of the frame's width and height,
+radii fractions of its shorter side, times whole seconds: frame t shows second t.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SECONDS = 10
+SEEN = ("circle", "square", "triangle", "star", "cross", "heart", "arrow", "ring")
+UNSEEN = ("moon", "bolt", "flower", "hourglass")  # shapes and timbres that training never shows
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (46, 160, 67),
+    "blue": (45, 85, 225),
+    "yellow": (245, 215, 40),
+    "purple": (150, 60, 190),
+    "orange": (245, 130, 25),
+    "white": (238, 238, 238),
+    "cyan": (50, 205, 215),
+}
+RADII = {"small": (0.12, 0.14), "medium": (0.155, 0.175), "big": (0.2, 0.23)}
+CORE = {"moon": (-0.45, 0.0)}  # where the core of a pulse sits, where not in the middle
+PULSE = 1.15  # a sounding object is this much larger, and wears a bright core
+
+
+def _polar(radius: np.ndarray) -> np.ndarray:
+    angle = np.linspace(0, 2 * np.pi, len(radius), endpoint=False) - np.pi / 2
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)  # (n, 2)
+
+
+def _heart() -> np.ndarray:
+    t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    x = 16 * np.sin(t) ** 3
+    y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
+    return np.stack([x, y], axis=1) / 16  # (40, 2)
+
+
+def _moon() -> np.ndarray:
+    outer = np.linspace(0.3 * np.pi, 1.7 * np.pi, 30)
+    inner = np.linspace(1.62 * np.pi, 0.38 * np.pi, 20)
+    bow = np.stack([0.95 + 0.85 * np.cos(inner), 0.85 * np.sin(inner)], axis=1)
+    crescent = np.concatenate([np.stack([np.cos(outer), np.sin(outer)], axis=1), bow])  # (50, 2)
+    return (crescent + (0.15, 0)) * 1.1
+
+
+def _outline(*points: tuple[float, float]) -> np.ndarray:
+    return np.array(points, dtype=float)
+
+
+OUTLINES = {  # vertices (n, 2) within about the unit circle
+    "circle": _polar(np.ones(40)),
+    "square": _outline((-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)),
+    "triangle": _polar(np.full(3, 1.15)),
+    "star": _polar(np.array([1.15, 0.48] * 5)),
+    "cross": _outline(
+        *[(-0.36, -1), (0.36, -1), (0.36, -0.36), (1, -0.36), (1, 0.36), (0.36, 0.36)],
+        *[(0.36, 1), (-0.36, 1), (-0.36, 0.36), (-1, 0.36), (-1, -0.36), (-0.36, -0.36)],
+    ),
+    "heart": _heart(),
+    "arrow": _outline((-1, -0.36), (0.1, -0.36), (0.1, -0.9), (1.05, 0), (0.1, 0.9), (0.1, 0.36), (-1, 0.36)),
+    "ring": _polar(np.ones(40)),  # with a hole, see HOLES
+    "moon": _moon(),
+    "bolt": _outline((0.25, -1.1), (-0.7, 0.2), (-0.1, 0.2), (-0.3, 1.1), (0.7, -0.25), (0.1, -0.25)),
+    "flower": _polar(0.78 + 0.3 * np.cos(5 * np.linspace(0, 2 * np.pi, 60, endpoint=False))),
+    "hourglass": _outline((-0.8, -1), (0.8, -1), (0.2, 0), (0.8, 1), (-0.8, 1), (-0.2, 0)),
+}
+HOLES = {"ring": 0.42}  # radius of the hole, as a part of the shape's
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: what it looks like, where it goes, when and how it sounds."""
+
+    category: str
+    colour: str
+    rgb: tuple[int, int, int]
+    size: str  # a key of RADII
+    radius: float
+    outline: np.ndarray  # (n, 2), unit circle, already turned
+    hole: float  # 0 where there is none
+    texture: tuple[float, float, float]  # stripes: direction in radians, cycles a radius, contrast 0..1
+    path: np.ndarray  # (SECONDS, 2) centre, fractions of width and height; may lie outside
+    sounding: np.ndarray  # (SECONDS,) bool
+    pitch: float  # Hz
+    loudness: float  # RMS amplitude while it sounds, 0..1
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Things from back to front, over a background; aspect is width / height."""
+
+    things: tuple[Thing, ...]
+    aspect: float
+    background: int  # seed of the background's texture
+
+
+def _path(rng: np.random.Generator, start: np.ndarray, leaves: bool, seconds: int) -> np.ndarray:
+    """(seconds, 2): a smooth way from `start`; one that leaves goes out of a near side and comes back."""
+    t = np.arange(seconds)[:, None]
+    sway = rng.uniform(0.02, 0.09, 2) * rng.choice([-1, 1], 2)
+    path = start + sway * np.sin(rng.uniform(0.25, 0.9, 2) * t)
+    drift = (rng.uniform(0.15, 0.85, 2) - start) * rng.uniform(0.2, 0.9)
+    if leaves:
+        side = int(rng.integers(2))
+        out = np.zeros(2)
+        out[side] = (1.3 - start[side]) if start[side] > 0.5 else (-0.3 - start[side])
+        return path + out * np.sin(np.pi * np.clip(t - rng.integers(0, 3), 0, 7) / 7)
+    return path + drift * t / max(seconds - 1, 1)
+
+
+def _starts(rng: np.random.Generator, radii: list[float], aspect: float) -> np.ndarray | None:
+    """Centres (n, 2) at second 0, whole in the frame and apart, so that each can be asked for; None if unlucky."""
+    short = np.array([min(1, 1 / aspect), min(1, aspect)])  # the shorter side, as fractions of width and height
+    centres: list[np.ndarray] = []
+    for radius in radii:
+        for _ in range(30):
+            centre = rng.uniform(radius * short, 1 - radius * short)
+            gaps = [np.hypot(*((centre - c) / short)) - (radius + r) for c, r in zip(centres, radii, strict=False)]
+            if all(gap > 0.01 for gap in gaps):
+                centres.append(centre)
+                break
+        else:
+            return None
+    return np.array(centres)
+
+
+def _voice(rng: np.random.Generator, count: int) -> list[tuple[np.ndarray, float, float]]:
+    """(sounding, pitch, loudness) of each thing: pitches and loudnesses well apart, own times of sound."""
+    pitches = rng.permutation([160, 270, 450, 750])[:count] * rng.uniform(0.95, 1.05, count)
+    loudness = rng.permutation([0.03, 0.075, 0.19, 0.45])[:count] * rng.uniform(0.9, 1.1, count)
+    voices = []
+    for k in range(count):
+        sounding = np.zeros(SECONDS, dtype=bool)
+        if rng.random() < 0.7:
+            if rng.random() < 0.2:
+                sounding[:] = True
+            else:
+                length = int(rng.integers(2, 8))
+                first = int(rng.integers(0, SECONDS - length + 1))
+                sounding[first : first + length] = True
+                if length >= 5 and rng.random() < 0.4:  # with a rest in the middle
+                    sounding[first + 2 : first + length - 2] = False
+        voices.append((sounding, float(pitches[k]), float(loudness[k])))
+    return voices
+
+
+def sample_scene(rng: np.random.Generator, categories: tuple[str, ...], must: tuple[str, ...] = ()) -> Scene:
+    """A scene of 2 to 4 things of the given categories, at least one of them of `must` where given."""
+    while True:
+        aspect = float(rng.choice([4 / 3, 1.0, 3 / 4], p=[0.5, 0.3, 0.2]))
+        count = int(rng.choice([2, 3, 4], p=[0.35, 0.4, 0.25]))
+        sizes = [str(s) for s in rng.choice(list(RADII), count)]
+        radii = [float(rng.uniform(*RADII[s])) for s in sizes]
+        starts = _starts(rng, radii, aspect)
+        if starts is not None:
+            break
+    chosen = [str(c) for c in rng.choice(categories, count)]
+    if count > 2 and rng.random() < 0.3:
+        chosen[1] = chosen[0]  # two of a kind, told apart by colour, place or sound
+    if must and not set(chosen) & set(must):
+        chosen[int(rng.integers(count))] = str(rng.choice(must))
+    voices = _voice(rng, count)
+    things = []
+    for k in range(count):
+        colour = str(rng.choice(list(COLOURS)))
+        things.append(
+            Thing(
+                chosen[k],
+                colour,
+                _shade(rng, COLOURS[colour]),
+                sizes[k],
+                radii[k],
+                _turn(OUTLINES[chosen[k]], rng.uniform(-0.3, 0.3)),
+                HOLES.get(chosen[k], 0.0),
+                (rng.uniform(0, np.pi), rng.uniform(0.5, 2.5), rng.uniform(0, 0.25)),
+                _path(rng, starts[k], rng.random() < 0.15, SECONDS),
+                *voices[k],
+            )
+        )
+    return Scene(tuple(things), aspect, int(rng.integers(2**31)))
+
+
+def _shade(rng: np.random.Generator, rgb: tuple[int, int, int]) -> tuple[int, int, int]:
+    red, green, blue = np.clip(np.array(rgb) + rng.integers(-14, 15, 3), 0, 255)
+    return int(red), int(green), int(blue)
+
+
+def _turn(outline: np.ndarray, angle: float) -> np.ndarray:
+    c, s = np.cos(angle), np.sin(angle)
+    return outline @ np.array([[c, s], [-s, c]])  # (n, 2)
+
+
+def background(scene: Scene, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) float32, 0..255: soft muted blotches, stripes and grain, of low saturation."""
+    rng = np.random.default_rng(scene.background)
+    width, height = size
+    cells = rng.uniform(60, 165, (5, 5, 1)) + rng.uniform(-22, 22, (5, 5, 3))
+    blotches = Image.fromarray(np.clip(cells, 0, 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    y, x = np.mgrid[0:height, 0:width]
+    angle, cycles, contrast = rng.uniform(0, np.pi), rng.uniform(4, 14), rng.uniform(0, 14)
+    wave = np.sin(2 * np.pi * cycles * (x / width * np.cos(angle) + y / height * np.sin(angle)))
+    grain = rng.normal(0, 4, (height, width))
+    return np.asarray(blotches, dtype=np.float32) + (contrast * wave + grain)[..., None].astype(np.float32)
+
+
+def _fill(outline: np.ndarray, centre: np.ndarray, radii: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    canvas = Image.new("1", size)
+    ImageDraw.Draw(canvas).polygon([(float(x), float(y)) for x, y in centre + outline * radii], fill=1)
+    return np.array(canvas)  # (H, W) bool
+
+
+def render(
+    scene: Scene, t: int, size: tuple[int, int], behind: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Second t of a scene at (width, height): (H, W, 3) uint8 and the visible part of each thing, (K, H, W) bool.
+
+    A size of another aspect than the scene's shows it squeezed, as SAM2's square input does.
+    `behind` is `background(scene, size)`, for a caller that renders many seconds.
+    """
+    width, height = size
+    short = np.array([min(1, 1 / scene.aspect) * width, min(1, scene.aspect) * height])
+    picture = (background(scene, size) if behind is None else behind).copy()
+    owner = np.full((height, width), -1)
+    y, x = np.mgrid[0:height, 0:width]
+    for k, thing in enumerate(scene.things):
+        centre = thing.path[t] * (width, height)
+        loud = bool(thing.sounding[t])
+        radii = thing.radius * short * (PULSE if loud else 1.0)
+        if np.any(centre + 1.3 * radii < 0) or np.any(centre - 1.3 * radii > (width, height)):
+            continue
+        shape = _fill(thing.outline, centre, radii, size)
+        if thing.hole:
+            shape &= ~_fill(OUTLINES["circle"], centre, radii * thing.hole, size)
+        angle, cycles, contrast = thing.texture
+        along = ((x - centre[0]) / radii[0] * np.cos(angle) + (y - centre[1]) / radii[1] * np.sin(angle))[shape]
+        shade = 1 - contrast * (np.sin(2 * np.pi * cycles * along) > 0)
+        picture[shape] = np.array(thing.rgb, dtype=np.float32) * shade[:, None].astype(np.float32)
+        if loud:  # a bright core in a dark rim, seen on every colour; a ring wears it around its hole
+            outline = OUTLINES["circle"] if thing.hole else thing.outline
+            for scale, value in ((thing.hole or 0.33) + 0.24, 15.0), ((thing.hole or 0.33) + 0.1, 255.0):
+                core = _fill(outline, centre + CORE.get(thing.category, (0.0, 0.0)) * radii, radii * scale, size)
+                picture[core & shape] = value
+        owner[shape] = k
+    masks = owner == np.arange(len(scene.things))[:, None, None]  # (K, H, W)
+    return np.clip(picture, 0, 255).astype(np.uint8), masks
+
+
+def random_clip(rng: np.random.Generator, frames: int, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
+    """A clip for teaching a SAM2 to segment and track: (T, size, size, 3) uint8 and masks (K, T, size, size) bool.
+
+    Half of the shapes are the seen categories, half are random blobs of random colour; none is an unseen
+    category. frames is 1 to SECONDS.
+    """
+    scene = sample_scene(rng, SEEN)
+    things = []
+    for thing in scene.things:
+        if rng.random() < 0.5:
+            corners = int(rng.integers(3, 9))
+            blob = _polar(rng.uniform(0.55, 1.15, corners))
+            rgb = tuple(int(c) for c in rng.integers(0, 256, 3))
+            thing = replace(thing, category="blob", outline=blob, hole=0.0, rgb=rgb)
+        things.append(thing)
+    scene = replace(scene, things=tuple(things))
+    first = int(rng.integers(0, SECONDS - frames + 1))
+    behind = background(scene, (size, size))
+    seconds = [render(scene, t, (size, size), behind) for t in range(first, first + frames)]
+    return np.stack([picture for picture, _ in seconds]), np.stack([masks for _, masks in seconds], axis=1)
