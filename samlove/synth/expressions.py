@@ -1,0 +1,169 @@
+"""LAVS-synth's sentences, after the patterns counted in Ref-AVS, and what each needs to be understood.
+
+A sentence is a list of conditions, each tagged with the cue it is read from: sight, sound, or time (the
+order and length of sounds). It is kept only if exactly one thing meets all conditions; a cue is needed
+where, without the conditions that lean on it, more than one thing would do.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from samlove.synth.scene import Scene
+
+Things = list[int]  # places in scene.things
+CUES = ("sight", "sound", "time")
+
+
+@dataclass(frozen=True)
+class Condition:
+    cues: tuple[str, ...]
+    choose: Callable[[Things], Things]  # the things, of those offered, that meet it
+
+
+@dataclass(frozen=True)
+class Expression:
+    text: str
+    template: str
+    target: int  # place in scene.things
+    sight: bool
+    sound: bool
+    time: bool
+
+
+class Facts:
+    """What is true of each thing of a scene; places are those at second 0, the frame that SAM2 is prompted on."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.things = scene.things
+        self.x = np.array([thing.path[0, 0] for thing in scene.things])
+        self.sounds = np.array([thing.sounding.any() for thing in scene.things])
+        self.length = np.array([thing.sounding.sum() for thing in scene.things])
+        self.first = np.array([int(np.argmax(thing.sounding)) for thing in scene.things])
+
+    def having(self, name: str, value: str) -> Condition:
+        return Condition(("sight",), lambda among: [k for k in among if getattr(self.things[k], name) == value])
+
+    def place(self, side: str) -> Condition:
+        left = side == "left"
+        return Condition(
+            ("sight",), lambda among: [k for k in among if (self.x[k] < 0.42 if left else self.x[k] > 0.58)]
+        )
+
+    def beside(self, side: str, other: int) -> Condition:
+        sign = 1 if side == "right" else -1
+        near = 0.1  # of the width: nearer than this, a side is no matter of course
+        return Condition(
+            ("sight",), lambda among: [k for k in among if k != other and sign * (self.x[k] - self.x[other]) > near]
+        )
+
+    def sounding(self, yes: bool = True) -> Condition:
+        return Condition(("sound",), lambda among: [k for k in among if self.sounds[k] == yes])
+
+    def most(self, value: str, sign: int, margin: float, cues: tuple[str, ...]) -> Condition:
+        """Of the sounding ones, the one whose value is the greatest (sign 1) or least (-1) by a margin.
+
+        pitch and loudness are compared as ratios, times as differences in seconds.
+        """
+
+        def choose(among: Things) -> Things:
+            heard = [k for k in among if self.sounds[k]]
+            if len(heard) < 2:
+                return heard
+            amounts = {k: sign * self._amount(value, k) for k in heard}
+            best, second = sorted(heard, key=lambda k: -amounts[k])[:2]
+            return [best] if amounts[best] - amounts[second] >= margin else []
+
+        return Condition(cues, choose)
+
+    def _amount(self, value: str, k: int) -> float:
+        if value in ("pitch", "loudness"):
+            return float(np.log2(getattr(self.things[k], value)))
+        return float(getattr(self, value)[k])
+
+    def always(self) -> Condition:
+        return Condition(
+            ("sound", "time"), lambda among: [k for k in among if self.length[k] == len(self.things[k].sounding)]
+        )
+
+    def than(self, value: str, sign: int, other: int) -> Condition:
+        def choose(among: Things) -> Things:
+            heard = [k for k in among if k != other and self.sounds[k]]
+            return [k for k in heard if sign * (self._amount(value, k) - self._amount(value, other)) >= 0.5]
+
+        return Condition(("sound",), choose)
+
+
+def _sentences(scene: Scene) -> Iterator[tuple[str, str, list[Condition]]]:
+    """(template, text, conditions) of every sentence that could be said of a scene."""
+    facts = Facts(scene)
+    hear = [facts.sounding()]
+    yield "sounding", "The sounding object.", hear
+    yield "source", "The source of the sound.", hear
+    yield "silent", "The object that didn't make any sound.", [facts.sounding(False)]
+    superlatives = [
+        ("loudest", "making the loudest sound", facts.most("loudness", 1, 1.0, ("sound",))),
+        ("softest", "making the softest sound", facts.most("loudness", -1, 1.0, ("sound",))),
+        ("lowest", "making the lowest sound", facts.most("pitch", -1, 0.5, ("sound",))),
+        ("highest", "making the highest sound", facts.most("pitch", 1, 0.5, ("sound",))),
+        ("longest", "making the longest sound duration", facts.most("length", 1, 2, ("sound", "time"))),
+        ("shortest", "making the shortest sound duration", facts.most("length", -1, 2, ("sound", "time"))),
+    ]
+    for template, words, condition in superlatives:
+        if facts.sounds.sum() > 1:
+            yield template, f"The object {words}.", [condition]
+    if facts.sounds.sum() > 1:
+        yield "first", "The first object to make a sound.", [facts.most("first", -1, 2, ("sound", "time"))]
+        yield "last", "The last object to make a sound.", [facts.most("first", 1, 2, ("sound", "time"))]
+    yield "always", "The object that keeps making sound at all times.", [facts.always()]
+    for side in ("left", "right"):
+        yield "place", f"The object on the {side}.", [facts.place(side)]
+        yield "sounding place", f"The sounding object on the {side}.", [facts.place(side), *hear]
+        yield "silent place", f"The silent object on the {side}.", [facts.place(side), facts.sounding(False)]
+    for k, thing in enumerate(scene.things):
+        kind, colour = facts.having("category", thing.category), facts.having("colour", thing.colour)
+        yield "category", f"The {thing.category}.", [kind]
+        yield "colour", f"The {thing.colour} object.", [colour]
+        yield "colour category", f"The {thing.colour} {thing.category}.", [colour, kind]
+        if thing.size != "medium":
+            yield "size category", f"The {thing.size} {thing.category}.", [facts.having("size", thing.size), kind]
+        yield "sounding category", f"The sounding {thing.category}.", [kind, *hear]
+        yield "silent category", f"The silent {thing.category}.", [kind, facts.sounding(False)]
+        yield "sounding colour", f"The sounding {thing.colour} object.", [colour, *hear]
+        for side in ("left", "right"):
+            yield "category place", f"The {thing.category} on the {side}.", [kind, facts.place(side)]
+            yield (
+                "colour place",
+                f"The {thing.colour} {thing.category} on the {side}.",
+                [colour, kind, facts.place(side)],
+            )
+            if sum(other.category == thing.category for other in scene.things) == 1:  # a reference must be clear
+                beside = facts.beside(side, k)
+                yield "beside", f"The object on the {side} of the {thing.category}.", [beside]
+                yield "sounding beside", f"The sounding object on the {side} of the {thing.category}.", [beside, *hear]
+        if facts.sounds[k] and sum(other.category == thing.category for other in scene.things) == 1:
+            than = f"sound than the {thing.category}."
+            yield "louder than", f"The object making louder {than}", [facts.than("loudness", 1, k)]
+            yield "lower than", f"The object making lower {than}", [facts.than("pitch", -1, k)]
+
+
+def _meeting(conditions: list[Condition], among: Things) -> Things:
+    # Sight first, so that a superlative of sound is among what is seen, as a reader takes it.
+    for condition in conditions:
+        among = condition.choose(among)
+    return among
+
+
+def expressions(scene: Scene) -> list[Expression]:
+    """Every sentence that fits exactly one thing of a scene, with the cues it needs; no text twice."""
+    everything = list(range(len(scene.things)))
+    found: dict[str, Expression] = {}
+    for template, text, conditions in _sentences(scene):
+        target = _meeting(conditions, everything)
+        if len(target) != 1:
+            continue
+        needed = {cue: len(_meeting([c for c in conditions if cue not in c.cues], everything)) != 1 for cue in CUES}
+        if any(needed.values()):  # else said twice over: no cue by itself is needed
+            found.setdefault(text, Expression(text, template, target[0], **needed))
+    return list(found.values())

@@ -1,0 +1,190 @@
+"""Write LAVS-synth as a Ref-AVS folder: metadata.csv, media, gt_mask, and the side table cues.csv.
+
+The same seed and scale give the same bytes: every clip draws from a generator of its own, seeded by
+(seed, split, number), so neither the number of processes nor their order matters.
+"""
+
+import csv
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from PIL import Image
+from tqdm import tqdm
+
+from samlove.errors import RequestError
+from samlove.synth.expressions import Expression, expressions
+from samlove.synth.scene import SECONDS, SEEN, UNSEEN, Scene, background, render, sample_scene
+from samlove.synth.voice import RATE, mix
+
+SPLITS = ("train", "val", "test_s", "test_u")  # test_n is made of test_s clips, as in Ref-AVS
+VID_LETTERS = list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_")
+SOUND_ASKED = frozenset(  # templates whose answer must sound: with the sound gone, nothing answers them
+    ["sounding", "source", "loudest", "softest", "lowest", "highest", "longest", "shortest", "first", "last", "always"]
+    + ["sounding place", "sounding category", "sounding colour", "sounding beside"]
+)
+
+
+@dataclass(frozen=True)
+class Scale:
+    clips: dict[str, int]  # by split; test_n counts clips with null references
+    short_side: int  # pixels
+    rows: int  # expressions a clip, at most
+
+
+SCALES = {
+    "small": Scale({"train": 12, "val": 4, "test_s": 6, "test_u": 6, "test_n": 4}, 96, 4),
+    "demo": Scale({"train": 1000, "val": 40, "test_s": 50, "test_u": 60, "test_n": 40}, 128, 6),
+    "large": Scale({"train": 2767, "val": 257, "test_s": 273, "test_u": 269, "test_n": 257}, 480, 6),
+}
+NULL_SHARE = {"train": 0.25, "val": 0.2}  # of the clips, with a null reference folder beside them
+NULL_ROWS = 3
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One media folder to write, with its rows."""
+
+    media_id: str
+    vid: str
+    split: str
+    scene: Scene
+    sound: Scene | None  # whose sound is heard; None where it was taken away
+    sound_seed: tuple[int, ...]
+    rows: tuple[Expression, ...]
+
+    @property
+    def null(self) -> bool:
+        return self.media_id != self.vid
+
+
+def write_dataset(out: Path, seed: int, scale: str) -> None:
+    """Write LAVS-synth to `out`, which must not exist or be empty; published by one rename.
+
+    scale is a key of SCALES. Raises RequestError where it is not, or where `out` holds something.
+    """
+    if scale not in SCALES:
+        raise RequestError(f"scale: expected one of {sorted(SCALES)}, found {scale!r}")
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RequestError(f"{out}: expected a new or empty folder, found something in it; name another, or remove it")
+    scratch = out.with_name(out.name + ".partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    clips = plan(seed, SCALES[scale])
+    scratch.mkdir(parents=True)
+    side = SCALES[scale].short_side
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        jobs = pool.map(_write_clip, clips, [scratch] * len(clips), [side] * len(clips), chunksize=8)
+        list(tqdm(jobs, total=len(clips), unit="clip", desc="synth", mininterval=2))
+    _write_tables(clips, scratch)
+    if out.exists():
+        out.rmdir()
+    os.replace(scratch, out)
+
+
+def plan(seed: int, scale: Scale) -> list[Clip]:
+    """Every media folder of the dataset, in the order of metadata.csv."""
+    clips = []
+    for number, split in enumerate(SPLITS):
+        real = [_real_clip(seed, number, i, split, scale.rows) for i in range(scale.clips[split])]
+        clips += real
+        if split == "test_s":
+            clips += _null_clips(real, scale.clips["test_n"], "test_n")
+        elif split in NULL_SHARE:
+            clips += _null_clips(real, round(NULL_SHARE[split] * len(real)), split)
+    return sorted(clips, key=lambda clip: (clip.vid, clip.media_id))
+
+
+def _real_clip(seed: int, split_number: int, number: int, split: str, rows: int) -> Clip:
+    rng = np.random.default_rng([seed, split_number, number])
+    name = "".join(rng.choice(VID_LETTERS, 11))
+    start = 1000 * int(rng.integers(0, 400))
+    while True:
+        scene = sample_scene(rng, UNSEEN + UNSEEN + SEEN, UNSEEN) if split == "test_u" else sample_scene(rng, SEEN)
+        said = expressions(scene)
+        if split == "test_u":
+            said = [e for e in said if scene.things[e.target].category in UNSEEN]
+        if said:
+            break
+    vid = f"{name}_{start}_{start + 10_000}"
+    return Clip(vid, vid, split, scene, scene, (seed, split_number, number, 1), tuple(_choose(said, rows, rng)))
+
+
+def _choose(said: list[Expression], rows: int, rng: np.random.Generator) -> list[Expression]:
+    """Up to `rows` of the sentences: each time first the cues, then the template, then one of its sentences."""
+    left = list(said)
+    chosen: list[Expression] = []
+    while left and len(chosen) < rows:
+        cues = sorted({(e.sight, e.sound, e.time) for e in left})
+        picked = cues[int(rng.integers(len(cues)))]
+        templates = sorted({e.template for e in left if (e.sight, e.sound, e.time) == picked})
+        template = templates[int(rng.integers(len(templates)))]
+        ways = [e for e in left if e.template == template and (e.sight, e.sound, e.time) == picked]
+        chosen.append(ways[int(rng.integers(len(ways)))])
+        left.remove(chosen[-1])
+    return chosen
+
+
+def _null_clips(real: list[Clip], count: int, split: str) -> list[Clip]:
+    """`count` null folders made of real clips: null_m without the sound, null_c with another clip's sound.
+
+    The other clip sounds of categories that are not in this one, so that nothing here makes what is heard.
+    """
+    found: list[Clip] = []
+    for number, clip in enumerate(real):
+        rows = tuple(e for e in expressions(clip.scene) if e.sound and e.template in SOUND_ASKED)
+        if len(found) == count or not rows:
+            continue
+        rng = np.random.default_rng([*clip.sound_seed, 2])
+        rows = tuple(_choose(list(rows), NULL_ROWS, rng))
+        if len(found) % 2 == 0:
+            found.append(Clip(f"null_m-{clip.vid}", clip.vid, split, clip.scene, None, (*clip.sound_seed, 3), rows))
+            continue
+        seen = {thing.category for thing in clip.scene.things}
+        for other in real[number + 1 :] + real[:number]:
+            heard = {thing.category for thing in other.scene.things if thing.sounding.any()}
+            if heard and not heard & seen:
+                null = Clip(f"null_c-{clip.vid}", clip.vid, split, clip.scene, other.scene, other.sound_seed, rows)
+                found.append(null)
+                break
+    return found
+
+
+def _write_clip(clip: Clip, root: Path, short_side: int) -> None:
+    aspect = clip.scene.aspect
+    size = (round(short_side * max(1, aspect)), round(short_side * max(1, 1 / aspect)))
+    frames = root / "media" / clip.media_id / "frames"
+    frames.mkdir(parents=True)
+    asked = sorted({row.target for row in clip.rows})
+    for k in asked:
+        (root / "gt_mask" / clip.media_id / f"fid_{k}").mkdir(parents=True, exist_ok=True)
+    behind = background(clip.scene, size)
+    for t in range(SECONDS):
+        picture, masks = render(clip.scene, t, size, behind)
+        Image.fromarray(picture).save(frames / f"{t}.jpg", quality=92)
+        for k in asked:
+            mask = np.zeros_like(masks[k]) if clip.null else masks[k]
+            Image.fromarray(mask).save(root / "gt_mask" / clip.media_id / f"fid_{k}" / f"{t:05d}.png")
+    if clip.sound is None:
+        samples = np.zeros(SECONDS * RATE, dtype=np.int16)
+    else:
+        samples = mix(clip.sound, np.random.default_rng(clip.sound_seed))
+    soundfile.write(root / "media" / clip.media_id / "audio.wav", samples, RATE, subtype="PCM_16")
+
+
+def _write_tables(clips: list[Clip], root: Path) -> None:
+    with open(root / "metadata.csv", "w", newline="") as meta, open(root / "cues.csv", "w", newline="") as side:
+        metadata, cues = csv.writer(meta), csv.writer(side)
+        metadata.writerow(["vid", "uid", "split", "fid", "exp"])
+        cues.writerow(["uid", "fid", "exp", "template", "sight", "sound", "time"])
+        for clip in clips:
+            for number, row in enumerate(clip.rows, start=1):
+                name = "null" if clip.null else clip.scene.things[row.target].category
+                uid = f"{clip.media_id}_{name}_{number}"
+                metadata.writerow([clip.vid, uid, clip.split, row.target, row.text])
+                flags = [int(row.sight), int(row.sound), int(row.time)]
+                cues.writerow([uid, row.target, row.text, row.template, *flags])
