@@ -7,6 +7,7 @@ import hashlib
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -18,14 +19,17 @@ from samlove.encoders.weights import load_into, load_state_dict, resolve_file
 from samlove.errors import RequestError
 
 CHECKPOINTS = "https://dl.fbaipublicfiles.com/segment_anything_2/072824/"  # SAM 2; SAM 2.1 is in 092824/
+# What a checkpoint may hold and a model may lack.
+LEFT_OUT = ("image_encoder.", "sam_mask_decoder.conv_s0.", "sam_mask_decoder.conv_s1.")
 
 
 class NoImageEncoder(nn.Module):
-    """Stands where SAM2Base keeps its image encoder, and says what SAM2Base asks of it: the width of its output."""
+    """Stands where SAM2Base keeps its image encoder, with all that the rest of SAM2 asks of it: the neck's width
+    and its position encoding, which is computed and needs no weights."""
 
-    def __init__(self, d_model: int):
+    def __init__(self, d_model: int, position_encoding: nn.Module):
         super().__init__()
-        self.neck = SimpleNamespace(d_model=d_model)
+        self.neck = SimpleNamespace(d_model=d_model, position_encoding=position_encoding)
 
     def forward(self, images: torch.Tensor) -> None:
         raise RuntimeError("this SAM2 was built without its image encoder: give it cached embeddings")
@@ -56,18 +60,23 @@ def read_sam2_config(config: str) -> DictConfig:
     return values
 
 
-def instantiate_sam2(config: str, image_encoder: bool = True) -> nn.Module:
+def instantiate_sam2(config: str, image_encoder: bool = True, **overrides: Any) -> nn.Module:
     """A SAM2 with fresh weights, in evaluation mode, of the class that the yaml names (SAM2Base).
+
+    The yaml's `model` is built as it stands, which is what the official builder calls `apply_postprocessing=False`:
+    no dynamic multi-mask, no hole filling.
 
     image_encoder: False leaves the image encoder out (most of the weights); the model then works on cached
         embeddings only, which is all that training and full-video inference need.
+    overrides: arguments of the model to add or replace, `_target_` (another class) among them.
     """
     from hydra.utils import instantiate
 
-    model = read_sam2_config(config).model
+    model = OmegaConf.merge(read_sam2_config(config).model, overrides)
     if image_encoder:
         return instantiate(model).eval()
-    encoder = NoImageEncoder(model.pop("image_encoder").neck.d_model)
+    neck = model.pop("image_encoder").neck
+    encoder = NoImageEncoder(neck.d_model, instantiate(neck.position_encoding))
     model.compile_image_encoder = False
     return instantiate(model, _partial_=True)(image_encoder=encoder).eval()
 
@@ -82,13 +91,12 @@ def checkpoint_path(checkpoint: str) -> Path:
 def load_sam2_weights(model: nn.Module, checkpoint: str) -> None:
     """Give `model`, from instantiate_sam2, the weights of an official .pt or a .safetensors, as float32.
 
-    A model without image encoder takes the rest. Raises RequestError where there is no such file, SamloveError where
-    the weights are not those of this configuration.
+    A light SAM2, without image encoder or without the decoder's two convolutions, takes the rest. Raises RequestError
+    where there is no such file, SamloveError where the weights are not those of this configuration.
     """
     path = checkpoint_path(checkpoint)
-    tensors = load_state_dict(path)
-    if isinstance(model.image_encoder, NoImageEncoder):
-        tensors = {name: value for name, value in tensors.items() if not name.startswith("image_encoder.")}
+    own = model.state_dict()
+    tensors = {n: value for n, value in load_state_dict(path).items() if n in own or not n.startswith(LEFT_OUT)}
     load_into(model, tensors, path, "this SAM2")
 
 
