@@ -72,7 +72,8 @@ def instantiate_sam2(config: str, image_encoder: bool = True, **overrides: Any) 
     """
     from hydra.utils import instantiate
 
-    model = OmegaConf.merge(read_sam2_config(config).model, overrides)
+    model = read_sam2_config(config).model
+    model.merge_with(overrides)
     if image_encoder:
         return instantiate(model).eval()
     neck = model.pop("image_encoder").neck
