@@ -31,7 +31,7 @@ class SynthConfig(Section):
 class DatasetConfig(Section):
     """The Ref-AVS folder and what to do with each kind of fault the audit finds in it."""
 
-    root: str
+    root: str  # not in the file: `load` sets data/dataset/<profile>, the folder (or link) that DVC watches
     frames: int = Field(10, gt=0)  # frames a video, one a second; shorter ones repeat their last
     mask_size: int = Field(256, gt=0)  # masks are compared at mask_size x mask_size, as the benchmark does
     check_media: bool = True
@@ -175,9 +175,15 @@ def load(section: type[S], configs: Path = Path("configs")) -> S:
     Raises RequestError where the file is missing, holds an unknown key, or a value of the wrong type.
     """
     name = next(n for n, c in SECTIONS.items() if c is section)
-    path = configs / active_profile(configs) / f"{name}.yaml"
+    profile = active_profile(configs)
+    path = configs / profile / f"{name}.yaml"
+    values = _read_yaml(path)
+    if section is DatasetConfig:
+        if "root" in values:
+            raise RequestError(f"{path}: root is not a choice; link your folder to data/dataset/{profile} instead")
+        values["root"] = f"data/dataset/{profile}"
     try:
-        return section(**_read_yaml(path))
+        return section(**values)
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, found {e['input']!r}" for e in error.errors())
         raise RequestError(f"{path}: {faults}") from None
