@@ -1,0 +1,21 @@
+"""Stage index: audit the dataset's folder and write the tables that every later stage starts from."""
+
+from pathlib import Path
+
+from samlove.config import DatasetConfig, load
+from samlove.errors import one_line_errors
+from samlove.index import audit_folder, write_index
+
+OUT = Path("data/index")
+
+
+@one_line_errors
+def main() -> None:
+    config = load(DatasetConfig)
+    audit = audit_folder(Path(config.root), config.check_media, dict(config.policy), config.frames)
+    print(audit.render())
+    write_index(audit, OUT)
+
+
+if __name__ == "__main__":
+    main()
