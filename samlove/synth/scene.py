@@ -262,8 +262,8 @@ def random_clip(rng: np.random.Generator, frames: int, size: int = 128) -> tuple
         if rng.random() < 0.5:
             corners = int(rng.integers(3, 9))
             blob = _polar(rng.uniform(0.55, 1.15, corners))
-            rgb = tuple(int(c) for c in rng.integers(0, 256, 3))
-            thing = replace(thing, category="blob", outline=blob, hole=0.0, rgb=rgb)
+            red, green, blue = (int(c) for c in rng.integers(0, 256, 3))
+            thing = replace(thing, category="blob", outline=blob, hole=0.0, rgb=(red, green, blue))
         things.append(thing)
     scene = replace(scene, things=tuple(things))
     first = int(rng.integers(0, SECONDS - frames + 1))

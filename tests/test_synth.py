@@ -1,0 +1,149 @@
+"""LAVS-synth: the same seed gives the same bytes, and what is written is what the ground truth says."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+from PIL import Image
+
+from samlove.errors import RequestError
+from samlove.synth.expressions import expressions
+from samlove.synth.scene import COLOURS, SECONDS, SEEN, UNSEEN, random_clip, render, sample_scene
+from samlove.synth.voice import RATE, TIMBRES, mix
+from samlove.synth.write import SCALES, plan, write_dataset
+
+
+def tree(root: Path) -> dict[str, str]:
+    files = sorted(p for p in root.rglob("*") if p.is_file())
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("synth") / "lavs"
+    write_dataset(out, seed=3, scale="small")
+    return out
+
+
+def test_same_seed_same_bytes_other_seed_others(folder: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "again", seed=3, scale="small")
+    write_dataset(tmp_path / "other", seed=4, scale="small")
+    assert tree(tmp_path / "again") == tree(folder)
+    assert (tmp_path / "other/metadata.csv").read_bytes() != (folder / "metadata.csv").read_bytes()
+
+
+def test_layout_is_ref_avs(folder: Path) -> None:
+    rows = pd.read_csv(folder / "metadata.csv")
+    assert list(rows.columns) == ["vid", "uid", "split", "fid", "exp"]
+    assert set(rows["split"]) == {"train", "val", "test_s", "test_u", "test_n"}
+    assert rows["uid"].is_unique
+    sizes = set()
+    for row in rows.itertuples():
+        media = row.uid.rsplit("_", 2)[0]
+        null = row.uid.startswith("null_")
+        assert media in ({f"null_m-{row.vid}", f"null_c-{row.vid}"} if null else {row.vid})
+        assert (row.uid.rsplit("_", 2)[1] == "null") == null
+        samples, rate = soundfile.read(folder / "media" / media / "audio.wav", dtype="int16")
+        assert (len(samples), rate) == (SECONDS * RATE, RATE)
+        assert samples.any() != media.startswith("null_m-")
+        for t in range(SECONDS):
+            with Image.open(folder / "media" / media / "frames" / f"{t}.jpg") as frame:
+                mask = np.asarray(Image.open(folder / f"gt_mask/{media}/fid_{row.fid}/{t:05d}.png"))
+                assert frame.size == mask.shape[::-1]
+                sizes.add(frame.size)
+            assert not (null and mask.any())
+            if t == 0 and not null:
+                assert mask.any()  # the frame that SAM2 is prompted on shows what is asked for
+    assert len(sizes) > 1
+
+
+def test_splits_share_no_clip_but_null_and_seen(folder: Path) -> None:
+    rows = pd.read_csv(folder / "metadata.csv")
+    vids = {split: set(part["vid"]) for split, part in rows.groupby("split")}
+    assert vids["test_n"] <= vids["test_s"]
+    for one, other in [("train", "val"), ("train", "test_s"), ("train", "test_u"), ("val", "test_s")]:
+        assert not vids[one] & vids[other]
+
+
+def test_unseen_only_in_test_u() -> None:
+    for clip in plan(0, SCALES["small"]):
+        categories = {thing.category for thing in clip.scene.things}
+        heard = set() if clip.sound is None else {thing.category for thing in clip.sound.things}
+        if clip.split == "test_u":
+            assert {clip.scene.things[row.target].category for row in clip.rows} <= set(UNSEEN)
+        else:
+            assert not (categories | heard) & set(UNSEEN)
+        if clip.media_id.startswith("null_c-"):  # nothing here could make what is heard
+            sounding = {thing.category for thing in clip.sound.things if thing.sounding.any()}
+            assert sounding and not sounding & categories
+
+
+def test_sentences_fit_one_thing_by_the_ground_truth() -> None:
+    """Checked against conditions written anew from the words, for the sentences that are simple to read."""
+    rng = np.random.default_rng(0)
+    read = 0
+    for _ in range(150):
+        scene = sample_scene(rng, SEEN)
+        things = scene.things
+        heard = [k for k, thing in enumerate(things) if thing.sounding.any()]
+        for said in expressions(scene):
+            words = said.text.rstrip(".").lower().split()
+            if said.template == "loudest":
+                fits = [max(heard, key=lambda k: things[k].loudness)]
+            elif said.template == "lowest":
+                fits = [min(heard, key=lambda k: things[k].pitch)]
+            elif said.template == "first":
+                fits = [min(heard, key=lambda k: int(np.flatnonzero(things[k].sounding)[0]))]
+            elif said.template == "longest":
+                fits = [max(heard, key=lambda k: int(things[k].sounding.sum()))]
+            elif said.template in ("sounding", "source"):
+                fits = heard
+            elif said.template == "silent category":
+                fits = [k for k, thing in enumerate(things) if thing.category == words[-1] and k not in heard]
+            elif said.template == "colour category":
+                fits = [k for k, thing in enumerate(things) if [thing.colour, thing.category] == words[1:]]
+            else:
+                continue
+            read += 1
+            assert fits == [said.target], said.text
+            if said.template == "colour category":
+                assert said.sight and not said.sound
+            elif said.template != "silent category":
+                assert said.sound and not said.sight
+    assert read > 300
+
+
+def test_a_sounding_thing_pulses_and_is_heard() -> None:
+    rng = np.random.default_rng(1)
+    scene = next(s for s in iter(lambda: sample_scene(rng, SEEN), None) if 0 < s.things[-1].sounding.sum() < SECONDS)
+    thing = scene.things[-1]  # nothing hides it
+    on, off = int(np.argmax(thing.sounding)), int(np.argmin(thing.sounding))
+    size = (128, 128)
+    bright = {}
+    for t in (on, off):
+        picture, masks = render(scene, t, size)
+        bright[t] = (picture[masks[-1]].min(axis=-1) > 250).sum()
+    assert bright[on] > bright[off]
+    alone = type(scene)((thing,), scene.aspect, scene.background)
+    loud = np.abs(mix(alone, np.random.default_rng(0)).reshape(SECONDS, RATE).astype(float)).mean(axis=1)
+    assert loud[thing.sounding].min() > 2 * loud[~thing.sounding].max()
+
+
+def test_every_category_has_a_shape_a_colour_and_a_timbre() -> None:
+    assert set(SEEN) | set(UNSEEN) <= set(TIMBRES) and not set(SEEN) & set(UNSEEN)
+    frames, masks = random_clip(np.random.default_rng(0), frames=4, size=64)
+    assert frames.shape == (4, 64, 64, 3) and frames.dtype == np.uint8
+    assert masks.shape[1:] == (4, 64, 64) and masks.dtype == bool and masks.any(axis=(1, 2, 3)).any()
+    assert len(COLOURS) == 8
+
+
+def test_refuses_what_would_lose_something(folder: Path) -> None:
+    before = tree(folder)
+    with pytest.raises(RequestError, match="something in it"):
+        write_dataset(folder, seed=0, scale="small")
+    with pytest.raises(RequestError, match="expected one of"):
+        write_dataset(folder.parent / "new", seed=0, scale="huge")
+    assert tree(folder) == before and not (folder.parent / "new").exists()
