@@ -80,13 +80,12 @@ def _score_split(rows: pd.DataFrame, folder: RefAvsFolder, source: Path) -> tupl
     """Scores of each expression, with those of every control there is, and of each of the benchmark's batches."""
     readers = {name: _open(source / f"{name}.h5") for name in CONTROLS if (source / f"{name}.h5").exists()}
     main = _open(source / "predictions.h5")
-    absent = set(rows["row_id"]) - set(main.row_ids)
+    absent = [row_id for row_id in rows["row_id"] if row_id not in main]
     if absent:
         raise SamloveError(
             f"{source / 'predictions.h5'}: expected predictions of {len(rows)} expressions, {len(absent)} are missing, "
-            f"first {min(absent)}; make them again with: dvc repro -f infer@{source.name}"
+            f"first {absent[0]}; make them again with: dvc repro -f infer@{source.name}"
         )
-    has = {name: set(reader.row_ids) for name, reader in readers.items()}
     keep = [c for c in ("row_id", "split", "media_id", "fid", "object", "exp", "null", "template", *CUES) if c in rows]
     scored, counts = [], []
     for row in tqdm(rows[keep].to_dict("records"), desc=f"evaluate {source.name}", unit="row", mininterval=2):
@@ -95,7 +94,7 @@ def _score_split(rows: pd.DataFrame, folder: RefAvsFolder, source: Path) -> tupl
         counts.append((bool(row["null"]), histogram(bins, target)))
         row |= _columns(scores_of(counts[-1][1]), row["null"])
         for name, reader in readers.items():
-            if row["row_id"] in has[name]:
+            if row["row_id"] in reader:
                 scores = scores_of(histogram(reader.read(row["row_id"]), target))
                 row |= {f"{k}_{name}": v for k, v in _columns(scores, row["null"]).items()}
         scored.append(row)

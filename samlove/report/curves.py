@@ -1,0 +1,58 @@
+"""Learning curves, as DVCLive keeps them, drawn as one inline SVG."""
+
+import io
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+COLUMNS = 3
+FEW = 40  # points up to which each is marked
+COLOURS = ("#2b62c4", "#c8571b", "#1f8a70", "#7a4fb5")
+# Text stays text in the page's own font; no date and a fixed salt, so that equal runs give equal bytes.
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "samlove", "font.family": "sans-serif", "font.size": 9}
+
+
+def read_curves(dvclive: Path) -> dict[str, dict[str, pd.DataFrame]]:
+    """{metric: {series: columns step and value}} of `dvclive`/plots/metrics; {} where there is none.
+
+    A metric is a file's name, a series the folder it lies in: train/loss.tsv and val/loss.tsv share one chart.
+    """
+    root = dvclive / "plots" / "metrics"
+    found: dict[str, dict[str, pd.DataFrame]] = {}
+    for path in sorted(root.rglob("*.tsv")):
+        table = pd.read_csv(path, sep="\t")
+        value = table.drop(columns=["step", "timestamp"], errors="ignore").iloc[:, 0]
+        series = path.parent.relative_to(root).as_posix()
+        found.setdefault(path.stem, {})["run" if series == "." else series] = table.assign(value=value)[
+            ["step", "value"]
+        ]
+    return found
+
+
+def draw_curves(curves: dict[str, dict[str, pd.DataFrame]]) -> str:
+    """The charts as one <svg> element; an empty string where there are no curves."""
+    if not curves:
+        return ""
+    rows = -(-len(curves) // COLUMNS)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(rows, COLUMNS, figsize=(11.6, 2.7 * rows), squeeze=False, layout="constrained")
+        for axis, (metric, series) in zip(axes.flat, curves.items(), strict=False):
+            for colour, (name, values) in zip(COLOURS, series.items(), strict=False):
+                marker = "o" if len(values) <= FEW else ""
+                axis.plot(values["step"], values["value"], color=colour, lw=1.6, marker=marker, ms=3, label=name)
+            axis.set_title(metric, loc="left", fontsize=10, fontweight="bold")
+            axis.set_xlabel("step")
+            axis.grid(color="#e4e4de", lw=0.7)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.legend(frameon=False)
+        for axis in axes.flat[len(curves) :]:
+            axis.set_visible(False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]

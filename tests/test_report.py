@@ -1,0 +1,140 @@
+"""The report page: self-contained, complete, and made also of a run that lacks parts."""
+
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from samlove.dataset import RefAvsFolder
+from samlove.errors import RequestError
+from samlove.evaluate import evaluate, write
+from samlove.report import build_report
+from samlove.report.clips import FILL, FLOOR_DB, choose, draw_frame, second_loudness
+from samlove.report.paper import TABLE_1
+from tests.made_run import make_curves, make_run
+
+VOID = {"meta", "img", "br", "col"}
+
+
+class Page(HTMLParser):
+    """Tags opened and not closed, and every address the page refers to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [v for k, v in attrs if k in ("src", "href", "xlink:href", "action") and v]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v]
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    data = tmp_path_factory.mktemp("run")
+    expressions = make_run(data, {"val": 3, "test_s": 6, "test_u": 6, "test_n": 4})
+    make_curves(data)
+    folder = RefAvsFolder(data / "set")
+    write(
+        evaluate(expressions, folder, data / "predictions", "per_expression"),
+        data / "metrics.json",
+        data / "evaluation",
+    )
+    return data
+
+
+def page_of(data, profile: str = "micro") -> str:
+    return build_report(data, RefAvsFolder(data / "set"), 4, profile, {"fusion": {"dim": 192}})
+
+
+def test_the_page_is_self_contained_and_whole(data):
+    text = page_of(data)
+    page = Page(text)
+    assert page.open == []
+    assert "script" not in page.tags and "link" not in page.tags
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+    assert not re.search(r"url\((?!#)", text) and "@import" not in text
+    for heading in ("Result", "Does it use sound and text?", "Learning curves", "Break-downs", "Clips", "Provenance"):
+        assert f"<h2>{heading}</h2>" in text
+    assert "another data set" in text and "per_expression" in text and "official_batch" in text
+    assert all(row.method in text for row in TABLE_1)
+    assert "ab" * 32 in text and "dim: 192" in text  # fingerprint, configuration
+    assert text.count("<article") == 4 and text.count("<img") == 4 * 3
+
+
+def test_equal_runs_give_equal_pages(data):
+    assert page_of(data) == page_of(data)
+
+
+def test_expressions_are_escaped(data, tmp_path):
+    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
+    rows = pd.read_parquet(tmp_path / "evaluation" / "rows.parquet")
+    rows.assign(exp="<script>alert('1')</script>").to_parquet(tmp_path / "evaluation" / "rows.parquet")
+    assert "<script" not in page_of(tmp_path)
+
+
+def test_a_run_without_curves_controls_cues_and_null_rows_still_renders(tmp_path):
+    expressions = make_run(tmp_path, {"test_s": 3, "test_u": 3}).drop(columns=["sight", "sound", "time", "template"])
+    for path in (tmp_path / "predictions").glob("*/*.h5"):
+        if path.stem != "predictions":
+            path.unlink()
+    folder = RefAvsFolder(tmp_path / "set")
+    result = evaluate(expressions, folder, tmp_path / "predictions", "per_expression")
+    write(result, tmp_path / "metrics.json", tmp_path / "evaluation")
+    text = page_of(tmp_path, profile="refavs")
+    assert Page(text).open == []
+    assert "Learning curves" not in text and "Does it use sound" not in text and "by cue" not in text
+    assert "another data set" not in text
+
+
+def test_before_evaluate_there_is_no_report(tmp_path):
+    with pytest.raises(RequestError, match="dvc repro evaluate"):
+        page_of(tmp_path)
+
+
+def test_clips_go_from_best_to_worst_of_each_split(data):
+    rows = pd.read_parquet(data / "evaluation" / "rows.parquet")
+    chosen = choose(rows, 8)
+    assert [row["split"] for row, _ in chosen] == ["test_s"] * 3 + ["test_u"] * 3 + ["test_n"] * 2
+    assert [rank for _, rank in chosen][:3] == ["best of 6", "median of 6", "worst of 6"]
+    seen = [row["JF"] for row, _ in chosen[:3]]
+    assert seen == sorted(seen, reverse=True) and seen[0] == rows[rows["split"] == "test_s"]["JF"].max()
+    null = [row["S"] for row, _ in chosen[6:]]
+    assert null == sorted(null)
+    assert len(choose(rows, 100)) == 6 + 6 + 4  # no clip twice
+
+
+def test_loudness_is_that_of_each_second():
+    rate = 1000
+    sine = np.sin(2 * np.pi * 50 * np.arange(rate) / rate)
+    samples = np.concatenate([sine, np.zeros(rate), 0.1 * sine]).astype(np.float32)
+    assert second_loudness(samples, rate, 4) == pytest.approx([-3.01, FLOOR_DB, -23.01, FLOOR_DB], abs=0.02)
+
+
+def test_masks_are_drawn_where_they_are():
+    frame = np.full((30, 40, 3), 100, np.uint8)
+    bins = np.zeros((8, 8), np.uint8)
+    bins[:, :4] = 255  # predicted: left half
+    truth = np.zeros((30, 40), bool)
+    truth[:, 30:] = True  # true: right quarter
+    image = np.asarray(draw_frame(frame, bins, truth)).astype(int)
+    height, width = image.shape[:2]
+    assert height / width == pytest.approx(30 / 40, abs=0.01)
+    np.testing.assert_allclose(image[height // 2, width // 8], (100 + np.array(FILL)) / 2, atol=1)
+    assert (image[height // 2, width * 5 // 8] == 100).all()
+    assert (image[height // 2, width * 3 // 4] == 255).all() and (image[height // 2, width * 3 // 4 - 1] == 0).all()
+    assert (image[height // 2, width * 7 // 8] == 100).all()
