@@ -34,7 +34,7 @@ KINDS: dict[str, tuple[Policy, str]] = {  # kind -> default policy, what it mean
     "split_leak": ("fail", "video in more than one of train, val and test; dropped from all but the last of them"),
     "missing_cues": ("fail", "row that cues.csv knows nothing of"),
     "missing_media": ("fail", "no media folder"),
-    "missing_frame": ("fail", "frame that is not there, with later ones or none at all"),
+    "missing_frame": ("fail", "frame that is not there, with a later one or a mask that is, or no frame at all"),
     "bad_frame": ("fail", "frame that cannot be decoded"),
     "frame_count": ("keep", "fewer frames or more than configured; the last is repeated, the rest left out"),
     "frame_size": ("keep", "frames of one video that differ in size"),
@@ -221,23 +221,20 @@ def _check_one(media: _Media, folder: RefAvsFolder, frames: int) -> None:
 
 def _check_frames(media: _Media, folder: RefAvsFolder, frames: int) -> list[tuple[int, int] | None]:
     """(width, height) of each frame up to `frames`, None where it cannot be read."""
-    count = folder.frame_count(media.media_id)
-    if count == 0:
+    count = max(folder.frame_count(media.media_id), _mask_count(media, folder))
+    if folder.frame_count(media.media_id) == 0:
         media.fault("missing_frame", folder.frame_path(media.media_id, 0), "no such file, nor any other frame")
         return []
     if count != frames:
         end = folder.frame_path(media.media_id, min(count, frames))
-        media.fault(
-            "frame_count",
-            end,
-            f"{count} frames, expected {frames}; this one {'more' if count > frames else 'is absent'}",
-        )
+        which = "more than that" if count > frames else "absent"
+        media.fault("frame_count", end, f"{count} frames, expected {frames}; this one is {which}")
     sizes: list[tuple[int, int] | None] = []
     for t in range(min(count, frames)):
         path = folder.frame_path(media.media_id, t)
         size = None
         if not path.exists():
-            media.fault("missing_frame", path, f"no such file, though there is {count - 1}.jpg")
+            media.fault("missing_frame", path, f"no such file, though there is a frame or a mask {count - 1}")
         else:
             try:
                 size = image_size(path)
@@ -248,6 +245,12 @@ def _check_frames(media: _Media, folder: RefAvsFolder, frames: int) -> list[tupl
             media.fault("frame_size", path, f"{size[0]}x{size[1]}, where an earlier frame is {first[0]}x{first[1]}")
         sizes.append(size)
     return sizes
+
+
+def _mask_count(media: _Media, folder: RefAvsFolder) -> int:
+    """One more than the highest number among the masks: a mask says that there was a frame. 0 where there is none."""
+    places = (folder.mask_path(media.media_id, fid, 0).parent for fid in media.objects)
+    return max((int(p.stem) for place in places for p in place.glob("*.png") if p.stem.isdecimal()), default=-1) + 1
 
 
 def _check_audio(media: _Media, folder: RefAvsFolder, seconds: int) -> tuple[float | None, int | None]:
