@@ -88,7 +88,9 @@ def _score_split(rows: pd.DataFrame, folder: RefAvsFolder, source: Path) -> tupl
         )
     keep = [c for c in ("row_id", "split", "media_id", "fid", "object", "exp", "null", "template", *CUES) if c in rows]
     scored, counts = [], []
-    for row in tqdm(rows[keep].to_dict("records"), desc=f"evaluate {source.name}", unit="row", mininterval=2):
+    records = rows[keep].to_dict("records")
+    for record in tqdm(records, desc=f"evaluate {source.name}", unit="row", mininterval=2):
+        row = {str(key): value for key, value in record.items()}
         bins = main.read(row["row_id"])
         target = _target(folder, row, bins.shape)
         counts.append((bool(row["null"]), histogram(bins, target)))

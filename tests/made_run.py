@@ -36,7 +36,7 @@ def make_run(data: Path, rows: dict[str, int], frames: int = 3, size: int = 24, 
                 for name, logits in _predictions(row, i / count, data, frames, size, generator).items():
                     if name in writers:
                         writers[name].write([row["row_id"]], quantise(logits)[None])
-    expressions = pd.DataFrame(table).drop(columns=["place"])
+    expressions = pd.DataFrame(table)
     (data / "index").mkdir(parents=True)
     expressions.to_parquet(data / "index" / "expressions.parquet")
     return expressions
@@ -71,15 +71,15 @@ def _row(split: str, i: int, data: Path, frames: int, width: int, generator: np.
     media_id = f"{'null_m-' if null else ''}{split}_clip{i // 3}"
     cues = CUES[i % 3]
     uid = f"{media_id}_x_{i}"
-    row = {
+    place = tuple(generator.uniform(0.3, 0.7, 2).tolist())
+    row: dict = {
         "row_id": uid, "uid": uid, "vid": media_id, "media_id": media_id, "split": split,
         "fid": i % 3, "object": CATEGORIES[split][i % len(CATEGORIES[split])], "exp": SAID[i % 3], "null": null,
         "sight": "sight" in cues, "sound": "sound" in cues, "time": "time" in cues, "template": f"t{i % 3}",
-        "place": tuple(generator.uniform(0.3, 0.7, 2)),
     }  # fmt: skip
     _write_media(data / "set", media_id, frames, width, generator)
     if not null:
-        masks = _discs(frames, width, row["place"], 0.2)[:, : width * 3 // 4]
+        masks = _discs(frames, width, place, 0.2)[:, : width * 3 // 4]
         for t, mask in enumerate(masks):
             path = data / "set" / "gt_mask" / media_id / f"fid_{row['fid']}" / f"{t:05d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def _predictions(
     return {name: _logits(np.roll(truth, by, axis=2), generator) for name, by in shifts.items()}
 
 
-def _discs(frames: int, size: int, place: tuple[float, float], radius: float) -> np.ndarray:
+def _discs(frames: int, size: int, place: tuple[float, ...], radius: float) -> np.ndarray:
     """A disc that drifts to the right: bool (frames, size, size), coordinates and radius in parts of the size."""
     y, x = np.mgrid[:size, :size] / size
     return np.stack([(x - place[0] - 0.02 * t) ** 2 + (y - place[1]) ** 2 < radius**2 for t in range(frames)])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,10 @@ def run(tmp_path_factory):
     return data, make_run(data, ROWS)
 
 
-def evaluated(run, protocol: str = "per_expression") -> Evaluation:
+Run = tuple[Path, pd.DataFrame]
+
+
+def evaluated(run: Run, protocol: str = "per_expression") -> Evaluation:
     data, expressions = run
     return evaluate(expressions, RefAvsFolder(data / "set"), data / "predictions", protocol)
 
@@ -46,7 +50,7 @@ def test_metrics_have_the_contracts_form(run, tmp_path):
     assert rows["S"].notna().equals(rows["null"].astype(bool))
 
 
-def counts_of(run, split: str) -> list[np.ndarray]:
+def counts_of(run: Run, split: str) -> list[np.ndarray]:
     data, expressions = run
     rows = expressions[expressions["split"] == split].to_dict("records")
     reader = PredictionReader(data / "predictions" / split / "predictions.h5")

@@ -3,6 +3,7 @@
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -57,7 +58,7 @@ def data(tmp_path_factory):
     return data
 
 
-def page_of(data, profile: str = "micro") -> str:
+def page_of(data: Path, profile: str = "micro") -> str:
     return build_report(data, RefAvsFolder(data / "set"), 4, profile, {"fusion": {"dim": 192}})
 
 

@@ -17,6 +17,7 @@ from stores import PredictionReader
 FRAME_WIDTH = 256  # pixels of an embedded frame: twice what a ten-column strip shows, for a sharp zoom
 FILL = (255, 30, 130)  # predicted mask
 FILL_ALPHA = 0.5
+OUTLINE = 4  # pixels of the true mask's white outline, inside it, and half of that for its dark rim
 FLOOR_DB = -60.0  # what counts as silence
 NULL_SHARE = 4  # one clip in 4 is a null expression
 
@@ -98,8 +99,10 @@ def draw_frame(frame: np.ndarray, bins: np.ndarray, truth: np.ndarray | None) ->
     if truth is not None:
         resized = Image.fromarray(truth.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
         shape = np.asarray(resized) > 0
-        line = shape & ~binary_erosion(shape, iterations=2, border_value=1)
-        canvas[binary_dilation(line) & ~line] = 0  # a dark rim: the white line shows on any ground
+        line = shape & ~binary_erosion(shape, iterations=OUTLINE, border_value=1)
+        canvas[binary_dilation(line, iterations=OUTLINE // 2) & ~line] = (
+            0  # a dark rim: the white line shows on any ground
+        )
         canvas[line] = 255
     return Image.fromarray(canvas.round().astype(np.uint8))
 

@@ -12,8 +12,6 @@ from matplotlib import pyplot as plt
 COLUMNS = 3
 FEW = 40  # points up to which each is marked
 COLOURS = ("#2b62c4", "#c8571b", "#1f8a70", "#7a4fb5")
-# Text stays text in the page's own font; no date and a fixed salt, so that equal runs give equal bytes.
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "samlove", "font.family": "sans-serif", "font.size": 9}
 
 
 def read_curves(dvclive: Path) -> dict[str, dict[str, pd.DataFrame]]:
@@ -38,7 +36,8 @@ def draw_curves(curves: dict[str, dict[str, pd.DataFrame]]) -> str:
     if not curves:
         return ""
     rows = -(-len(curves) // COLUMNS)
-    with plt.rc_context(STYLE):
+    # Text stays text in the page's own font; no date and a fixed salt, so that equal runs give equal bytes.
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "samlove", "font.size": 9}):
         figure, axes = plt.subplots(rows, COLUMNS, figsize=(11.6, 2.7 * rows), squeeze=False, layout="constrained")
         for axis, (metric, series) in zip(axes.flat, curves.items(), strict=False):
             for colour, (name, values) in zip(COLOURS, series.items(), strict=False):
