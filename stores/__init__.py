@@ -1,0 +1,21 @@
+"""The formats samlove keeps arrays in; no knowledge of models, only arrays, keys and manifests.
+
+`features`: Zarr v3 store of frozen features, random access, the canonical and shareable form.
+`shards`: WebDataset tar shards with an index, read by mapping files and without copying.
+`predictions`: one HDF5 file of binned masks a split.
+`fingerprint`: what made an artefact, and the refusal of an artefact made otherwise.
+"""
+
+from stores.features import Failure, FeatureStore, FeatureStoreWriter
+from stores.predictions import PredictionReader, PredictionWriter
+from stores.shards import ShardReader, ShardWriter
+
+__all__ = [
+    "Failure",
+    "FeatureStore",
+    "FeatureStoreWriter",
+    "PredictionReader",
+    "PredictionWriter",
+    "ShardReader",
+    "ShardWriter",
+]

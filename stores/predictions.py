@@ -1,0 +1,125 @@
+"""Predicted masks of one split in one HDF5 file: uint8 bins between known edges, chunked and compressed.
+
+Layout: `row_ids` (n,) utf-8, `bins` (n,T,H,W) uint8, one chunk a row, gzip and a checksum (fletcher32) each,
+`edges` (E,) float32 where bin b holds the logits with edges[b-1] <= logit < edges[b], and the attribute
+`attrs`, a JSON text saying what made the file. No pickles.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import numpy as np
+
+from samlove.errors import RequestError, SamloveError
+from stores.fingerprint import canonical_json
+from stores.manifest import SCHEMA
+
+
+class PredictionWriter:
+    """Context manager that appends rows; the file appears under its name when the block ends without error.
+
+    frames: T. size: H = W. edges: (E,) float32, E <= 255, rising. attrs: a JSON dict of what made the file.
+    """
+
+    def __init__(
+        self, path: str | Path, frames: int, size: int, edges: np.ndarray, attrs: Mapping[str, Any] | None = None
+    ) -> None:
+        self.path = Path(path)
+        self._partial = self.path.with_name(self.path.name + ".partial")
+        self._shape = (frames, size, size)
+        self._ids: set[str] = set()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = h5py.File(self._partial, "w")  # replaces what a killed run left
+        self._file.attrs["attrs"] = canonical_json(attrs or {})
+        self._file.attrs["schema"] = SCHEMA
+        self._file.create_dataset("edges", data=np.asarray(edges, np.float32))
+        self._file.create_dataset("row_ids", (0,), h5py.string_dtype(), maxshape=(None,), chunks=(1024,))
+        self._file.create_dataset(
+            "bins",
+            (0, *self._shape),
+            np.uint8,
+            maxshape=(None, *self._shape),
+            chunks=(1, *self._shape),
+            compression="gzip",
+            compression_opts=4,
+            fletcher32=True,
+        )
+
+    def __enter__(self) -> "PredictionWriter":
+        return self
+
+    def write(self, row_ids: Sequence[str], bins: np.ndarray) -> None:
+        """Append rows: bins (n,T,H,W) uint8, n = len(row_ids). SamloveError on another shape or a repeated row."""
+        if bins.shape != (len(row_ids), *self._shape) or bins.dtype != np.uint8:
+            raise SamloveError(
+                f"{self.path}: expected bins {(len(row_ids), *self._shape)} uint8, found {bins.shape} {bins.dtype}"
+            )
+        repeated = self._ids.intersection(row_ids)
+        if repeated or len(set(row_ids)) != len(row_ids):
+            raise SamloveError(f"{self.path}: expected each row once, found again one of {sorted(row_ids)[:5]}")
+        self._ids.update(row_ids)
+        start, stop = len(self._ids) - len(row_ids), len(self._ids)
+        self._file["row_ids"].resize((stop,))
+        self._file["row_ids"][start:stop] = np.array(row_ids, dtype=object)
+        self._file["bins"].resize((stop, *self._shape))
+        self._file["bins"][start:stop] = bins
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if kind is None:
+            self._partial.replace(self.path)
+        else:
+            self._partial.unlink()
+
+
+class PredictionReader:
+    """A predictions file, read only; each process opens its own handle, as HDF5's do not survive a fork."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file: h5py.File | None = None
+        self._owner = -1
+        if not self.path.is_file():
+            raise RequestError(f"{self.path}: no such file; run the stage that makes it, or dvc pull")
+        try:
+            file = self._open()
+            self.row_ids: list[str] = [str(row) for row in file["row_ids"].asstr()[:]]
+            self.edges: np.ndarray = file["edges"][:]  # (E,) float32
+            self.attrs: dict[str, Any] = json.loads(file.attrs["attrs"])
+            found = int(file.attrs["schema"])
+            self.shape: tuple[int, int, int] = file["bins"].shape[1:]  # T, H, W
+        except (OSError, KeyError, ValueError) as error:
+            raise SamloveError(f"{self.path}: not a whole predictions file ({error}); run infer again") from None
+        if found != SCHEMA:
+            raise SamloveError(f"{self.path}: expected schema {SCHEMA}, found {found}; run infer again")
+        self._place = {row_id: place for place, row_id in enumerate(self.row_ids)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None, "_owner": -1}
+
+    def _open(self) -> h5py.File:
+        if self._owner != os.getpid() or self._file is None:
+            self._file, self._owner = h5py.File(self.path, "r"), os.getpid()
+        return self._file
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    def __contains__(self, row_id: object) -> bool:
+        return row_id in self._place
+
+    def read(self, row_id: str) -> np.ndarray:
+        """One row's bins (T,H,W) uint8; SamloveError where the file has no such row or its bytes are damaged."""
+        if row_id not in self._place:
+            raise SamloveError(f"{self.path}: no row {row_id!r} among its {len(self)}; run infer again")
+        try:
+            return self._open()["bins"][self._place[row_id]]
+        except OSError as error:
+            raise SamloveError(f"{self.path}: row {row_id!r} cannot be read ({error}); run infer again") from None

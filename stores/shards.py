@@ -1,0 +1,206 @@
+"""WebDataset shards for training: plain tar files, a JSON index, and a reader that maps and never copies.
+
+    ROOT/shard-00000.tar    members KEY.NAME.npy and KEY.NAME.json, uncompressed, data aligned to 64 bytes
+    ROOT/index.json         shards {name, bytes}; samples {key, shard, members {name: place}} (see stores.tar)
+    ROOT/manifest.json      schema, fingerprint, number of keys
+
+The tar files alone are enough: webdataset reads them, and the index is rebuilt in memory where it is absent.
+"""
+
+import io
+import json
+import mmap
+import shutil
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+from samlove.errors import RequestError, SamloveError
+from stores.manifest import NAME, SCHEMA, read_manifest, replace_folder, write_json
+from stores.tar import ESCAPED, KINDS, check_name, check_place, escape_key, scan_tar
+
+INDEX = "index.json"
+REMEDY = "run pack again, or dvc pull"
+# Name, dtype, shape, offset, order of an array; a JSON text has no dtype and its length as shape.
+_Place = tuple[str, np.dtype | None, tuple[int, ...], int, Literal["C", "F"]]
+
+
+class ShardWriter:
+    """Context manager that writes samples into tar shards; ROOT appears whole when the block ends without error.
+
+    fingerprint: a JSON dict of what the samples were made from, kept in the manifest.
+    """
+
+    def __init__(
+        self, root: str | Path, samples_per_shard: int = 64, fingerprint: Mapping[str, Any] | None = None
+    ) -> None:
+        if samples_per_shard < 1:
+            raise RequestError(f"{root}: expected samples_per_shard of at least 1, found {samples_per_shard}")
+        self.root = Path(root)
+        self._partial = self.root.with_name(f".{self.root.name}.partial")
+        self._per_shard = samples_per_shard
+        self._fingerprint = dict(fingerprint or {})
+        self._keys: set[str] = set()
+        self._tar: tarfile.TarFile | None = None
+        shutil.rmtree(self._partial, ignore_errors=True)  # left by a killed run
+        self._partial.mkdir(parents=True)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def write(self, key: str, sample: Mapping[str, Any]) -> None:
+        """Append one sample: {name: numpy array, or a value that JSON holds}.
+
+        Raises SamloveError on a repeated key, a name that webdataset would change, an array that is not of
+        plain numbers, a value without a JSON form. The sample is then not written at all.
+        """
+        if key in self._keys:
+            raise SamloveError(f"{self.root}: expected each key once, found again {key!r}")
+        escaped = escape_key(key)
+        members = [_member(f"{self.root}: {key!r}", name, value) for name, value in sample.items()]
+        if not members:
+            raise SamloveError(f"{self.root}: {key!r}: expected at least one array")
+        if len(self._keys) % self._per_shard == 0:
+            self._next_shard()
+        self._keys.add(key)
+        assert self._tar is not None
+        for name, data in members:
+            info = tarfile.TarInfo(f"{escaped}.{name}")  # time 0, no owner: equal samples give equal bytes
+            info.size = len(data)
+            self._tar.addfile(info, io.BytesIO(data))
+
+    def _next_shard(self) -> None:
+        if self._tar is not None:
+            self._tar.close()
+        path = self._partial / f"shard-{len(self._keys) // self._per_shard:05d}.tar"
+        self._tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": ESCAPED})
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._tar is not None:
+            self._tar.close()
+        if kind is not None:
+            shutil.rmtree(self._partial)
+            return
+        index = build_index(self._partial)
+        (self._partial / INDEX).write_text(json.dumps(index, ensure_ascii=False) + "\n", encoding="utf-8")
+        manifest = {"schema": SCHEMA, "fingerprint": self._fingerprint, "keys": len(self._keys)}
+        write_json(self._partial / NAME, manifest)
+        replace_folder(self._partial, self.root)
+
+
+def _member(where: str, name: str, value: object) -> tuple[str, bytes]:
+    """File name (without the key) and bytes of one array or JSON value."""
+    check_name(name)
+    if not isinstance(value, np.ndarray):
+        try:
+            return f"{name}.json", json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
+            raise SamloveError(f"{where}: {name}: expected an array or a JSON value ({error})") from None
+    if value.dtype.kind not in KINDS:
+        raise SamloveError(f"{where}: {name}: expected bool, int or float numbers, found dtype {value.dtype}")
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.asarray(value, order="C"), version=(1, 0), allow_pickle=False)
+    return f"{name}.npy", stream.getvalue()
+
+
+def build_index(root: str | Path) -> dict[str, Any]:
+    """The index of the tar files in a folder, read from their headers; SamloveError on what must not be read."""
+    shards, samples, seen = [], [], set()
+    for number, path in enumerate(sorted(Path(root).glob("*.tar"))):
+        shards.append({"name": path.name, "bytes": path.stat().st_size})
+        for sample in scan_tar(path):
+            if sample["key"] in seen:
+                raise SamloveError(f"{path}: key {sample['key']!r} is in another shard too")
+            seen.add(sample["key"])
+            samples.append({"key": sample["key"], "shard": number, "members": sample["members"]})
+    return {"schema": SCHEMA, "shards": shards, "samples": samples}
+
+
+class ShardReader:
+    """Map-style reader of a folder of tar shards; arrays are read-only views on the mapped files.
+
+    Files are mapped at first use, by each process for itself: safe in workers, forked or spawned.
+    `manifest` is {} for shards that another tool wrote.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        if not any(self.root.glob("*.tar")) and not (self.root / INDEX).is_file():
+            raise RequestError(f"{self.root}: expected a folder with .tar shards; {REMEDY}")
+        self.manifest: dict[str, Any] = read_manifest(self.root, REMEDY) if (self.root / NAME).is_file() else {}
+        index = self._load_index()
+        self._shards: list[Path] = [self.root / shard["name"] for shard in index["shards"]]
+        self._maps: dict[int, mmap.mmap] = {}
+        self._samples: list[tuple[str, int, list[_Place]]] = []
+        for sample in index["samples"]:
+            limit = index["shards"][sample["shard"]]["bytes"]
+            places = []
+            for name, place in sample["members"].items():
+                check_place(place, limit, f"{self.root / INDEX}: {sample['key']!r}: {name}")
+                places.append(_place(name, place))
+            self._samples.append((sample["key"], sample["shard"], places))
+
+    def _load_index(self) -> dict[str, Any]:
+        """The index, its shards checked to be the files on disk; rebuilt where there is none."""
+        path = self.root / INDEX
+        if not path.is_file():
+            return build_index(self.root)
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+            if index["schema"] != SCHEMA:
+                raise ValueError(f"schema {index['schema']}, expected {SCHEMA}")
+            expected = {str(shard["name"]): shard["bytes"] for shard in index["shards"]}
+            if any(not 0 <= sample["shard"] < len(index["shards"]) for sample in index["samples"]):
+                raise ValueError("a sample in a shard that it does not list")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SamloveError(f"{path}: not an index of shards ({type(error).__name__}: {error}); {REMEDY}") from None
+        found = {tar.name: tar.stat().st_size for tar in self.root.glob("*.tar")}
+        for name in sorted({*expected, *found}):
+            if found.get(name) != expected.get(name):
+                sizes = f"expected {expected.get(name, 'no such file')} bytes, found {found.get(name, 'no such file')}"
+                raise SamloveError(f"{self.root / name}: torn, missing or not of this set ({sizes}); {REMEDY}")
+        return index
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}
+
+    def keys(self) -> list[str]:
+        """All keys, in the order in which they were written."""
+        return [key for key, _, _ in self._samples]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Sample i: {"__key__": str, name: array (a view, not writable) or decoded JSON value}."""
+        key, shard, places = self._samples[i]
+        if shard not in self._maps:
+            self._maps[shard] = self._map(shard)
+        mapped = self._maps[shard]
+        sample: dict[str, Any] = {"__key__": key}
+        for name, dtype, shape, offset, order in places:
+            if dtype is None:
+                sample[name] = json.loads(mapped[offset : offset + shape[0]])
+            else:
+                sample[name] = np.ndarray(shape, dtype, mapped, offset, order=order)
+        return sample
+
+    def _map(self, shard: int) -> mmap.mmap:
+        path = self._shards[shard]
+        try:
+            with open(path, "rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise SamloveError(f"{path}: cannot be mapped ({error}); {REMEDY}") from None
+
+
+def _place(name: str, place: Mapping[str, Any]) -> _Place:
+    if "size" in place:
+        return name, None, (place["size"],), place["offset"], "C"
+    return name, np.dtype(place["dtype"]), tuple(place["shape"]), place["offset"], place["order"]
