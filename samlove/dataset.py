@@ -127,12 +127,12 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
 
 def load_frame(path: Path) -> np.ndarray:
     """A frame: uint8 (H, W, 3), RGB. Raises SamloveError with the path where it is missing or truncated."""
-    return np.asarray(_open_image(path).convert("RGB"))
+    return np.asarray(_open_image(path)[0].convert("RGB"))
 
 
 def load_mask(path: Path) -> np.ndarray:
     """A mask: bool (H, W), True where any colour channel is > 0. Raises SamloveError with the path."""
-    image = _open_image(path)
+    image, _ = _open_image(path)
     if image.mode in ("P", "PA"):
         image = image.convert("RGB")  # a palette's index says nothing; its colour does
     elif image.mode in ("LA", "RGBA"):
@@ -146,14 +146,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
     Raises SamloveError with the path where it is missing or truncated.
     """
-    try:
-        with Image.open(path) as image:
-            size = image.size
-            image.draft(None, (1, 1))
-            image.load()
-    except _IMAGE_ERRORS as error:
-        raise _unreadable(path, "image", error) from None
-    return size
+    return _open_image(path, quick=True)[1]
 
 
 def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
@@ -202,12 +195,17 @@ def _check_wav_length(path: Path) -> None:
     raise SamloveError(f"{path}: truncated audio: no samples in a wav file of {length} bytes")
 
 
-def _open_image(path: Path) -> Image.Image:
-    """A fully decoded image."""
+def _open_image(path: Path, quick: bool = False) -> tuple[Image.Image, tuple[int, int]]:
+    """A fully decoded image (`quick`: a JPEG at an eighth of its size), and its (width, height)."""
     try:
         with Image.open(path) as image:
+            image.verify()  # a PNG's checksums; decoding leaves them unread
+        with Image.open(path) as image:
+            size = image.size
+            if quick:
+                image.draft(None, (1, 1))
             image.load()
-            return image
+            return image, size
     except _IMAGE_ERRORS as error:
         raise _unreadable(path, "image", error) from None
 

@@ -182,7 +182,7 @@ def write_index(audit: Audit, out: Path) -> None:
     if audit.expressions.empty:
         raise SamloveError(f"{audit.root}: no row is left under the policies; see: samlove audit {audit.root}")
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / ".partial"
+    partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     audit.videos.to_parquet(partial / "videos.parquet", index=False)

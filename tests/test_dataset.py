@@ -102,15 +102,16 @@ def test_truncated_images_raise_wherever_they_are_cut(
 ) -> None:
     path, whole = tmp_path / f"image.{kind.lower()}", encoded(picture(0), kind)
     path.write_bytes(whole)
-    expected = read(path)
-    for length in [*range(0, len(whole) - 40, 9), *range(len(whole) - 40, len(whole))]:
+    read(path)
+    end = len(whole) - (4 if kind == "PNG" else 0)  # nothing depends on the closing chunk's checksum
+    for length in [*range(0, end - 40, 19), *range(end - 40, end)]:
         path.write_bytes(whole[:length])
-        try:
-            found = read(path)
-        except SamloveError as error:
-            assert str(path) in str(error)
-        else:  # a PNG may lack its closing chunk; its pixels are all there
-            assert kind == "PNG" and len(whole) - length <= 22 and np.array_equal(found, expected)
+        with pytest.raises(SamloveError, match=path.name):
+            read(path)
+        path.write_bytes(whole[:length] + bytes(len(whole) - length))  # as an interrupted download may leave it
+        if length < len(whole) - 20:
+            with pytest.raises(SamloveError, match=path.name):
+                read(path)
 
 
 def test_image_size_is_that_of_the_whole_image(tmp_path: Path) -> None:

@@ -85,11 +85,8 @@ def test_a_faultless_folder_becomes_two_tables(sound_folder: Path, tmp_path: Pat
     found = audit_folder(sound_folder, True, {}, FRAMES)
     assert found.faults == [] and not found.failed and "no faults" in found.render()
     write_index(found, tmp_path / "index")
-    assert sorted(p.name for p in (tmp_path / "index").iterdir()) == [
-        "audit.json",
-        "expressions.parquet",
-        "videos.parquet",
-    ]
+    tables = {"audit.json", "expressions.parquet", "videos.parquet"}
+    assert {p.name for p in (tmp_path / "index").iterdir()} == tables
     rows = pd.read_parquet(tmp_path / "index" / "expressions.parquet")
     assert list(rows) == ["row_id", "uid", "vid", "media_id", "split", "fid", "object", "exp", "null"]
     assert list(rows["row_id"]) == [uid for _, uid, *_ in ROWS]
@@ -156,19 +153,9 @@ def test_each_fault_of_a_row_is_found_and_dropped_kept_or_failed(folder: RefAvsF
 
 @pytest.mark.parametrize(
     ("vid", "uid", "fid"),
-    [
-        ("c", "c_dog", "0"),
-        ("c", "c_dog_x", "0"),
-        ("c", "../c_dog_1", "0"),
-        ("x", "c_dog_9", "0"),
-        ("c", "c_dog_9", "-1"),
-        ("c", "c_dog_9", "1.0"),
-        ("c", "c_dog_9", ""),
-        ("c", "c_null_9", "0"),
-        ("c", "null_m-c_dog_9", "0"),
-        ("c", "null_x-c_null_9", "0"),
-        ("", "", "0"),
-    ],
+    [("c", uid, "0") for uid in ("c_dog", "c_dog_x", "../c_dog_1", "c_null_9", "null_m-c_dog_9", "null_x-c_null_9")]
+    + [("c", "c_dog_9", fid) for fid in ("-1", "1.0", "")]
+    + [("x", "c_dog_9", "0"), ("", "", "0")],
 )
 def test_rows_that_name_no_folder_or_object_are_bad_and_never_kept(
     folder: RefAvsFolder, vid: str, uid: str, fid: str
@@ -252,12 +239,12 @@ def frame(t: int) -> Callable[[RefAvsFolder], Path]:
     return lambda folder: folder.frame_path("c", t)
 
 
-def audio(folder: RefAvsFolder) -> Path:
-    return folder.audio_path("c")
-
-
 def mask(folder: RefAvsFolder) -> Path:
     return folder.mask_path("c", 0, 1)
+
+
+def audio(folder: RefAvsFolder) -> Path:
+    return folder.audio_path("c")
 
 
 MEDIA_FAULTS = [  # kind, what spoils the folder (returns the path that the audit must name)
@@ -374,8 +361,8 @@ def test_an_index_of_no_rows_is_refused(folder: RefAvsFolder, tmp_path: Path) ->
 
 def test_the_same_folder_gives_the_same_bytes(folder: RefAvsFolder, tmp_path: Path) -> None:
     truncate(folder.frame_path("c", 1))
-    for name in ("one", "two"):
-        write_index(audit(folder, {"bad_frame": "keep"}), tmp_path / name)
+    write_index(audit(folder, {"bad_frame": "keep"}), tmp_path / "one")
+    write_index(audit(folder, {"bad_frame": "keep"}), tmp_path / "two")
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
