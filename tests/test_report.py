@@ -13,7 +13,7 @@ from samlove.dataset import RefAvsFolder
 from samlove.errors import RequestError
 from samlove.evaluate import evaluate, write
 from samlove.report import build_report
-from samlove.report.clips import FILL, FLOOR_DB, choose, draw_frame, second_loudness
+from samlove.report.clips import DASHES, FILL, FLOOR_DB, OUTLINE, choose, draw_frame, second_loudness
 from samlove.report.paper import TABLE_1
 from tests.made_run import make_curves, make_run
 
@@ -137,5 +137,7 @@ def test_masks_are_drawn_where_they_are():
     assert height / width == pytest.approx(30 / 40, abs=0.01)
     np.testing.assert_allclose(image[height // 2, width // 8], (100 + np.array(FILL)) / 2, atol=1)
     assert (image[height // 2, width * 5 // 8] == 100).all()
-    assert (image[height // 2, width * 3 // 4] == 255).all() and (image[height // 2, width * 3 // 4 - 1] == 0).all()
+    outline = image[height // 2, width * 3 // 4 - OUTLINE : width * 3 // 4]
+    assert all(tuple(pixel) in DASHES for pixel in outline.tolist())
+    assert (image[height // 2, width * 3 // 4 - OUTLINE - 1] == 100).all()
     assert (image[height // 2, width * 7 // 8] == 100).all()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from PIL import Image
-from scipy.ndimage import binary_dilation, binary_erosion
+from scipy.ndimage import binary_dilation
 
 from samlove.dataset import RefAvsFolder, load_audio, load_frame
 from samlove.evaluate import CONTROLS, CUES
@@ -17,7 +17,9 @@ from stores import PredictionReader
 FRAME_WIDTH = 256  # pixels of an embedded frame: twice what a ten-column strip shows, for a sharp zoom
 FILL = (255, 30, 130)  # predicted mask
 FILL_ALPHA = 0.5
-OUTLINE = 4  # pixels of the true mask's white outline, inside it, and half of that for its dark rim
+OUTLINE = 4  # pixels around the true mask
+DASHES = ((255, 230, 0), (0, 0, 0))  # of the outline: no object and no background is striped so
+DASH = 12  # pixels
 FLOOR_DB = -60.0  # what counts as silence
 NULL_SHARE = 4  # one clip in 4 is a null expression
 
@@ -27,7 +29,7 @@ class Frame(NamedTuple):
     image: str  # data URI
     jaccard: float | None  # J of this frame; None for a null expression
     loudness: float  # dBFS of this second, FLOOR_DB where silent
-    height: float  # of the loudness bar, percent
+    height: float  # of the loudness bar: amplitude in percent of the clip's loudest second
 
 
 class Clip(NamedTuple):
@@ -70,11 +72,12 @@ def draw_clip(row: dict, rank: str, folder: RefAvsFolder, reader: PredictionRead
     own_size = None if row["null"] else folder.load_masks(row["media_id"], int(row["fid"]), frames)
     truth = None if row["null"] else folder.load_masks(row["media_id"], int(row["fid"]), frames, size)
     loudness = second_loudness(*load_audio(folder.audio_path(row["media_id"])), frames)
+    bars = [0.0 if level <= FLOOR_DB else 100 * 10 ** ((level - max(loudness)) / 20) for level in loudness]
     drawn = []
     for t in range(frames):
         image = draw_frame(images[t], bins[t], None if own_size is None else own_size[t])
         score = None if truth is None else jaccard_of(histogram(bins[t : t + 1], truth[t : t + 1]))
-        drawn.append(Frame(t, _data_uri(image), score, loudness[t], 100 * (1 - loudness[t] / FLOOR_DB)))
+        drawn.append(Frame(t, _data_uri(image), score, loudness[t], bars[t]))
     cues = "+".join(c for c in CUES if row.get(c))
     names = {c: f"J_{c}" if c == "true_mask" else f"JF_{c}" for c in CONTROLS}
     controls = {c: row[name] for c, name in names.items() if not pd.isna(row.get(name))}
@@ -99,11 +102,9 @@ def draw_frame(frame: np.ndarray, bins: np.ndarray, truth: np.ndarray | None) ->
     if truth is not None:
         resized = Image.fromarray(truth.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
         shape = np.asarray(resized) > 0
-        line = shape & ~binary_erosion(shape, iterations=OUTLINE, border_value=1)
-        canvas[binary_dilation(line, iterations=OUTLINE // 2) & ~line] = (
-            0  # a dark rim: the white line shows on any ground
-        )
-        canvas[line] = 255
+        line = binary_dilation(shape, iterations=OUTLINE) & ~shape
+        y, x = np.nonzero(line)
+        canvas[y, x] = np.array(DASHES)[(x + y) // DASH % 2]
     return Image.fromarray(canvas.round().astype(np.uint8))
 
 
