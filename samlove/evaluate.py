@@ -179,7 +179,8 @@ def _result_table(splits: dict[str, pd.DataFrame], protocol: str) -> dict:
     table["mix"] = _mix(table["test_s"], table["test_u"])
     table["test_n"] = _aggregate_null(splits.get("test_n", empty))
     if "val" in splits:
-        table["val"] = aggregate(splits["val"])
+        null = _aggregate_null(splits["val"])
+        table["val"] = aggregate(splits["val"]) | {"S": null["S"], "n_null": null["n"]}
     return table | {"protocol": protocol}
 
 
