@@ -296,9 +296,11 @@ def test_a_broken_mask_costs_only_the_rows_of_its_object(folder: RefAvsFolder) -
     assert list(rows.loc[rows["vid"] == "-a_b", "fid"]) == [0, 0]
 
 
-def test_every_kind_has_a_test() -> None:
+def test_every_kind_is_tested_and_documented() -> None:
     tested = {*ROW_FAULTS, *(kind for kind, _ in MEDIA_FAULTS), "bad_row", "frame_size", "missing_cues"}
     assert tested == set(KINDS)
+    page = (Path(__file__).parents[1] / "docs" / "index.md").read_text()
+    assert all(f"| `{kind}` | {policy}" in page and meaning in page for kind, (policy, meaning) in KINDS.items())
 
 
 def test_policies_that_are_none_are_refused_and_the_known_ones_listed() -> None:
