@@ -10,24 +10,24 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 COLUMNS = 3
+FIRST = ("loss", "J&F", "J", "F")  # of the charts; the others follow by name
 FEW = 40  # points up to which each is marked
 COLOURS = ("#2b62c4", "#c8571b", "#1f8a70", "#7a4fb5")
 
 
 def read_curves(dvclive: Path) -> dict[str, dict[str, pd.DataFrame]]:
-    """{metric: {series: columns step and value}} of `dvclive`/plots/metrics; {} where there is none.
+    """{metric: {series: columns epoch (from 1) and value}} of `dvclive`/plots/metrics; {} where there is none.
 
-    A metric is a file's name, a series the folder it lies in: train/loss.tsv and val/loss.tsv share one chart.
+    A metric is a file's name, a series the folder it lies in: train/loss.tsv and val/loss.tsv share one chart. The
+    trainer makes one step of DVCLive an epoch.
     """
     root = dvclive / "plots" / "metrics"
     found: dict[str, dict[str, pd.DataFrame]] = {}
-    for path in sorted(root.rglob("*.tsv")):
+    for path in sorted(root.rglob("*.tsv"), key=lambda p: (FIRST.index(p.stem) if p.stem in FIRST else len(FIRST), p)):
         table = pd.read_csv(path, sep="\t")
         value = table.drop(columns=["step", "timestamp"], errors="ignore").iloc[:, 0]
-        series = path.parent.relative_to(root).as_posix()
-        found.setdefault(path.stem, {})["run" if series == "." else series] = table.assign(value=value)[
-            ["step", "value"]
-        ]
+        series = path.parent.relative_to(root).as_posix().removeprefix(".")
+        found.setdefault(path.stem, {})[series] = pd.DataFrame({"epoch": table["step"] + 1, "value": value})
     return found
 
 
@@ -42,12 +42,13 @@ def draw_curves(curves: dict[str, dict[str, pd.DataFrame]]) -> str:
         for axis, (metric, series) in zip(axes.flat, curves.items(), strict=False):
             for colour, (name, values) in zip(COLOURS, series.items(), strict=False):
                 marker = "o" if len(values) <= FEW else ""
-                axis.plot(values["step"], values["value"], color=colour, lw=1.6, marker=marker, ms=3, label=name)
+                axis.plot(values["epoch"], values["value"], color=colour, lw=1.6, marker=marker, ms=3, label=name)
             axis.set_title(metric, loc="left", fontsize=10, fontweight="bold")
-            axis.set_xlabel("step")
+            axis.set_xlabel("epoch")
             axis.grid(color="#e4e4de", lw=0.7)
             axis.spines[["top", "right"]].set_visible(False)
-            axis.legend(frameon=False)
+            if any(series):
+                axis.legend(frameon=False)
         for axis in axes.flat[len(curves) :]:
             axis.set_visible(False)
         buffer = io.StringIO()
