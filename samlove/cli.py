@@ -6,14 +6,14 @@ Each command imports what it needs itself, so that `samlove --help` does not wai
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 from samlove.config import DatasetConfig, load
 from samlove.errors import RequestError, one_line_errors
 
-UsageError = typer.BadParameter.__base__ or Exception  # click's own or, in newer versions, typer's copy of it
+UsageError = cast(type[Exception], typer.BadParameter.__base__)  # click's or, in newer versions, typer's copy of it
 PROFILE = Path("configs/profile.yaml")
 
 app = typer.Typer(
