@@ -1,0 +1,56 @@
+"""What every frozen encoder is, and the two things they all do: say their versions, and narrow to the store's dtype.
+
+An encoder is built from its section of the configuration; it finds its weights then, so that a missing file shows
+at once, and loads the network at the first `encode`.
+"""
+
+from importlib.metadata import version
+from typing import Protocol, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from samlove.config import Dtype
+from samlove.errors import SamloveError
+
+Arrays = dict[str, np.ndarray]
+Source = TypeVar("Source", contravariant=True)  # what is read: the path of a wav, the paths of frames, a text
+Item = TypeVar("Item")  # what reading it gives
+
+
+class Encoder(Protocol[Source, Item]):
+    """Reading and computing apart, so that the next items can be read while these are computed."""
+
+    def fingerprint(self) -> dict:
+        """All that its arrays depend on, but for the media: flat, JSON. Cheap: no network is loaded."""
+        ...
+
+    def load(self, source: Source) -> Item:
+        """Read and preprocess one item; called from several threads. Raises SamloveError where it cannot be read."""
+        ...
+
+    def encode(self, items: list[Item]) -> list[Arrays]:
+        """The arrays of each item, in the store's dtype. Raises SamloveError where a value does not fit it."""
+        ...
+
+
+def library_versions(*names: str) -> list[str]:
+    """["timm 1.0.31", ...]; a build's local part ("+cpu") is left out, for it names a machine, not a computation."""
+    return [f"{name} {version(name).split('+')[0]}" for name in names]
+
+
+def to_store(name: str, values: Tensor, dtype: Dtype) -> np.ndarray:
+    """`values` on the CPU in the store's dtype.
+
+    Raises SamloveError, naming the array, where one is not finite or lies outside the dtype's range.
+    """
+    array = values.detach().float().cpu().numpy()
+    largest = np.abs(array).max(initial=0)  # NaN where there is any
+    if not np.isfinite(largest):
+        raise SamloveError(f"{name}: the encoder gave a value that is not finite; its weights are damaged")
+    if largest > np.finfo(dtype).max:
+        raise SamloveError(
+            f"{name}: {largest:.6g} is beyond the range of {dtype} ({np.finfo(dtype).max}); "
+            "set dtype: float32 in the encoder's file under configs/"
+        )
+    return array.astype(dtype)
