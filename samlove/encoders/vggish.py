@@ -8,6 +8,7 @@ runs up to 0.36 s ahead of frame n in a clip of 10 s; that is VGGish's own step,
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ def build_vggish(channels: int = CHANNELS, hidden: int = HIDDEN, pre_relu: bool 
     for layer in network.features:
         if isinstance(layer, nn.Conv2d):
             inputs = 1 if layer.in_channels == 1 else layer.in_channels * channels // CHANNELS
-            layer = nn.Conv2d(inputs, layer.out_channels * channels // CHANNELS, layer.kernel_size, padding=1)
+            layer = nn.Conv2d(inputs, layer.out_channels * channels // CHANNELS, kernel_size=3, padding=1)
         layers.append(layer)
     network.features = nn.Sequential(*layers)
     flat = 8 * channels * 6 * 4  # the last convolution's channels on 96 x 64 halved four times
@@ -113,7 +114,7 @@ class VggishEncoder:
         return network.to(self.device).eval()
 
     @cached_property
-    def postprocessor(self):
+    def postprocessor(self) -> Any:
         from torchvggish.torchvggish import Postprocessor
 
         assert self.pca is not None
@@ -150,7 +151,7 @@ def load_pca(path: Path) -> tuple[Tensor, Tensor]:
     from numpy._core.multiarray import _reconstruct
 
     old_name = "numpy.core.multiarray._reconstruct"  # where NumPy kept it when the file was written
-    kinds = [np.ndarray, np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType, _reconstruct]
+    kinds: list[Any] = [np.ndarray, np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType, _reconstruct]
     try:
         with torch.serialization.safe_globals([*kinds, (_reconstruct, old_name)]):
             values = torch.load(path, map_location="cpu", weights_only=True)
@@ -158,9 +159,7 @@ def load_pca(path: Path) -> tuple[Tensor, Tensor]:
         means = torch.as_tensor(values["pca_means"]).float().reshape(-1, 1)
     except Exception as error:  # torch raises a dozen unrelated types for a broken file
         reason = str(error).strip().split("\n")[0]
-        raise SamloveError(
-            f"{path}: not readable as VGGish's PCA: {reason}; get it from {RELEASE}{PCA_FILE}"
-        ) from error
+        raise SamloveError(f"{path}: not readable as VGGish's PCA: {reason}; fetch {RELEASE}{PCA_FILE}") from error
     if matrix.shape != (WIDTH, WIDTH) or means.shape != (WIDTH, 1):
         raise SamloveError(f"{path}: expected a PCA of {WIDTH} values, found {tuple(matrix.shape)}")
     return matrix, means

@@ -74,10 +74,10 @@ class VitEncoder:
         }
 
     @cached_property
-    def network(self) -> nn.Module:
+    def network(self) -> Any:
         from timm.models.vision_transformer import checkpoint_filter_fn
 
-        network = build_vit(self.config.model, self.config.model_args, self.config.image_size)
+        network: Any = build_vit(self.config.model, self.config.model_args, self.config.image_size)
         tensors = load_state_dict(self.weights)
         tensors = {name: value for name, value in tensors.items() if not name.startswith("head.")}  # the classifier
         tensors = checkpoint_filter_fn(tensors, network)  # resamples the position embeddings where the sizes differ

@@ -3,6 +3,7 @@
 The network is touched for "hub:NAME" only. A file is read without unpickling anything but tensors.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def resolve_folder(weights: str, what: str, remedy: str) -> Path:
     return folder
 
 
-def _from_hub(weights: str, what: str, remedy: str, download) -> str:
+def _from_hub(weights: str, what: str, remedy: str, download: Callable[[str], str]) -> str:
     try:
         return download(weights.removeprefix(HUB))
     except (OSError, ValueError) as error:  # huggingface_hub's errors are one or the other
