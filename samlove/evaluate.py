@@ -43,6 +43,8 @@ def evaluate(expressions: pd.DataFrame, folder: RefAvsFolder, predictions: Path,
     and each control are scored where they are there.
     Raises RequestError where a test split's predictions are missing, SamloveError where an expression's are.
     """
+    flags = {cue: expressions[cue].fillna(False).astype(bool) for cue in CUES if cue in expressions}
+    expressions = expressions.assign(**flags)  # a row whose cues are not known counts as needing none
     tables, batches = [], {}
     for split in SPLITS:
         rows = expressions[expressions["split"] == split]

@@ -131,6 +131,17 @@ def test_without_cues_controls_and_val(tmp_path):
     assert "all" in render_table(result.metrics, result.details)
 
 
+def test_rows_of_unknown_cues_count_in_no_cue_and_need_no_sound(run):
+    data, expressions = run
+    hearing = expressions[expressions["sound"] & (expressions["split"] == "test_s")]
+    known = expressions["row_id"] != hearing["row_id"].iloc[0]
+    flags = {c: expressions[c].astype("boolean").where(known) for c in ("sight", "sound", "time")}
+    partly = expressions[expressions["split"].isin(["test_s", "val"])].assign(**flags)
+    details = evaluate(partly, RefAvsFolder(data / "set"), data / "predictions", "per_expression").details
+    assert sum(g["n"] for g in details["cues"]["test_s"].values()) == 9 - 1
+    assert details["controls"]["swapped_audio"]["test_s"]["n"] == 6 - 1
+
+
 def test_a_target_in_no_frame_has_no_f(tmp_path):
     expressions = make_run(tmp_path, {"test_s": 3, "test_u": 3})
     first = expressions.iloc[0]

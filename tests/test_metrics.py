@@ -45,7 +45,7 @@ def masks(draw):
 
 
 @given(masks())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_agrees_with_a_plain_loop(case):
     logits, target = case
     assert jaccard(logits, target) == pytest.approx(loop_jaccard(logits, target), abs=1e-6)
@@ -54,7 +54,7 @@ def test_agrees_with_a_plain_loop(case):
 
 
 @given(masks())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_bins_count_the_edges_a_sigmoid_reaches(case):
     logits, _ = case
     bins = quantise(logits)
@@ -64,7 +64,7 @@ def test_bins_count_the_edges_a_sigmoid_reaches(case):
 
 
 @given(masks())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_scores_from_bins_are_those_from_logits(case):
     logits, target = case
     scores = scores_from_bins(quantise(logits), target)

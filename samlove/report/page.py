@@ -19,6 +19,7 @@ from samlove.report.provenance import checkpoint_header, fingerprints, source_re
 from stores import PredictionReader
 
 TEMPLATE = "template.html.j2"
+DATASETS = {"micro": "LAVS-synth", "refavs": "Ref-AVS Bench"}  # by profile
 
 
 def build_report(data: Path, folder: RefAvsFolder, clips: int, profile: str, config: dict[str, dict]) -> str:
@@ -34,8 +35,7 @@ def build_report(data: Path, folder: RefAvsFolder, clips: int, profile: str, con
     )
     environment.filters |= {"number": number, "yaml": _as_yaml}
     return environment.get_template(TEMPLATE).render(
-        # Only the micro profile runs on the embedded benchmark; any other names its own folder.
-        dataset="LAVS-synth" if profile == "micro" else folder.root.name,
+        dataset=DATASETS.get(profile, profile),
         profile=profile,
         metrics=metrics,
         details=details,
