@@ -1,0 +1,172 @@
+"""The `samlove` command as a user calls it: output, one-line errors, exit status 0, 1 and 2."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from samlove import doctor
+from samlove.config import SECTIONS
+
+ROOT = Path(__file__).parents[1]
+
+
+def samlove(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Runs the command on one thread: on a busy machine more only wait for one another."""
+    command = [sys.executable, "-m", "samlove.cli", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("synth") / "small"
+    done = samlove("synth", "--out", str(folder), "--seed", "3", "--scale", "small")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder with the configurations and nothing else that a profile needs."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    return tmp_path
+
+
+def select(checkout: Path, profile: str) -> None:
+    (checkout / "configs" / "profile.yaml").write_text(f"profile: {profile}\n")
+
+
+def test_help_lists_the_commands_without_loading_torch() -> None:
+    done = samlove("--help")
+    assert done.returncode == 0
+    for command in ("synth", "audit", "doctor", "bench"):
+        assert f"  {command} " in done.stdout
+    loaded = "import sys, samlove.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", loaded], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nothing",),
+        ("synth",),
+        ("synth", "--out", "x", "--seed", "y"),
+        ("synth", "--out", "x", "--seed", "1", "--scale", "huge"),
+        ("audit",),
+        ("audit", "/nowhere"),
+        ("bench", "nothing"),
+    ],
+)
+def test_wrong_requests_are_one_line_and_status_2(arguments: tuple[str, ...]) -> None:
+    done = samlove(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_synth_does_not_write_over_anything(dataset: Path) -> None:
+    done = samlove("synth", "--out", str(dataset), "--seed", "3")
+    assert done.returncode == 2
+    assert str(dataset) in done.stderr
+
+
+def test_audit_of_a_sound_folder(dataset: Path) -> None:
+    done = samlove("audit", str(dataset))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "media checked" in done.stdout
+    assert "no faults" in done.stdout
+
+
+def test_audit_fails_where_a_fault_must_not_pass(dataset: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(dataset, folder)
+    wav = next(iter(sorted((folder / "media").glob("*/audio.wav"))))
+    wav.unlink()
+    done = samlove("audit", str(folder))
+    assert done.returncode == 1
+    assert str(wav.relative_to(folder)) in done.stdout
+    assert samlove("audit", "--no-media", str(folder)).returncode == 0
+
+
+def test_audit_outside_a_checkout_takes_the_default_policies(dataset: Path, tmp_path: Path) -> None:
+    assert samlove("audit", str(dataset), cwd=tmp_path).returncode == 0
+
+
+def test_bench_ends_with_one_json_object() -> None:
+    done = samlove("bench", "metrics")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["ratio"] > 1
+    assert result["difference"] < 1e-6
+
+
+# --- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_names_what_the_paper_profile_lacks(checkout: Path) -> None:
+    select(checkout, "refavs")
+    done = samlove("doctor", cwd=checkout)
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    for what in ("dataset", "audio weights", "visual weights", "text weights", "SAM2 checkpoint"):
+        place = next(i for i, line in enumerate(lines) if line.startswith("LACKING") and what in line)
+        assert "-> " in lines[place + 1]
+
+
+def test_doctor_takes_what_is_there(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    select(checkout, "refavs")
+    for path in ("audio/vggish-10086976.pth", "visual/vit_base_patch16_224.safetensors", "sam2/sam2_hiera_large.pt"):
+        file = checkout / "weights" / "refavs" / path
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"x")
+    (checkout / "weights" / "refavs" / "text" / "distilroberta-base").mkdir(parents=True)
+    for part in ("media", "gt_mask"):
+        (checkout / "data" / "dataset" / "refavs" / part).mkdir(parents=True)
+    (checkout / "data" / "dataset" / "refavs" / "metadata.csv").write_text(
+        "vid,uid,split,fid,exp\na_0_10000,a_0_10000_dog_1,train,1,the dog\n"
+    )
+    monkeypatch.chdir(checkout)
+    lacking = {finding.what for finding in doctor.examine(doctor.read_choices()) if finding.lacking}
+    assert lacking <= {"GPU memory"}
+
+
+def test_doctor_finds_the_embedded_profile_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    findings = doctor.examine(doctor.read_choices())
+    assert not [finding for finding in findings if finding.lacking]
+    assert "dvc repro" in doctor.render(findings)
+
+
+def test_doctor_refuses_a_wrong_configuration(checkout: Path) -> None:
+    (checkout / "configs" / "micro" / "train.yaml").write_text("epochs: 0\n")
+    done = samlove("doctor", cwd=checkout)
+    assert done.returncode == 2
+    assert "train.yaml: epochs" in done.stderr
+
+
+def test_sizes_at_the_papers_scale(checkout: Path) -> None:
+    """The table of the design: per item, and in all (fp16)."""
+    select(checkout, "refavs")
+    choices = doctor.read_choices(checkout / "configs")
+    assert doctor.item_bytes(choices) == {
+        "audio": 10 * 128 * 2,
+        "visual": 10 * 197 * 768 * 2,
+        "text": 25 * 768 * 2,
+        "sam2": 2 * (256 * 64**2 + 64 * 128**2 + 32 * 256**2),
+    }
+    gigabytes = {name: round(n / 1e9, 1) for name, n in doctor.needed_bytes(choices, doctor.Counts()).items()}
+    assert gigabytes["features/visual"] == 12.1
+    assert gigabytes["features/sam2_train"] == 24.5
+    assert gigabytes["features/sam2_eval"] == 90.1
+    before_convs = choices._replace(sam2=choices.sam2.model_copy(update={"cache_point": "pre_conv"}))
+    assert doctor.item_bytes(before_convs)["sam2"] == 2 * 256 * (64**2 + 128**2 + 256**2)
+
+
+def test_choices_are_sections() -> None:
+    assert set(doctor.Choices._fields) < set(SECTIONS)
