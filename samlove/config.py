@@ -115,6 +115,7 @@ class TrainConfig(Section):
     train_prompt_encoder: bool = True
     train_mask_decoder: bool = True
     precision: Literal["float32", "bfloat16"] = "float32"
+    workers: int = Field(0, ge=0)  # processes that read samples; 0 reads between the steps
     loss: LossConfig = LossConfig()
 
 

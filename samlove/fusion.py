@@ -87,7 +87,7 @@ class Fusion(nn.Module):
         super().__init__()
         if config.dim % config.heads:
             raise RequestError(
-                f"fusion: dim {config.dim} is not a multiple of heads {config.heads}; change one in configs/*/fusion.yaml"
+                f"fusion.yaml: expected dim to be a multiple of heads, found dim {config.dim}, heads {config.heads}"
             )
         self.config = config
         D = config.dim
@@ -130,12 +130,12 @@ class Fusion(nn.Module):
 
     def _propagate(self, clip: Tensor, patches: Tensor, cls: Tensor, known: Tensor) -> Tensor:
         """[seg] through all frames. clip (B,N+1+L+1,D), patches (B,N,P,D), cls (B,N,D) -> the first [seg] (B,1,D)."""
-        B, N, P, D = patches.shape
+        B, _, P, D = patches.shape
         K = self.config.seg_tokens
         seg = self.seg.expand(B, K, D)
-        for i in range(N):
+        for i, frame in enumerate(patches.unbind(1)):
             his = cls[:, : i + 1] if self.config.accumulate_cls else cls[:, :0]
-            z = torch.cat([seg, clip, patches[:, i], his], dim=1)
+            z = torch.cat([seg, clip, frame, his], dim=1)
             mask = _attention_mask(known, before=K, after=P + his.shape[1])
             for block in self.blocks[:-1]:
                 z = block(z, mask)

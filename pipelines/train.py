@@ -1,0 +1,38 @@
+"""Stage train: packed shards -> data/model/best.safetensors, curves in data/dvclive. Takes up an interrupted run."""
+
+from pathlib import Path
+
+from samlove.checkpoint import Origin
+from samlove.config import FusionConfig, Sam2Config, TrainConfig, load
+from samlove.device import default_device
+from samlove.errors import one_line_errors
+from samlove.loader import EpochSampler, ExpressionDataset, collate
+from samlove.sam2_build import checkpoint_path
+from samlove.train import Samples, train
+from stores.fingerprint import check_fingerprint, sha256_file
+
+SHARDS = Path("data/shards")
+CHECKPOINT = Path("data/model/best.safetensors")
+LIVE = Path("data/dvclive")
+SCRATCH = Path("data/.scratch/train")
+
+
+@one_line_errors
+def main() -> None:
+    config, sam2 = load(TrainConfig), load(Sam2Config)
+    train_set, val_set = ExpressionDataset(SHARDS / "train"), ExpressionDataset(SHARDS / "val")
+    check_fingerprint(val_set.features, train_set.features, SHARDS / "val", "dvc repro pack")
+    origin = Origin(
+        fusion=load(FusionConfig),
+        train=config,
+        sam2=sam2,
+        sam2_sha256=sha256_file(checkpoint_path(sam2.checkpoint)),
+        dims=train_set.dims,
+        features=train_set.features,
+    )
+    samples = Samples(train_set, val_set, collate, lambda epoch: EpochSampler(len(train_set), config.seed, epoch))
+    train(origin, samples, default_device(), CHECKPOINT, LIVE, SCRATCH)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from samlove.checkpoint import Header, load_model, read_header, read_tensors, save_checkpoint, write_tensors
+from samlove.errors import RequestError, SamloveError
+from tests.tiny_training import Items, collate, origin, write_sam2
+
+
+@pytest.fixture
+def made(tmp_path):
+    """(model, header, checkpoint): trained parts moved away from where they started."""
+    start = origin(write_sam2(tmp_path / "sam2.safetensors"), fusion={"seg_tokens": 2})
+    model = start.build().eval()
+    model.sam2.set_trainable(prompt_encoder=True, mask_decoder=True)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    header = Header(**dict(start), epoch=3, validation={"J": 50.0, "F": 60.0, "J&F": 55.0})
+    path = tmp_path / "model" / "best.safetensors"
+    save_checkpoint(path, model, header)
+    return model, header, path
+
+
+def test_a_loaded_model_answers_as_the_saved_one(made):
+    model, header, path = made
+    batch = collate([Items(2, seed=0)[i] for i in range(2)])
+    loaded = load_model(path)
+    for found, expected in zip(loaded(batch), model(batch), strict=True):
+        assert torch.equal(found, expected)
+    assert not loaded.training
+    assert read_header(path) == header
+
+
+def test_only_what_was_trained_is_in_it(made):
+    model, _, path = made
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert set(load_file(path)) == trained
+    assert not any("memory" in name for name in trained)
+
+
+def test_another_sam2_is_refused(made):
+    _, header, path = made
+    write_sam2(path.parents[1] / "sam2.safetensors", seed=7)
+    with pytest.raises(SamloveError, match=f"expected the SAM2 that .*best.safetensors .*{header.sam2_sha256}.*found"):
+        load_model(path)
+
+
+def test_a_missing_sam2_is_named(made):
+    (made[2].parents[1] / "sam2.safetensors").unlink()
+    with pytest.raises(RequestError, match=r"sam2\.safetensors: no such file"):
+        load_model(made[2])
+
+
+def test_files_that_are_no_checkpoint_are_refused(made, tmp_path):
+    _, _, path = made
+    with pytest.raises(RequestError, match="no such file; make it with: dvc repro train"):
+        load_model(tmp_path / "none.safetensors")
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(SamloveError, match="not a whole safetensors file"):
+        load_model(torn)
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(SamloveError, match="without its header"):
+        load_model(tmp_path / "foreign.safetensors")
+
+
+def test_tensors_that_do_not_fit_are_named(made):
+    _, header, path = made
+    tensors, text = read_tensors(path)
+    del tensors["fusion.aud"]
+    tensors["fusion.seg"] = torch.zeros(1, 16)
+    write_tensors(path, tensors, text)
+    with pytest.raises(SamloveError, match=r"missing fusion.aud; fusion.seg is \(1, 16\), expected \(2, 16\)"):
+        load_model(path)
+
+
+def test_a_header_of_another_schema_is_refused(made):
+    _, header, path = made
+    tensors, text = read_tensors(path)
+    write_tensors(path, tensors, text.replace('"epoch"', '"when"'))
+    with pytest.raises(SamloveError, match="expected a header of schema 1"):
+        read_header(path)
+
+
+def test_a_failed_write_leaves_the_file_that_was_there(made):
+    _, _, path = made
+    before = path.read_bytes()
+    with pytest.raises(Exception, match="."):
+        write_tensors(path, {"a": torch.zeros(2), "b": torch.zeros(2).to("meta")}, "header")
+    assert path.read_bytes() == before

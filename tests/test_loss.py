@@ -1,0 +1,60 @@
+import math
+
+import pytest
+import torch
+
+from samlove.config import LossConfig
+from samlove.loss import mask_loss, upsample
+
+
+def test_it_is_bce_plus_dice_by_hand():
+    logits = torch.tensor([[[0.0, math.log(3)], [-math.log(3), 0.0]]])  # probabilities 1/2, 3/4, 1/4, 1/2
+    mask = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
+    losses = mask_loss(logits, torch.zeros(1), mask, LossConfig(bce=2.0, dice=3.0, object_score=4.0))
+    bce = -(math.log(1 / 2) + math.log(3 / 4) + math.log(3 / 4) + math.log(1 / 2)) / 4
+    dice = 1 - (2 * 1.25 + 1) / (2 + 2 + 1)
+    torch.testing.assert_close(losses.bce, torch.tensor([bce]))
+    torch.testing.assert_close(losses.dice, torch.tensor([dice]))
+    torch.testing.assert_close(losses.object_score, torch.tensor([math.log(2)]))
+    torch.testing.assert_close(losses.total, torch.tensor([2 * bce + 3 * dice + 4 * math.log(2)]))
+
+
+def test_one_value_a_sample_whatever_the_company():
+    torch.manual_seed(0)
+    logits, score = torch.randn(3, 8, 8), torch.randn(3)
+    mask = (torch.rand(3, 32, 32) > 0.5).float()
+    together = mask_loss(logits, score, mask, LossConfig()).total
+    alone = torch.cat(
+        [mask_loss(logits[b : b + 1], score[b : b + 1], mask[b : b + 1], LossConfig()).total for b in range(3)]
+    )
+    torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize("full", [0.0, 1.0])
+def test_a_right_answer_costs_nothing_also_on_empty_and_full_masks(full):
+    mask = torch.full((1, 16, 16), full)
+    sure = torch.full((1, 4, 4), 40.0 if full else -40.0)
+    config = LossConfig(object_score=1.0)
+    right = mask_loss(sure, sure[:, 0, 0], mask, config).total
+    wrong = mask_loss(-sure, -sure[:, 0, 0], mask, config).total
+    assert right.item() < 1e-6 and wrong.item() > 1
+
+
+def test_the_object_score_learns_only_where_it_is_asked_to():
+    logits, mask = torch.randn(2, 8, 8), torch.zeros(2, 16, 16)
+    for weight in (0.0, 0.5):
+        score = torch.zeros(2, requires_grad=True)
+        mask_loss(logits, score, mask, LossConfig(object_score=weight)).total.sum().backward()
+        torch.testing.assert_close(score.grad, torch.full((2,), 0.5 * weight))  # an empty mask pulls it down
+
+
+def test_half_precision_logits_are_scored_in_float32():
+    logits = torch.randn(2, 8, 8)
+    losses = mask_loss(logits.bfloat16(), torch.zeros(2).bfloat16(), torch.ones(2, 16, 16), LossConfig())
+    assert all(loss.dtype == torch.float32 for loss in losses)
+
+
+def test_upsampling_is_sam2s():
+    logits = torch.randn(2, 8, 8)
+    expected = torch.nn.functional.interpolate(logits[:, None], (32, 32), mode="bilinear", align_corners=False)[:, 0]
+    assert torch.equal(upsample(logits, 32), expected)

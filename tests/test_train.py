@@ -1,0 +1,180 @@
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from dvclive import Live
+
+from samlove.checkpoint import load_model, read_header, read_tensors
+from samlove.errors import RequestError, SamloveError
+from samlove.train import Trainer, train, warmup_decay
+from tests.tiny_training import Items, origin, samples, write_sam2
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def sam2(tmp_path) -> Path:
+    return write_sam2(tmp_path / "sam2.safetensors")
+
+
+class KillingItems(Items):
+    """Asks the process to end when an item is read for the n-th time."""
+
+    def __init__(self, count: int, seed: int, reads: int, number: int = signal.SIGTERM):
+        super().__init__(count, seed)
+        self.reads, self.number = reads, number
+
+    def __getitem__(self, index: int) -> dict:
+        self.reads -= 1
+        if self.reads == 0:
+            os.kill(os.getpid(), self.number)
+        return super().__getitem__(index)
+
+
+def new_trainer(start, scratch: Path, data=None) -> Trainer:
+    torch.manual_seed(start.train.seed)
+    return Trainer(start.build(), start, data or samples(), CPU, scratch)
+
+
+def live(folder: Path) -> Live:
+    return Live(str(folder), save_dvc_exp=False, dvcyaml=None)
+
+
+def test_warmup_then_linear_decay_to_zero():
+    shares = [warmup_decay(step, total=10, warmup=4) for step in range(11)]
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0])
+    assert warmup_decay(0, total=3, warmup=0) == 1
+
+
+def test_it_learns_and_publishes_what_it_learned(sam2, tmp_path):
+    start = origin(sam2, epochs=40, batch_size=10, accumulate=1, lr=3e-3, warmup_steps=10, clip_norm=1.0)
+    checkpoint = tmp_path / "model" / "best.safetensors"
+    train(start, samples(), CPU, checkpoint, tmp_path / "dvclive", tmp_path / "scratch")
+    header = read_header(checkpoint)
+    assert header.validation["J&F"] > 65  # knowing the halves but not which: 53
+    metrics = json.loads((tmp_path / "dvclive" / "metrics.json").read_text())
+    assert set(metrics["train"]) == {"loss", "bce", "dice"} and set(metrics["val"]) == {"J", "F", "J&F"}
+    curve = (tmp_path / "dvclive" / "plots" / "metrics" / "val" / "J&F.tsv").read_text().splitlines()
+    assert len(curve) == 1 + 40
+    best = max(float(line.split("\t")[1]) for line in curve[1:])
+    assert header.validation["J&F"] == pytest.approx(best)
+    assert not any((tmp_path / "scratch").iterdir())
+    again = new_trainer(start, tmp_path / "scratch")
+    again.model.load_state_dict(load_model(checkpoint).state_dict())
+    assert again.validate() == pytest.approx(header.validation)
+
+
+@pytest.mark.parametrize(
+    ("split", "reads"), [("train", 2), ("train", 7), ("train", 16), ("val", 3)], ids=["step1", "step2", "epoch2", "val"]
+)
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(sam2, tmp_path, split, reads):
+    start = origin(sam2, clip_norm=1.0)
+    whole = new_trainer(start, tmp_path / "whole")
+    whole.run(live(tmp_path / "live_whole"))
+
+    items = {"train": Items(10, seed=1), "val": Items(4, seed=2)}
+    items[split] = KillingItems(items[split].count, items[split].seed, reads)
+    with pytest.raises(KeyboardInterrupt):
+        new_trainer(start, tmp_path / "parts", samples(**items)).run(live(tmp_path / "live_parts"))
+    rest = new_trainer(start, tmp_path / "parts")
+    assert rest.progress.consumed > 0 and rest.progress != whole.progress
+    rest.run(live(tmp_path / "live_parts"))
+
+    assert rest.progress == whole.progress
+    for name in ("state.safetensors", "best.safetensors"):
+        expected, header = read_tensors(whole.folder / name)
+        found, found_header = read_tensors(rest.folder / name)
+        assert found_header == header
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert any(key.startswith("exp_avg_sq/") for key in read_tensors(whole.state_file)[0])
+    logged = [(tmp_path / name / "metrics.json").read_bytes() for name in ("live_whole", "live_parts")]
+    assert logged[0] == logged[1]
+
+
+def test_interrupt_handlers_are_put_back(sam2, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    data = samples(KillingItems(10, seed=1, reads=1, number=signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        new_trainer(origin(sam2), tmp_path / "scratch", data).run(live(tmp_path / "live"))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_of_other_values_is_not_gone_on_with(sam2, tmp_path):
+    data = samples(KillingItems(10, seed=1, reads=2))
+    with pytest.raises(KeyboardInterrupt):
+        new_trainer(origin(sam2), tmp_path, data).run(live(tmp_path / "live"))
+    assert new_trainer(origin(sam2), tmp_path).progress.consumed == 6
+    assert new_trainer(origin(sam2, lr=2e-3), tmp_path).progress.consumed == 0
+    assert new_trainer(origin(sam2, workers=1), tmp_path).progress.consumed == 6  # reads the same samples
+
+
+def test_accumulated_batches_are_one_large_batch(sam2, tmp_path):
+    ends = []
+    for choices in ({"batch_size": 6, "accumulate": 1}, {"batch_size": 3, "accumulate": 2}):
+        trainer = new_trainer(origin(sam2, epochs=1, lr=1e-4, **choices), tmp_path)
+        trainer.run(live(tmp_path / "live"))
+        ends.append({name: parameter.detach() for name, parameter in trainer.parameters.items()})
+        assert trainer.progress.step == 2  # 10 samples: 6 and 4
+    for name, expected in ends[0].items():
+        # Adam's first steps are as long for the smallest gradient as for the largest, so a few values may differ.
+        assert torch.isclose(ends[1][name], expected, atol=1e-5).float().mean() > 0.95, name
+
+
+@pytest.mark.parametrize("prompt_encoder", [True, False])
+@pytest.mark.parametrize("mask_decoder", [True, False])
+def test_only_the_chosen_parts_move(sam2, tmp_path, prompt_encoder, mask_decoder):
+    start = origin(sam2, epochs=1, train_prompt_encoder=prompt_encoder, train_mask_decoder=mask_decoder)
+    trainer = new_trainer(start, tmp_path)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.run(live(tmp_path / "live"))
+    moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert any(name.startswith("fusion.") for name in moved)
+    assert any(name.startswith("sam2.sam_prompt_encoder.") for name in moved) == prompt_encoder
+    assert any(name.startswith("sam2.sam_mask_decoder.") for name in moved) == mask_decoder
+    rest = {name for name in moved if not name.startswith(("fusion.", "sam2.sam_prompt_", "sam2.sam_mask_decoder."))}
+    assert not rest
+
+
+def test_no_trained_parameter_is_without_a_gradient(sam2, tmp_path):
+    trainer = new_trainer(origin(sam2, epochs=1), tmp_path)
+    trainer.run(live(tmp_path / "live"))
+    assert [name for name, parameter in trainer.parameters.items() if parameter not in trainer.optimizer.state] == []
+
+
+def test_a_loss_that_is_not_finite_names_its_rows_and_stops(sam2, tmp_path):
+    class BrokenItems(Items):
+        def __getitem__(self, index: int) -> dict:
+            item = super().__getitem__(index)
+            if index == 4:
+                item["visual"][0, 1] = float("nan")
+            return item
+
+    trainer = new_trainer(origin(sam2), tmp_path, samples(BrokenItems(10, seed=1)))
+    with pytest.raises(SamloveError, match="not finite for 1 of . rows: row4;"):
+        trainer.run(live(tmp_path / "live"))
+    assert all(parameter.isfinite().all() for parameter in trainer.parameters.values())
+
+
+def test_bfloat16_trains_in_full_precision_weights(sam2, tmp_path):
+    trainer = new_trainer(origin(sam2, epochs=1, precision="bfloat16"), tmp_path)
+    trainer.run(live(tmp_path / "live"))
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.parameters.values())
+    assert trainer.progress.history[0]["train/loss"] > 0
+
+
+def test_reading_by_workers_changes_nothing(sam2, tmp_path):
+    losses = []
+    for workers in (0, 1):
+        trainer = new_trainer(origin(sam2, epochs=1, workers=workers), tmp_path / str(workers))
+        trainer.run(live(tmp_path / "live"))
+        losses.append(trainer.progress.history)
+    assert losses[0] == losses[1]
+
+
+def test_a_split_without_samples_is_refused(sam2, tmp_path):
+    with pytest.raises(RequestError, match="the val shards hold no expression"):
+        train(origin(sam2), samples(val=Items(0, seed=1)), CPU, tmp_path / "best", tmp_path / "live", tmp_path)
