@@ -27,30 +27,15 @@ def resolve_file(weights: str, what: str, remedy: str, hub_file: str | None = No
             raise RequestError(f"{weights}: {what} is not on the hub; {remedy}")
         from huggingface_hub import hf_hub_download
 
-        return Path(_from_hub(weights, what, remedy, lambda name: hf_hub_download(name, hub_file)))
+        return Path(from_hub(weights, what, remedy, lambda name: hf_hub_download(name, hub_file)))
     path = Path(weights)
     if not path.is_file():
         raise RequestError(f"{path}: no such file; expected {what}; {remedy}")
     return path
 
 
-def resolve_folder(weights: str, what: str, remedy: str) -> Path:
-    """The local folder, in the transformers format, that `weights` names; for "hub:NAME" a snapshot of it.
-
-    Raises RequestError, saying what the folder is and how to get it, where there is none.
-    """
-    if weights.startswith(HUB):
-        from huggingface_hub import snapshot_download
-
-        wanted = ["*.json", "*.txt", "model.safetensors", "pytorch_model.bin"]
-        return Path(_from_hub(weights, what, remedy, lambda name: snapshot_download(name, allow_patterns=wanted)))
-    folder = Path(weights)
-    if not (folder / "config.json").is_file():
-        raise RequestError(f"{folder}: no such folder with a config.json; expected {what}; {remedy}")
-    return folder
-
-
-def _from_hub(weights: str, what: str, remedy: str, download: Callable[[str], str]) -> str:
+def from_hub(weights: str, what: str, remedy: str, download: Callable[[str], str]) -> str:
+    """What `download` gives for the NAME of "hub:NAME"; RequestError where it cannot be fetched."""
     try:
         return download(weights.removeprefix(HUB))
     except (OSError, ValueError) as error:  # huggingface_hub's errors are one or the other
