@@ -100,7 +100,7 @@ class FeatureStore:
     def _arrays(self, shard: str) -> dict[str, zarr.Array]:
         if shard not in self._groups:
             group = zarr.open_group(self.path / shard, mode="r")
-            self._groups[shard] = {name: _array(group, name) for name in self.manifest["arrays"]}
+            self._groups[shard] = {name: _array(group, name, self.path / shard) for name in self.manifest["arrays"]}
         return self._groups[shard]
 
     def read(self, key: str, rows: slice | None = None) -> Arrays:
@@ -120,10 +120,13 @@ class FeatureStore:
             raise SamloveError(f"{self.path / shard}: {key!r} cannot be read ({reason}); remake the store") from error
 
 
-def _array(group: zarr.Group, name: str) -> zarr.Array:
+def _array(group: zarr.Group, name: str, shard: Path) -> zarr.Array:
     array = group[name]
     if not isinstance(array, zarr.Array):
         raise ValueError(f"{name} is not an array")
+    data = shard / name / array.metadata.encode_chunk_key((0,) * array.ndim)
+    if not data.is_file():  # zarr would read zeros
+        raise FileNotFoundError(f"{data} is missing")
     return array
 
 

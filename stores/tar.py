@@ -52,7 +52,7 @@ def scan_tar(path: Path) -> list[dict[str, Any]]:
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - BLOCK))
-        if size < 2 * BLOCK or any(file.read()):
+        if size < 2 * BLOCK or size % BLOCK or any(file.read()):
             raise SamloveError(f"{path}: torn: a tar ends in two empty blocks, this one of {size} bytes does not")
         file.seek(0)
         try:

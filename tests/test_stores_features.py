@@ -1,0 +1,235 @@
+"""The Zarr feature store: dtypes, partial reads, progress, the failure ledger, kills and damage."""
+
+import json
+import multiprocessing
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from samlove.errors import RequestError, SamloveError
+from stores import Failure, FeatureStore, FeatureStoreWriter
+from tests.test_stores_contract import tree
+
+KEYS = [f"media_{i}" for i in range(5)]
+
+
+def make_item(key: str) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(KEYS.index(key))
+    return {
+        "embed": rng.standard_normal((10, 3, 4, 4)).astype(np.float16),
+        "audio": rng.standard_normal((10, 6)).astype(np.float32),
+        "audio_valid": rng.random(10) > 0.5,
+    }
+
+
+def make_writer(root: Path, fingerprint: dict | None = None, **changes) -> FeatureStoreWriter:
+    values = {"keys": KEYS, "shard_size": 2, **changes}
+    return FeatureStoreWriter(root / "store", root / "scratch", fingerprint or {"encoder": "a"}, **values)
+
+
+def fill(writer: FeatureStoreWriter) -> FeatureStore:
+    for number, keys in writer.todo():
+        writer.write_shard(number, {key: make_item(key) for key in keys})
+    writer.publish()
+    return FeatureStore.open(writer.path)
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 1, 3, 10, 99])
+def test_round_trip_and_partial_reads(tmp_path, chunk_rows):
+    store = fill(make_writer(tmp_path, chunk_rows=chunk_rows))
+    assert store.manifest["arrays"]["embed"] == {"shape": [10, 3, 4, 4], "dtype": "float16"}
+    assert store.manifest["fingerprint"] == {"encoder": "a"}
+    assert "media_3" in store and "media_9" not in store
+    for key in KEYS:
+        for rows in (None, slice(0, 1), slice(4, 9), slice(None)):
+            found = store.read(key, rows)
+            for name, value in make_item(key).items():
+                assert found[name].dtype == value.dtype
+                np.testing.assert_array_equal(found[name], value if rows is None else value[rows])
+
+
+def test_one_file_a_feature_and_shard(tmp_path):
+    store = fill(make_writer(tmp_path, chunk_rows=1))
+    data = [p for p in store.path.rglob("*") if p.is_file() and p.name not in ("zarr.json", "manifest.json")]
+    assert len(data) == 3 * 3 + 1  # three shards of three features, and the ledger
+
+
+def test_a_scalar_feature(tmp_path):
+    writer = make_writer(tmp_path)
+    for number, keys in writer.todo():
+        writer.write_shard(number, {key: {"x": np.array(KEYS.index(key), np.int64)} for key in keys})
+    writer.publish()
+    assert FeatureStore.open(writer.path).read("media_4")["x"] == 4
+
+
+def test_a_flipped_bit_is_found_and_hurts_its_own_frame_only(tmp_path):
+    store = fill(make_writer(tmp_path, chunk_rows=1))
+    path = next((store.path / "shard-00001.zarr" / "embed" / "c").rglob("0/0"))
+    path = path if path.is_file() else next(p for p in path.rglob("*") if p.is_file())
+    data = bytearray(path.read_bytes())
+    frame = make_item("media_2")["embed"][7].tobytes()
+    data[bytes(data).index(frame) + 5] ^= 4
+    path.write_bytes(data)
+    store = FeatureStore.open(store.path)
+    np.testing.assert_array_equal(store.read("media_2", slice(0, 7))["embed"], make_item("media_2")["embed"][:7])
+    with pytest.raises(SamloveError, match=r"shard-00001.*media_2"):
+        store.read("media_2", slice(7, 8))
+    with pytest.raises(SamloveError, match="media_2"):
+        store.read("media_2")
+
+
+def test_a_missing_data_file_is_no_zeros(tmp_path):
+    store = fill(make_writer(tmp_path))
+    for path in (store.path / "shard-00000.zarr" / "audio" / "c").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    with pytest.raises(SamloveError, match="media_0"):
+        FeatureStore.open(store.path).read("media_0")
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    store = fill(make_writer(tmp_path))
+    (store.path / "shard-00001.zarr").rename(tmp_path / "away")
+    with pytest.raises(SamloveError, match="shard-00001.zarr"):
+        FeatureStore.open(store.path)
+
+
+def test_progress_is_kept_by_fingerprint_and_plan(tmp_path):
+    writer = make_writer(tmp_path)
+    assert [number for number, _ in writer.todo()] == [0, 1, 2]
+    writer.write_shard(1, {key: make_item(key) for key in KEYS[2:4]})
+    assert [number for number, _ in make_writer(tmp_path).todo()] == [0, 2]
+    assert len(make_writer(tmp_path, {"encoder": "b"}).todo()) == 3
+    assert len(make_writer(tmp_path, keys=[*KEYS[1:], "new"]).todo()) == 3
+    assert len(make_writer(tmp_path, chunk_rows=1).todo()) == 3
+    assert [number for number, _ in make_writer(tmp_path, keys=[*KEYS, "new"]).todo()] == [0, 2]
+
+
+def test_failures_are_rows_and_are_tried_again(tmp_path):
+    writer = make_writer(tmp_path)
+    for number, keys in writer.todo():
+        writer.write_shard(number, {key: make_item(key) for key in keys if key not in ("media_1", "media_4")})
+    assert [number for number, _ in writer.todo()] == [0, 2]  # shard 2 held only media_4
+    failures = [Failure("media_1", "sam2", "torn, frame 3"), Failure("media_4", "sam2", "no\nfile")]
+    with pytest.raises(SamloveError, match=r"lacks 1 items.*media_4"):
+        writer.publish(failures[:1])
+    writer.publish(failures)
+    store = FeatureStore.open(writer.path)
+    assert store.keys() == ["media_0", "media_2", "media_3"]
+    assert store.failures == failures
+    with pytest.raises(SamloveError, match="sam2 failed: torn, frame 3"):
+        store.read("media_1")
+    with pytest.raises(SamloveError, match="not among its keys"):
+        store.read("media_9")
+
+
+def test_all_failed(tmp_path):
+    writer = make_writer(tmp_path)
+    for number, _ in writer.todo():
+        writer.write_shard(number, {})
+    writer.publish([Failure(key, "audio", "silent") for key in KEYS])
+    store = FeatureStore.open(writer.path)
+    assert len(store) == 0 and len(store.failures) == 5 and store.manifest["shards"] == []
+
+
+def test_an_unwritten_shard_is_not_published(tmp_path):
+    writer = make_writer(tmp_path)
+    writer.write_shard(0, {key: make_item(key) for key in KEYS[:2]})
+    with pytest.raises(SamloveError, match="shard 1 lacks 2 items"):
+        writer.publish()
+    assert not writer.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"embed": np.full((10, 3, 4, 4), np.inf, np.float16)}, "media_1.*embed.*infinity"),
+        ({"audio": np.full((10, 6), np.nan, np.float32)}, "media_1.*audio.*NaN"),
+        ({"audio": np.zeros((9, 6), np.float32)}, "media_1.*expected arrays"),
+        ({"audio": np.zeros((10, 6))}, "media_1.*expected arrays"),
+        ({"extra": np.zeros(3, np.float32)}, "media_1.*expected arrays"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_named(tmp_path, change, match):
+    writer = make_writer(tmp_path)
+    with pytest.raises(SamloveError, match=match):
+        writer.write_shard(0, {"media_0": make_item("media_0"), "media_1": {**make_item("media_1"), **change}})
+    assert len(writer.todo()) == 3
+
+
+@pytest.mark.parametrize("value", [np.array(["a"]), np.array([None]), np.zeros((0, 3), np.float32), np.zeros(2)])
+def test_other_dtypes_and_empty_arrays_are_refused(tmp_path, value):
+    with pytest.raises(SamloveError, match="expected a non-empty array"):
+        make_writer(tmp_path).write_shard(0, {"media_0": {"x": value}})
+
+
+def test_shards_of_other_shapes_are_not_published_together(tmp_path):
+    writer = make_writer(tmp_path, keys=KEYS[:4])
+    writer.write_shard(0, {key: make_item(key) for key in KEYS[:2]})
+    writer.write_shard(1, {key: {"x": np.zeros(3, np.float32)} for key in KEYS[2:4]})
+    with pytest.raises(SamloveError, match="shard 1 holds"):
+        writer.publish()
+
+
+def test_foreign_keys_and_bad_sizes_are_refused(tmp_path):
+    with pytest.raises(SamloveError, match="no place"):
+        make_writer(tmp_path).write_shard(0, {"media_4": make_item("media_4")})
+    with pytest.raises(RequestError, match="at least 1"):
+        make_writer(tmp_path, shard_size=0)
+
+
+def test_a_manifest_that_contradicts_its_shards_is_refused(tmp_path):
+    store = fill(make_writer(tmp_path))
+    path = store.path / "manifest.json"
+    path.write_text(json.dumps({**store.manifest, "keys": 7}))
+    with pytest.raises(SamloveError, match="expected 7 keys"):
+        FeatureStore.open(store.path)
+    path.write_text(json.dumps({**store.manifest, "schema": 99}))
+    with pytest.raises(SamloveError, match="expected schema 1, found 99"):
+        FeatureStore.open(store.path)
+
+
+def test_plain_zarr_reads_it(tmp_path):
+    store = fill(make_writer(tmp_path, chunk_rows=1))
+    group = zarr.open_group(store.path / "shard-00000.zarr", mode="r")
+    np.testing.assert_array_equal(group["embed"][1], make_item("media_1")["embed"])
+    assert group.attrs["keys"] == KEYS[:2]
+
+
+def _run(root: Path, computes: multiprocessing.Queue) -> None:
+    writer = make_writer(root)
+    for number, keys in writer.todo():
+        computes.put(number)
+        writer.write_shard(number, {key: make_item(key) for key in keys})
+    writer.publish()
+
+
+def test_killed_runs_resume_to_the_same_bytes(tmp_path):
+    (tmp_path / "whole").mkdir()
+    started = time.monotonic()
+    expected = tree(fill(make_writer(tmp_path / "whole")).path)
+    duration = time.monotonic() - started
+    context = multiprocessing.get_context("fork")
+    computes = context.SimpleQueue()
+    kills = 0
+    for attempt in range(100):
+        process = context.Process(target=_run, args=(tmp_path / "killed", computes))
+        process.start()
+        process.join((attempt + 1) / 12 * duration if attempt < 10 else 60)  # later and later in the work
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        if process.exitcode == 0:
+            break
+    assert process.exitcode == 0 and kills > 0
+    assert tree(tmp_path / "killed" / "store") == expected
+    assert not any(p.is_file() for p in (tmp_path / "killed" / "scratch").rglob("*"))
+    count = 0
+    while not computes.empty():
+        computes.get()
+        count += 1
+    assert count <= 3 + kills  # a kill costs the shard that it hit, no other

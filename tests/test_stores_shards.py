@@ -1,0 +1,272 @@
+"""Tar shards: webdataset both ways, views without a copy, and everything that a reader must refuse."""
+
+import io
+import json
+import mmap
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from samlove.errors import SamloveError
+from stores import ShardReader, ShardWriter
+from stores.shards import build_index
+
+SAMPLES = {
+    "--clip.1": {
+        "embed": np.arange(96, dtype=np.float16).reshape(2, 6, 8),
+        "mask": np.array([True, False]),
+        "rows": [{"row_id": "ü", "text": 0}],
+    },
+    "a long, long sentence; with marks. " * 9: {"embed": np.zeros((1, 2, 3), np.float16), "rows": {}},
+    "_c": {"none": np.zeros((0, 3), np.uint8), "one": np.array(5, np.int64), "text": "plain"},
+}
+
+
+def write(root: Path, samples: dict, per_shard: int = 2) -> ShardReader:
+    with ShardWriter(root, per_shard, {"made": "here"}) as writer:
+        for key, sample in samples.items():
+            writer.write(key, sample)
+    return ShardReader(root)
+
+
+def assert_sample(found: dict, key: str, sample: dict) -> None:
+    assert found["__key__"] == key and list(found) == ["__key__", *sample]
+    for name, value in sample.items():
+        if isinstance(value, np.ndarray):
+            assert found[name].dtype == value.dtype and found[name].shape == value.shape
+            np.testing.assert_array_equal(found[name], value)
+        else:
+            assert found[name] == value
+
+
+def make_tar(root: Path, members: list[tuple[str, bytes]], **changes) -> None:
+    root.mkdir(exist_ok=True)
+    with tarfile.open(root / "made.tar", "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            for field, value in changes.items():
+                setattr(info, field, value)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def npy(value: np.ndarray, allow_pickle: bool = False) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, value, allow_pickle=allow_pickle)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_round_trip_with_and_without_index(tmp_path, with_index):
+    reader = write(tmp_path / "s", SAMPLES)
+    assert reader.manifest["fingerprint"] == {"made": "here"} and reader.manifest["keys"] == 3
+    if not with_index:
+        (tmp_path / "s" / "index.json").unlink()
+    before = sorted(p.name for p in (tmp_path / "s").iterdir())
+    reader = ShardReader(tmp_path / "s")
+    assert len(reader) == 3
+    for i, (key, sample) in enumerate(SAMPLES.items()):
+        assert_sample(reader[i], key, sample)
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == before  # a published folder is not added to
+    with pytest.raises(IndexError):
+        reader[3]
+
+
+def test_the_index_on_disk_is_the_rebuilt_one(tmp_path):
+    write(tmp_path / "s", SAMPLES)
+    assert json.loads((tmp_path / "s" / "index.json").read_text()) == build_index(tmp_path / "s")
+
+
+def test_arrays_are_aligned_read_only_views_of_the_file(tmp_path):
+    reader = write(tmp_path / "s", SAMPLES)
+    array = reader[0]["embed"]
+    base = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    assert isinstance(base, mmap.mmap)
+    assert array.ctypes.data % 64 == 0
+    with pytest.raises(ValueError, match="read-only"):
+        array[0] = 1
+
+
+dtypes = st.one_of(hnp.boolean_dtypes(), hnp.integer_dtypes(), hnp.unsigned_integer_dtypes(), hnp.floating_dtypes())
+arrays = hnp.arrays(dtypes, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sample=st.dictionaries(st.from_regex(r"[a-z0-9][a-z0-9_]{0,9}", fullmatch=True), arrays, min_size=1, max_size=4))
+def test_any_array_comes_back(tmp_path, sample):
+    reader = write(tmp_path / "s", {"k": sample})
+    assert list(reader[0]) == ["__key__", *sample]
+    for name, value in sample.items():
+        assert reader[0][name].dtype == value.dtype
+        np.testing.assert_array_equal(reader[0][name], value)
+
+
+def test_views_other_than_contiguous_ones(tmp_path):
+    value = np.arange(24.0).reshape(2, 3, 4)
+    reader = write(tmp_path / "s", {"k": {"f": np.asfortranarray(value), "t": value.transpose(2, 0, 1)[::-1]}})
+    np.testing.assert_array_equal(reader[0]["f"], value)
+    np.testing.assert_array_equal(reader[0]["t"], value.transpose(2, 0, 1)[::-1])
+
+
+def test_webdataset_reads_what_shard_writer_wrote(tmp_path):
+    write(tmp_path / "s", SAMPLES)
+    tars = sorted(str(p) for p in (tmp_path / "s").glob("*.tar"))
+    found = list(webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).decode())
+    assert len(found) == 3
+    for sample, (key, expected) in zip(found, SAMPLES.items(), strict=True):
+        assert "." not in sample["__key__"] and webdataset_key(sample["__key__"]) == key
+        for name, value in expected.items():
+            if isinstance(value, np.ndarray):
+                np.testing.assert_array_equal(sample[f"{name}.npy"], value)
+            else:
+                assert sample[f"{name}.json"] == value
+
+
+def webdataset_key(key: str) -> str:
+    from urllib.parse import unquote
+
+    return unquote(key)
+
+
+def test_reads_what_webdataset_wrote(tmp_path):
+    samples = {
+        "folder/50%2E-a": {"x": np.arange(12, dtype=np.float32).reshape(3, 4), "rows": [1, "ü"]},
+        "b": {"x": np.asfortranarray(np.arange(6.0).reshape(2, 3))},
+    }
+    with webdataset.TarWriter(str(tmp_path / "0.tar")) as writer:
+        for key, sample in samples.items():
+            encoded = {f"{n}.{'npy' if isinstance(v, np.ndarray) else 'json'}": v for n, v in sample.items()}
+            writer.write({"__key__": key, **encoded})
+    with webdataset.TarWriter(str(tmp_path / "1.tar")) as writer:
+        writer.write({"__key__": "c", "npy": np.ones(3, np.uint8), "json": {"a": 1}})
+    reader = ShardReader(tmp_path)
+    assert reader.manifest == {} and reader.keys() == ["folder/50%2E-a", "b", "c"]
+    for i, sample in enumerate(samples.values()):
+        for name, value in sample.items():
+            np.testing.assert_array_equal(reader[i][name], value)
+    assert reader[2]["npy"].tolist() == [1, 1, 1] and reader[2]["json"] == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("members", "match"),
+    [
+        ([("a.x.pkl", pickle.dumps(1))], "pickles never"),
+        ([("a.x.pth", b"x")], "pickles never"),
+        ([("a.x.npz", b"x")], "pickles never"),
+        ([("a.x.npy", npy(np.array([{}]), allow_pickle=True))], "dtype"),
+        ([("a.x.npy", npy(np.array([(1, 2.0)], "i4,f8")))], "dtype"),
+        ([("a.x.npy", npy(np.array(["text"])))], "dtype"),
+        ([("a.x.npy", b"\x93NUMPY\x01\x00")], "not an npy array"),
+        ([("a.x.npy", b"no array at all")], "not an npy array"),
+        ([("a.x.npy", npy(np.zeros(9)) + b"more")], "expected 200 bytes by its header, found 204"),
+        ([("a.x.npy", npy(np.zeros(9))[:-8])], "expected an array within"),
+        ([("a.x.npy", npy(np.zeros(9)).replace(b"(9,)", b"(-9,)").replace(b" \n", b"\n", 1))], "expected an array"),
+        ([("a.x.npy", npy(np.zeros(9)).replace(b"(9,), }       ", b"(99999999999,)}"))], "expected an array within"),
+        ([("/etc/a.x.npy", npy(np.zeros(1)))], "inside the folder"),
+        ([("../a.x.npy", npy(np.zeros(1)))], "inside the folder"),
+        ([("b/../../a.x.npy", npy(np.zeros(1)))], "inside the folder"),
+        ([("README", b"text")], "expected KEY.NAME"),
+        ([("a.x.json", b"1"), ("b.x.json", b"1"), ("a.y.json", b"1")], "do not lie together"),
+        ([("a.x.json", b"1"), ("a.x.json", b"1")], "is there twice"),
+    ],
+)
+def test_what_must_not_be_read_is_refused_and_named(tmp_path, members, match):
+    make_tar(tmp_path / "s", members)
+    with pytest.raises(SamloveError, match=match) as error:
+        ShardReader(tmp_path / "s")
+    assert "made.tar" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE])
+def test_members_that_are_no_files_are_refused(tmp_path, kind):
+    make_tar(tmp_path / "s", [("a.x.npy", b"")], type=kind, linkname="/etc/passwd")
+    with pytest.raises(SamloveError, match="expected a plain file"):
+        ShardReader(tmp_path / "s")
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+@pytest.mark.parametrize("size", [0, 100, 512, 1536, 5000])
+def test_a_torn_shard_is_named(tmp_path, with_index, size):
+    write(tmp_path / "s", SAMPLES)
+    if not with_index:
+        (tmp_path / "s" / "index.json").unlink()
+    path = tmp_path / "s" / "shard-00001.tar"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(SamloveError, match=r"shard-00001\.tar.*torn"):
+        ShardReader(tmp_path / "s")
+
+
+def test_missing_and_extra_shards_are_named(tmp_path):
+    write(tmp_path / "s", SAMPLES)
+    (tmp_path / "s" / "shard-00001.tar").rename(tmp_path / "away.tar")
+    with pytest.raises(SamloveError, match=r"shard-00001\.tar.*found no such file"):
+        ShardReader(tmp_path / "s")
+    (tmp_path / "away.tar").rename(tmp_path / "s" / "shard-00001.tar")
+    make_tar(tmp_path / "s", [("a.x.json", b"1")])
+    with pytest.raises(SamloveError, match=r"made\.tar.*expected no such file"):
+        ShardReader(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"offset": 10**9},
+        {"offset": -64},
+        {"offset": 1.5},
+        {"shape": [10**12, 10**12]},
+        {"shape": [-1, 2]},
+        {"dtype": "|O"},
+        {"dtype": "<U8"},
+        {"dtype": "nothing"},
+        {"order": "X"},
+        {"shape": None},
+    ],
+)
+def test_an_index_that_lies_is_refused(tmp_path, change):
+    write(tmp_path / "s", SAMPLES)
+    path = tmp_path / "s" / "index.json"
+    index = json.loads(path.read_text())
+    index["samples"][0]["members"]["embed"].update(change)
+    path.write_text(json.dumps(index))
+    with pytest.raises(SamloveError, match="embed"):
+        ShardReader(tmp_path / "s")
+
+
+@pytest.mark.parametrize("value", [[], {}, {"schema": 99, "shards": [], "samples": []}, {"schema": 1, "samples": [{}]}])
+def test_a_broken_index_is_refused(tmp_path, value):
+    write(tmp_path / "s", SAMPLES)
+    (tmp_path / "s" / "index.json").write_text(json.dumps(value))
+    with pytest.raises(SamloveError, match=r"index\.json"):
+        ShardReader(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("key", "sample", "match"),
+    [
+        ("", {"x": np.zeros(1)}, "found an empty text"),
+        ("\udcff", {"x": np.zeros(1)}, "UTF-8"),
+        ("k", {}, "at least one"),
+        ("k", {"X": np.zeros(1)}, "lower-case"),
+        ("k", {"x.y": np.zeros(1)}, "lower-case"),
+        ("k", {"__key__": np.zeros(1)}, "lower-case"),
+        ("k", {"x": np.array([None])}, "found dtype object"),
+        ("k", {"x": np.array(["a"])}, "found dtype"),
+        ("k", {"x": {1, 2}}, "JSON"),
+        ("k", {"x": float("nan")}, "JSON"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_and_not_half_written(tmp_path, key, sample, match):
+    with ShardWriter(tmp_path / "s") as writer:
+        with pytest.raises(SamloveError, match=match):
+            writer.write(key, sample)
+        writer.write("whole", {"x": np.ones(2)})
+    assert ShardReader(tmp_path / "s").keys() == ["whole"]
