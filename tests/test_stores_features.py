@@ -200,10 +200,11 @@ def test_plain_zarr_reads_it(tmp_path):
     assert group.attrs["keys"] == KEYS[:2]
 
 
-def _run(root: Path, computes: multiprocessing.Queue) -> None:
+def _run(root: Path, diary: Path) -> None:
     writer = make_writer(root)
     for number, keys in writer.todo():
-        computes.put(number)
+        with open(diary, "a") as file:
+            file.write(f"{number}\n")
         writer.write_shard(number, {key: make_item(key) for key in keys})
     writer.publish()
 
@@ -214,10 +215,10 @@ def test_killed_runs_resume_to_the_same_bytes(tmp_path):
     expected = tree(fill(make_writer(tmp_path / "whole")).path)
     duration = time.monotonic() - started
     context = multiprocessing.get_context("fork")
-    computes = context.SimpleQueue()
+    diary = tmp_path / "computes"
     kills = 0
     for attempt in range(100):
-        process = context.Process(target=_run, args=(tmp_path / "killed", computes))
+        process = context.Process(target=_run, args=(tmp_path / "killed", diary))
         process.start()
         process.join((attempt + 1) / 12 * duration if attempt < 10 else 60)  # later and later in the work
         process.kill()
@@ -228,8 +229,4 @@ def test_killed_runs_resume_to_the_same_bytes(tmp_path):
     assert process.exitcode == 0 and kills > 0
     assert tree(tmp_path / "killed" / "store") == expected
     assert not any(p.is_file() for p in (tmp_path / "killed" / "scratch").rglob("*"))
-    count = 0
-    while not computes.empty():
-        computes.get()
-        count += 1
-    assert count <= 3 + kills  # a kill costs the shard that it hit, no other
+    assert len(diary.read_text().split()) <= 3 + kills  # a kill costs the shard that it hit, no other
