@@ -4,7 +4,7 @@ SAM 2 (Ravi et al., 2024) through the `sam2` package's own classes; the prompt f
 Letters: B objects, T frames, K prompt tokens, C channels, h x w the grid of the image embedding (stride 16).
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ class LightSam2(SAM2Base):
     dropout of the memory attention, which is frozen, and the object score, which tracking needs.
     """
 
-    def __init__(self, cache_point: CachePoint = "post_conv", **parts):
+    def __init__(self, cache_point: CachePoint = "post_conv", **parts: Any) -> None:
         """parts: the arguments of SAM2Base. Built by `build` and `load` from a configuration."""
         super().__init__(**parts)
         if not self.use_high_res_features_in_sam:

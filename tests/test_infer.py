@@ -1,0 +1,263 @@
+"""Full-video inference on a small split: stores, checkpoint and masks as the stages before it leave them."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import pipelines.infer
+from samlove.checkpoint import Header, Origin, load_model, save_checkpoint
+from samlove.config import InferConfig, Sam2Config
+from samlove.dataset import RefAvsFolder
+from samlove.errors import RequestError, SamloveError
+from samlove.infer import infer, plan
+from samlove.metrics import EDGES, f_score, jaccard, null_score, scores_from_bins
+from samlove.sam2 import LEVELS
+from stores import Failure, FeatureStoreWriter, PredictionReader, PredictionWriter
+from tests.tiny_training import CONFIG, DIMS, PATCHES, TOKENS, origin, write_sam2
+
+FRAMES, SIZE = DIMS["frames"], 32
+CONTROLS = ["swapped_audio", "permuted_text", "true_mask"]
+SHAPES = {"sam2_image_embed": (64, 4, 4), "sam2_high_res_0": (8, 16, 16), "sam2_high_res_1": (16, 8, 8)}
+
+
+def expressions(videos: int = 3) -> pd.DataFrame:
+    """Each video: two objects, the first named twice; the last row of the last video means nothing."""
+    rows = [
+        {"row_id": f"{v}.{i}", "media_id": f"clip{v}", "vid": f"vid{v}", "fid": fid, "exp": f"the {v}.{i}"}
+        for v in range(videos)
+        for i, fid in enumerate([1, 1, 2])
+    ]
+    table = pd.DataFrame(rows).assign(split="test_s", null=False)
+    table.loc[len(table) - 1, "null"] = True
+    return table
+
+
+class Run:
+    """A data folder, and `infer` on it."""
+
+    def __init__(self, root: Path, seed: int = 0):
+        self.root, self.rows = root, expressions()
+        self.features, self.checkpoint = root / "features", root / "model" / "best.safetensors"
+        self.out, self.scratch = root / "predictions" / "test_s", root / ".scratch" / "infer" / "test_s"
+        self.folder = RefAvsFolder(root / "set")
+        media, texts = self.rows["media_id"].unique(), self.rows["exp"].unique()
+        generator = np.random.default_rng(seed)
+
+        def floats(*shape: int) -> np.ndarray:
+            return generator.normal(size=shape).astype(np.float16)
+
+        heard = np.arange(FRAMES) < 2
+        self.store("audio", {m: {"audio": floats(FRAMES, DIMS["audio"]), "audio_valid": heard.copy()} for m in media})
+        self.store("visual", {m: {"visual": floats(FRAMES, 1 + PATCHES, DIMS["visual"])} for m in media})
+        known = np.arange(TOKENS) < 3
+        self.store("text", {t: {"text": floats(TOKENS, DIMS["text"]) * 4, "text_mask": known.copy()} for t in texts})
+        self.store("sam2_eval", {m: {name: floats(FRAMES, *SHAPES[name]) for name in LEVELS} for m in media})
+        self.save_checkpoint()
+        for media_id, fid in self.rows[["media_id", "fid"]].drop_duplicates().itertuples(index=False):
+            path = self.folder.mask_path(media_id, fid, 0)
+            path.parent.mkdir(parents=True)
+            Image.fromarray((generator.random((24, 40)) < 0.3).astype(np.uint8) * 255).save(path)
+
+    def store(self, name: str, items: dict, fingerprint: str = "a", failures: tuple = ()) -> None:
+        keys = [*items, *(failure.key for failure in failures)]
+        stage = name.removesuffix("_eval")
+        made_by = {"encoder": stage, "weights": fingerprint}
+        writer = FeatureStoreWriter(self.features / name, self.root / ".scratch" / name, made_by, keys, 2)
+        for number, shard in writer.plan():
+            writer.write_shard(number, {key: items[key] for key in shard if key in items})
+        writer.publish(failures)
+
+    def save_checkpoint(self, seed: int = 0) -> None:
+        sam2 = write_sam2(self.root / "sam2.safetensors")
+        features = {name: {"encoder": name, "weights": "a"} for name in ("audio", "visual", "text", "sam2")}
+        made_by = dict(origin(sam2)) | {
+            "sam2": Sam2Config(config=str(Path(CONFIG).absolute()), checkpoint=str(sam2)),
+            "features": features,
+        }
+        torch.manual_seed(seed)
+        model = Origin(**made_by).build()
+        for parameter in model.fusion.head.parameters():
+            parameter.data *= 3  # tokens that make a difference
+        model.sam2.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.data.fill_(10)  # an absent object has no mask
+        model.sam2.set_trainable(True, True)
+        save_checkpoint(self.checkpoint, model, Header(**made_by, epoch=1, validation={"J&F": 0.0}))
+
+    def infer(self, controls: list = CONTROLS, rows: pd.DataFrame | None = None) -> dict[str, int]:
+        return infer(
+            "test_s",
+            self.rows if rows is None else rows,
+            self.checkpoint,
+            self.features,
+            self.folder,
+            InferConfig(controls=controls),
+            SIZE,
+            self.out,
+            self.scratch,
+            torch.device("cpu"),
+        )
+
+    def bins(self, variant: str = "predictions") -> dict[str, np.ndarray]:
+        reader = PredictionReader(self.out / f"{variant}.h5")
+        return {row_id: reader.read(row_id) for row_id in reader.row_ids}
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return Run(tmp_path)
+
+
+def test_writes_every_row_with_its_provenance(run):
+    counts = run.infer()
+    assert counts == {"predictions": 9, "swapped_audio": 9, "permuted_text": 9, "true_mask": 8}
+    assert {path.name for path in run.out.iterdir()} == {f"{name}.h5" for name in counts}
+    reader = PredictionReader(run.out / "predictions.h5")
+    assert reader.row_ids == run.rows["row_id"].tolist()
+    assert reader.shape == (FRAMES, SIZE, SIZE)
+    np.testing.assert_array_equal(reader.edges, EDGES)
+    assert reader.attrs["features"]["sam2"] == {"encoder": "sam2", "weights": "a"}
+    assert len(reader.attrs["checkpoint_sha256"]) == 64
+    assert not run.scratch.exists()
+
+
+def test_scores_from_the_file_are_those_from_the_logits(run):
+    run.infer()
+    bins = run.bins()
+    model = load_model(run.checkpoint)
+    target = np.random.default_rng(1).random((FRAMES, SIZE, SIZE)) < 0.4
+    for row in run.rows.itertuples():
+        logits = _logits(run, model, row.media_id, row.exp)
+        stored = scores_from_bins(bins[row.row_id], target)
+        assert stored.J == pytest.approx(jaccard(logits, target), abs=1e-4)
+        assert stored.F == pytest.approx(f_score(logits, target), abs=1e-4)
+        assert stored.S == pytest.approx(null_score(logits), abs=1e-4)
+
+
+def _logits(run: Run, model, media_id: str, text: str) -> torch.Tensor:
+    """One expression by itself, by other means than infer's: (T, S, S)."""
+    from stores import FeatureStore
+
+    batch = {}
+    for name, key in (("audio", media_id), ("visual", media_id), ("text", text)):
+        for array, value in FeatureStore.open(run.features / name).read(key).items():
+            tensor = torch.from_numpy(value)[None]
+            batch[array] = tensor if tensor.dtype == torch.bool else tensor.float()
+    embeds = {k: torch.from_numpy(v) for k, v in FeatureStore.open(run.features / "sam2_eval").read(media_id).items()}
+    with torch.no_grad():
+        logits = model.sam2.track(embeds, token=model.token(batch))
+    return torch.nn.functional.interpolate(logits, size=(SIZE, SIZE), mode="bilinear")[0]
+
+
+def test_rows_do_not_depend_on_their_company(run):
+    run.infer(controls=[])
+    together = run.bins()
+    alone = {}
+    for i in range(len(run.rows)):
+        run.infer(controls=[], rows=run.rows.iloc[i : i + 1])
+        alone |= run.bins()
+    differing = np.concatenate([(together[row] != alone[row]).ravel() for row in together])
+    assert differing.mean() < 1e-3  # the last bits of a logit may fall on the other side of an edge
+
+
+def test_controls_change_what_they_say(run):
+    run.infer()
+    plain, sound, words = run.bins(), run.bins("swapped_audio"), run.bins("permuted_text")
+    assert all((plain[row] != sound[row]).any() for row in plain)
+    assert all((plain[row] != words[row]).any() for row in plain)
+    masks = run.bins("true_mask")
+    np.testing.assert_array_equal(masks["0.0"], masks["0.1"])  # two expressions of one object
+    true = Image.open(run.folder.mask_path("clip0", 1, 0)).resize((SIZE, SIZE), Image.Resampling.NEAREST)
+    assert ((masks["0.0"][0] > 127) == (np.asarray(true) > 0)).mean() > 0.7
+
+
+def test_plan_swaps_sounds_between_clips_and_texts_between_objects():
+    jobs = plan(expressions(), CONTROLS)
+    assert jobs == plan(expressions(), CONTROLS)
+    donors = {media_id: variants["swapped_audio"].audio for media_id, variants in jobs.items()}
+    assert all(media_id != donor for media_id, donor in donors.items())
+    assert set(donors.values()) == set(donors)
+    assert jobs["clip0"]["permuted_text"].texts == ["the 0.2", "the 0.2", "the 0.0"]
+    assert jobs["clip2"]["true_mask"] == (["2.0", "2.1"], [], "clip2", [1, 1])
+
+
+def test_plan_looks_elsewhere_where_a_video_has_one_object_or_a_vid_two_clips():
+    rows = expressions().assign(fid=1)
+    texts = plan(rows, CONTROLS)["clip0"]["permuted_text"].texts
+    assert len(texts) == 3 and not any(text.startswith("the 0.") for text in texts)
+    rows = expressions().replace({"vid": {"vid1": "vid0"}})
+    donors = {media_id: variants["swapped_audio"].audio for media_id, variants in plan(rows, CONTROLS).items()}
+    assert donors["clip0"] == donors["clip1"] == "clip2"
+    with pytest.raises(RequestError, match="two videos"):
+        plan(expressions(videos=1), CONTROLS)
+
+
+def test_goes_on_where_it_was_stopped(run):
+    run.infer()
+    whole = {name: (run.out / f"{name}.h5").read_bytes() for name in ("predictions", *CONTROLS)}
+    path = run.folder.mask_path("clip1", 2, 0)
+    mask = path.read_bytes()
+    path.write_bytes(mask[:40])
+    with pytest.raises(SamloveError, match="clip1"):
+        run.infer()
+    assert (run.out / "predictions.h5").read_bytes() == whole["predictions"]  # a failed run leaves what was there
+    path.write_bytes(mask)
+    (kept,) = run.scratch.glob("*/clip0/predictions.h5")
+    mark = np.full((3, FRAMES, SIZE, SIZE), 7, np.uint8)
+    with PredictionWriter(kept, FRAMES, SIZE, EDGES) as writer:
+        writer.write(["0.0", "0.1", "0.2"], mark)
+    run.infer()
+    bins = run.bins()
+    assert all((bins[row] == 7).all() == row.startswith("0.") for row in bins)  # clip0 was not computed again
+    run.infer()
+    assert whole == {name: (run.out / f"{name}.h5").read_bytes() for name in whole}
+
+
+def test_masks_of_another_checkpoint_are_not_taken_up(run):
+    path = run.folder.mask_path("clip1", 2, 0)
+    mask = path.read_bytes()
+    path.write_bytes(b"")
+    with pytest.raises(SamloveError):
+        run.infer()
+    path.write_bytes(mask)
+    run.save_checkpoint(seed=1)
+    run.infer()
+    resumed = run.bins()
+    run.infer()
+    assert all((resumed[row] == bins).all() for row, bins in run.bins().items())
+
+
+def test_refuses_features_of_another_kind(run):
+    words = {t: {"text": np.ones((TOKENS, DIMS["text"]), np.float16)} for t in run.rows["exp"]}
+    run.store("text", words, fingerprint="b")
+    with pytest.raises(SamloveError, match=r"weights: expected 'a', found 'b'.*dvc repro text"):
+        run.infer()
+
+
+def test_names_what_could_not_be_encoded(run):
+    embeds = {f"clip{v}": {name: np.ones((FRAMES, *SHAPES[name]), np.float16) for name in LEVELS} for v in range(2)}
+    run.store("sam2_eval", embeds, failures=(Failure("clip2", "sam2", "clip2/frames/1.jpg: truncated"),))
+    with pytest.raises(SamloveError, match=r"'clip2' \(sam2 failed: clip2/frames/1.jpg: truncated\)"):
+        run.infer()
+
+
+def test_stage(tmp_path, monkeypatch, capsys):
+    run = Run(tmp_path / "data")
+    (tmp_path / "configs" / "micro").mkdir(parents=True)
+    (tmp_path / "configs" / "profile.yaml").write_text("profile: micro\n")
+    (tmp_path / "configs" / "micro" / "dataset.yaml").write_text(f"mask_size: {SIZE}\n")
+    (tmp_path / "configs" / "micro" / "infer.yaml").write_text("controls: [swapped_audio]\n")
+    (tmp_path / "data" / "index").mkdir()
+    run.rows.to_parquet(tmp_path / "data" / "index" / "expressions.parquet")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["infer", "test_s"])
+    pipelines.infer.main()
+    assert "test_s: predictions 9 expressions, swapped_audio 9 expressions" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["infer", "train"])
+    with pytest.raises(SystemExit) as stopped:
+        pipelines.infer.main()
+    assert stopped.value.code == 2
+    assert "expected one split of val, test_s, test_u, test_n, found train" in capsys.readouterr().err
