@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from samlove.config import DatasetConfig, PackConfig, load
+from samlove.config import AudioConfig, DatasetConfig, PackConfig, Sam2Config, TextConfig, VisualConfig, load
 from samlove.dataset import RefAvsFolder
 from samlove.errors import one_line_errors
-from samlove.pack import pack
+from samlove.pack import check_asked, pack
 from stores import FeatureStore
 from stores.fingerprint import check_fingerprint
 
@@ -23,6 +23,10 @@ def main() -> None:
     rows = pd.read_parquet(INDEX)
     shared = {name: FeatureStore.open(FEATURES / name) for name in ("audio", "visual", "text")}
     sam2 = {split: FeatureStore.open(FEATURES / name) for split, name in SAM2.items()}
+    check_asked(shared["audio"], load(AudioConfig), "audio")
+    check_asked(shared["visual"], load(VisualConfig), "visual")
+    check_asked(shared["text"], load(TextConfig), "text")
+    check_asked(sam2["train"], load(Sam2Config), "sam2@train")
     check_fingerprint(
         sam2["val"].manifest["fingerprint"],
         sam2["train"].manifest["fingerprint"],

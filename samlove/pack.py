@@ -17,9 +17,11 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from samlove.dataset import RefAvsFolder
+from samlove.config import Section
+from samlove.dataset import RefAvsFolder, load_mask, resize_mask
 from samlove.errors import SamloveError
 from stores import FeatureStore, ShardWriter
+from stores.fingerprint import check_fingerprint
 
 MEDIA_SOURCES = ("audio", "visual", "sam2")  # keyed by media_id; text is keyed by the expression
 FIRST_FRAME = slice(0, 1)
@@ -36,6 +38,21 @@ class Packed:
     def __str__(self) -> str:
         lost = f"; {len(self.left_out)} rows left out, first {self.left_out[0]}" if self.left_out else ""
         return f"{self.rows} expressions of {self.videos} videos{lost}"
+
+
+def check_asked(store: FeatureStore, asked: Section, stage: str) -> None:
+    """Raise SamloveError where a store's fingerprint contradicts its section of the configuration.
+
+    Only what the configuration itself says is compared: weights are known by their hash, which needs the file, and
+    library versions may differ between those who share a store.
+    """
+    found = store.manifest["fingerprint"]
+    said = {
+        name: [f"{key}={part}" for key, part in sorted(value.items())] if isinstance(value, dict) else value
+        for name, value in asked.model_dump(mode="json").items()
+        if name in found
+    }
+    check_fingerprint(found, {**found, **said}, store.path, f"dvc repro {stage}")
 
 
 def pack(
@@ -93,7 +110,7 @@ def _sample(
     texts = list(dict.fromkeys(str(row.exp) for row in rows))
     objects = list(dict.fromkeys(int(row.fid) for row in rows if not row.null))
     words = [sources["text"].read(text) for text in texts]
-    masks = [folder.load_masks(media_id, fid, 1, mask_size)[0] for fid in objects]
+    masks = [resize_mask(load_mask(folder.mask_path(media_id, fid, 0)), mask_size) for fid in objects]
     first = sources["sam2"].read(media_id, FIRST_FRAME)
     return {
         **sources["audio"].read(media_id),

@@ -1,0 +1,100 @@
+"""Packing: every array and mask where it belongs, and the refusal of stores that do not fit."""
+
+import numpy as np
+import pytest
+
+from samlove.config import AudioConfig, Sam2Config, TextConfig, VisualConfig
+from samlove.dataset import resize_mask
+from samlove.errors import SamloveError
+from samlove.pack import check_asked, pack
+from stores import ShardReader
+from tests.tiny_pack import ROWS, SIZE, features_of, make_folder, make_shards, make_store, make_stores, true_mask
+
+
+def test_a_sample_holds_its_video_texts_and_masks(tmp_path):
+    packed = make_shards(tmp_path)
+    assert (packed.videos, packed.rows, packed.left_out) == (3, 6, [])
+    reader = ShardReader(tmp_path / "shards")
+    assert reader.keys() == ["m_a", "-m.b", "null_c-m_a"]
+    for i, media_id in enumerate(reader.keys()):
+        sample = reader[i]
+        for source in ("audio", "visual"):
+            for name, value in features_of(source, media_id).items():
+                np.testing.assert_array_equal(sample[name], value)
+        for name, value in features_of("sam2", media_id).items():
+            np.testing.assert_array_equal(sample[name], value[0])
+        rows = ROWS[ROWS["media_id"] == media_id]
+        assert [row["row_id"] for row in sample["rows"]] == list(rows["row_id"])
+        assert len(sample["text"]) == rows["exp"].nunique()
+        assert len(sample["masks"]) == rows.loc[~rows["null"], "fid"].nunique()
+        assert sample["masks"].dtype == np.uint8 and sample["masks"].shape[1:] == (SIZE, SIZE)
+        for packed_row, row in zip(sample["rows"], rows.itertuples(), strict=True):
+            words = features_of("text", row.exp)
+            np.testing.assert_array_equal(sample["text"][packed_row["text"]], words["text"])
+            np.testing.assert_array_equal(sample["text_mask"][packed_row["text"]], words["text_mask"])
+            if row.null:
+                assert packed_row["mask"] == -1
+            else:
+                expected = resize_mask(true_mask(media_id, row.fid), SIZE)
+                np.testing.assert_array_equal(sample["masks"][packed_row["mask"]], expected)
+
+
+def test_the_manifest_says_what_it_was_packed_from(tmp_path):
+    make_shards(tmp_path)
+    fingerprint = ShardReader(tmp_path / "shards").manifest["fingerprint"]
+    assert set(fingerprint) == {"audio", "visual", "text", "sam2", "mask_size"}
+    assert fingerprint["visual"] == {"encoder": "visual", "dtype": "float16"}
+
+
+def test_rows_whose_features_failed_are_left_out_and_named(tmp_path):
+    failed = {"audio": ("-m.b",), "text": ("the silent square", "the object making the loudest sound")}
+    packed = make_shards(tmp_path, failed=failed)
+    assert (packed.videos, packed.rows) == (2, 2)
+    assert [line.split(":")[0] for line in packed.left_out] == ["r1", "r2", "r3", "r4"]
+    assert "r3: audio failed: torn file" in packed.left_out
+    assert "4 rows left out" in str(packed)
+    reader = ShardReader(tmp_path / "shards")
+    assert [[row["row_id"] for row in reader[i]["rows"]] for i in range(2)] == [["r0"], ["r5"]]
+    assert reader[0]["masks"].shape == (1, SIZE, SIZE)
+
+
+def test_a_row_unknown_to_a_store_is_an_error(tmp_path):
+    rows = ROWS.assign(exp=ROWS["exp"].replace("the red disc", "the blue disc"))
+    with pytest.raises(SamloveError, match=r"text: expected 'the blue disc'.*dvc repro text"):
+        pack(tmp_path / "shards", rows, make_stores(tmp_path), make_folder(tmp_path), SIZE, 2)
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_missing_mask_is_named(tmp_path):
+    folder = make_folder(tmp_path)
+    path = folder.mask_path("m_a", 2, 0)
+    path.unlink()
+    with pytest.raises(SamloveError, match=str(path)):
+        pack(tmp_path / "shards", ROWS, make_stores(tmp_path), folder, SIZE, 2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "fingerprint", "field"),
+    [
+        (VisualConfig(encoder="clip", weights="w"), {"encoder": "vit", "image_size": 224}, "encoder"),
+        (VisualConfig(image_size=256, weights="w"), {"encoder": "vit", "image_size": 224}, "image_size"),
+        (
+            VisualConfig(model_args={"depth": 4}, weights="w"),
+            {"encoder": "vit", "model_args": ["depth=2"]},
+            "model_args",
+        ),
+        (AudioConfig(dtype="float32", weights="w"), {"encoder": "vggish", "dtype": "float16"}, "dtype"),
+        (TextConfig(max_tokens=25, weights="w"), {"encoder": "roberta", "max_tokens": 32}, "max_tokens"),
+        (Sam2Config(config="c", checkpoint="w", cache_point="pre_conv"), {"cache_point": "post_conv"}, "cache_point"),
+    ],
+)
+def test_a_store_that_was_not_asked_for_is_refused(tmp_path, asked, fingerprint, field):
+    store = make_store(tmp_path, "visual", fingerprint)
+    with pytest.raises(SamloveError, match=rf"visual: made otherwise than asked for \({field}: .*dvc repro it"):
+        check_asked(store, asked, "it")
+
+
+def test_a_store_that_was_asked_for_passes(tmp_path):
+    fingerprint = {"encoder": "vit", "image_size": 224, "model_args": ["a=2", "b=1"], "weights_sha256": "0"}
+    asked = VisualConfig(weights="elsewhere", model_args={"b": 1, "a": 2})
+    check_asked(make_store(tmp_path, "visual", fingerprint), asked, "visual")
