@@ -1,0 +1,246 @@
+"""dvc.yaml against the source: what each stage lists is what it uses, and an edit re-runs what it must and no more."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from dvc.repo import Repo
+
+from samlove.config import SECTIONS
+from tests.stage_code import ROOT, has_code, imported_files, loaded_parameters
+
+PROFILES = ("micro", "refavs")
+FEATURES = {"audio", "visual", "text", "sam2@train", "sam2@eval"}
+SPLITS = ("val", "test_s", "test_u", "test_n")
+AFTER_TRAIN = {*(f"infer@{split}" for split in SPLITS), "evaluate", "report"}
+AFTER_PACK = {"train", *AFTER_TRAIN}
+
+
+def stage_definitions() -> dict[str, dict]:
+    """Stage name, of a foreach group its own -> what the two dvc.yaml say of it."""
+    files = (ROOT / "dvc.yaml", ROOT / "configs" / "micro" / "dvc.yaml")
+    stages = {name: stage for file in files for name, stage in yaml.safe_load(file.read_text())["stages"].items()}
+    return {name: stage.get("do", stage) for name, stage in stages.items()}
+
+
+STAGES = stage_definitions()
+by_stage = pytest.mark.parametrize("stage", STAGES)
+by_profile = pytest.mark.parametrize("profile", PROFILES)
+
+
+def script_of(stage: str) -> Path:
+    return ROOT / "pipelines" / f"{stage}.py"
+
+
+def listed_parameters(stage: str) -> dict[str, set[str] | None]:
+    """Section -> the keys listed, None for the whole file."""
+    listed: dict[str, set[str] | None] = {}
+    for entry in STAGES[stage].get("params", []):
+        for path, keys in entry.items():
+            listed[Path(path).stem] = None if keys is None else set(keys)
+    return listed
+
+
+@by_stage
+def test_lists_exactly_the_code_it_runs(stage: str) -> None:
+    listed: set[str] = set()
+    for dep in STAGES[stage]["deps"]:
+        if not dep.startswith(("data/", "weights/")):
+            assert (ROOT / dep).exists(), f"{dep}: listed, but not there"
+            files = [ROOT / dep] if (ROOT / dep).is_file() else sorted((ROOT / dep).rglob("*.py"))
+            listed |= {str(file.relative_to(ROOT)) for file in files if file.suffix == ".py" and has_code(file)}
+    assert listed == imported_files(script_of(stage))
+
+
+@by_stage
+def test_lists_exactly_the_parameters_it_reads(stage: str) -> None:
+    listed = listed_parameters(stage)
+    read = {name: keys for name, keys in loaded_parameters(script_of(stage)).items() if keys is None or keys}
+    if stage == "report":  # shows every choice there is, but synth's are the data set's, which it lists
+        del read["synth"]
+    assert set(listed) == set(read)
+    for section, keys in listed.items():
+        every = set(SECTIONS[section].model_fields) - {"root"}
+        assert (every if keys is None else keys) == (read[section] or every), section
+
+
+@by_profile
+def test_every_choice_is_some_stages_parameter(profile: str) -> None:
+    listed = [listed_parameters(stage) for stage in STAGES if stage != "report"]
+    for path in (ROOT / "configs" / profile).glob("*.yaml"):
+        if path.name != "dvc.yaml":
+            sections = [stage[path.stem] for stage in listed if path.stem in stage]
+            keys = set(yaml.safe_load(path.read_text()))
+            covered = keys if None in sections else set().union(*(s or () for s in sections))
+            assert path.stem == "report" or keys <= covered, path
+
+
+@by_profile
+def test_listed_keys_are_in_the_files(profile: str) -> None:
+    for stage in STAGES:
+        for section, keys in listed_parameters(stage).items():
+            path = ROOT / "configs" / profile / f"{section}.yaml"
+            if stage != "synth":
+                assert (keys or set()) <= set(yaml.safe_load(path.read_text())), f"{stage}: {path}"
+
+
+# --- what an edit re-runs, by DVC itself -----------------------------------------------------------------------------
+
+# Stands in PATH for Python, so that DVC runs the real graph with stages that take no time: every out is new content.
+STAND_IN = """#!{python}
+import json, os, pathlib, sys, uuid
+here = pathlib.Path(__file__).parent
+command = " ".join(["python", *sys.argv[1:]])
+stage, outs = json.loads((here / "outs.json").read_text())[command]
+with open(here / "log", "a") as log:
+    log.write(stage + "\\n")
+for out in outs:
+    path = pathlib.Path(out)
+    if not path.suffix:
+        names = ["media/a", "gt_mask/a"] if "dataset" in out else ["manifest.json", "metrics.json"]
+    for file in [path] if path.suffix else [path / name for name in names]:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({{"value": uuid.uuid4().int % 10**6}}))
+"""
+
+
+class Project:
+    """A copy of the pipeline, its commands replaced by the stand-in, reproduced once."""
+
+    def __init__(self, root: Path, tools: Path):
+        self.root, self.tools = root, tools
+        for name in ("dvc.yaml", "configs", "pipelines", "samlove", "stores", ".dvcignore", ".gitignore"):
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, root / name)
+        for file in [*root.rglob("dvc.lock"), *root.rglob("*.pyc")]:
+            file.unlink()
+        for profile in PROFILES:
+            for stage in ("audio", "visual", "text", "sam2"):
+                folder = root / "weights" / profile / stage
+                folder.mkdir(parents=True)
+                (folder / "w").write_text(stage)
+        for folder in ("media", "gt_mask"):
+            (root / "data" / "dataset" / "refavs" / folder).mkdir(parents=True)
+            (root / "data" / "dataset" / "refavs" / folder / "a").write_text(folder)
+        self.run("git", "init", "--quiet")
+        self.run("git", "config", "user.email", "test@example.org")
+        self.run("git", "config", "user.name", "test")
+        self.run("dvc", "init", "--quiet")
+        self.run("dvc", "config", "core.analytics", "false")
+        self.write_stand_in()
+        self.ran_first = self.reproduce()
+        self.commit()
+
+    def run(self, *command: str) -> str:
+        path = f"{self.tools}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(command, cwd=self.root, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def write_stand_in(self) -> None:
+        with Repo(str(self.root)) as repo:
+            outs = {
+                str(stage.cmd): [
+                    stage.addressing.split(":")[-1],
+                    [str(Path(o.fs_path).relative_to(self.root)) for o in stage.outs],
+                ]
+                for stage in repo.index.stages
+            }
+        (self.tools / "outs.json").write_text(json.dumps(outs))
+        (self.tools / "python").write_text(STAND_IN.format(python=sys.executable))
+        (self.tools / "python").chmod(0o755)
+
+    def logged(self, *command: str) -> list[str]:
+        """The stages that `command` runs, in order."""
+        (self.tools / "log").write_text("")
+        self.run(*command)
+        return (self.tools / "log").read_text().split()
+
+    def reproduce(self) -> list[str]:
+        return self.logged("dvc", "repro")
+
+    def changed(self) -> set[str]:
+        """The stages that themselves see a change, without those that follow them."""
+        with Repo(str(self.root)) as repo:
+            return {str(name).split(":")[-1] for name in repo.status()}
+
+    def commit(self) -> None:
+        self.run("git", "add", "--all")
+        self.run("git", "commit", "--quiet", "--allow-empty", "--message", "x")
+
+    def edit(self, path: str, **values: object) -> None:
+        file = self.root / path
+        file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | values))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return Project(tmp_path_factory.mktemp("project"), tmp_path_factory.mktemp("tools"))
+
+
+def test_first_run_is_everything_and_the_second_nothing(project: Project) -> None:
+    assert project.ran_first[:2] == ["synth", "index"]
+    assert sorted(project.ran_first) == sorted(["synth", "index", *FEATURES, "pack", *AFTER_PACK])
+    assert project.reproduce() == []
+
+
+@pytest.mark.parametrize(
+    ("path", "values", "ran"),
+    [
+        ("configs/micro/fusion.yaml", {"blocks": 3}, AFTER_PACK),
+        ("configs/micro/visual.yaml", {"model": "vit_small_patch16_224"}, {"visual", "pack", *AFTER_PACK}),
+    ],
+)
+def test_an_edited_choice_reruns_what_follows_and_no_more(
+    project: Project, path: str, values: dict, ran: set[str]
+) -> None:
+    project.edit(path, **values)
+    assert set(project.reproduce()) == ran
+
+
+@pytest.mark.parametrize(
+    ("path", "changed"),
+    [
+        ("configs/micro/synth.yaml", {"synth"}),
+        ("configs/micro/text.yaml", {"text", "pack", "report"}),
+        ("configs/micro/train.yaml", {"train", "report"}),
+        ("configs/micro/evaluate.yaml", {"evaluate", "report"}),
+        ("weights/micro/visual/w", {"visual"}),
+        ("weights/refavs/visual/w", set()),
+        ("samlove/loss.py", {"train"}),
+        ("samlove/encoders/vggish.py", {"audio"}),
+        ("stores/features.py", set(STAGES) - {"synth", "index"}),
+        ("data/dataset/micro/gt_mask/a", {"index", "pack", "infer", "evaluate", "report", "synth"}),
+    ],
+)
+def test_an_edit_is_seen_by_the_stages_that_list_it(project: Project, path: str, changed: set[str]) -> None:
+    file = project.root / path
+    before = file.read_bytes()
+    file.unlink()  # DVC may have linked it to its cache
+    file.write_bytes(before + b"\nnever_written_before: 1\n")
+    try:
+        assert {name.split("@")[0] for name in project.changed()} == changed
+    finally:
+        file.write_bytes(before)
+
+
+def test_experiment_changes_a_choice_by_option(project: Project) -> None:
+    project.commit()
+    option = "configs/micro/fusion.yaml:blocks=5"
+    assert set(project.logged("dvc", "exp", "run", "-S", option)) == AFTER_PACK
+    shown = json.loads(project.run("dvc", "exp", "show", "--json"))
+    experiments = [e for line in shown for e in (line["experiments"] or [])]
+    assert len(experiments) == 1
+    data = experiments[0]["revs"][0]["data"]
+    assert data["params"]["configs/micro/fusion.yaml"]["data"]["blocks"] == 5
+    assert "value" in data["metrics"]["data/metrics.json"]["data"]
+
+
+def test_profile_is_selected_by_one_value(project: Project) -> None:
+    project.edit("configs/profile.yaml", profile="refavs")
+    assert sorted(project.reproduce()) == sorted(["index", *FEATURES, "pack", *AFTER_PACK])
