@@ -21,15 +21,19 @@ SCRATCH = Path("data/.scratch/train")
 def main() -> None:
     config, sam2 = load(TrainConfig), load(Sam2Config)
     train_set, val_set = ExpressionDataset(SHARDS / "train"), ExpressionDataset(SHARDS / "val")
-    check_fingerprint(val_set.features, train_set.features, SHARDS / "val", "dvc repro pack")
+    features = train_set.features
+    check_fingerprint(val_set.features, features, SHARDS / "val", "dvc repro pack")
     origin = Origin(
         fusion=load(FusionConfig),
         train=config,
         sam2=sam2,
         sam2_sha256=sha256_file(checkpoint_path(sam2.checkpoint)),
         dims=train_set.dims,
-        features=train_set.features,
+        features=features,
     )
+    wanted = {"weights_sha256": origin.sam2_sha256, "cache_point": sam2.cache_point}
+    found = {name: features["sam2"].get(name) for name in wanted}
+    check_fingerprint(found, wanted, f"{SHARDS / 'train'}: its SAM2 embeddings", "dvc repro pack")
     samples = Samples(train_set, val_set, collate, lambda epoch: EpochSampler(len(train_set), config.seed, epoch))
     train(origin, samples, default_device(), CHECKPOINT, LIVE, SCRATCH)
 

@@ -17,7 +17,7 @@ def made(tmp_path):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter.add_(0.1 * torch.randn_like(parameter))
     header = Header(**dict(start), epoch=3, validation={"J": 50.0, "F": 60.0, "J&F": 55.0})
     path = tmp_path / "model" / "best.safetensors"
     save_checkpoint(path, model, header)

@@ -3,27 +3,31 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from dvclive import Live
 
-from samlove.checkpoint import load_model, read_header, read_tensors
+from pipelines import train as stage
+from samlove.checkpoint import Origin, load_model, read_header, read_tensors
 from samlove.errors import RequestError, SamloveError
-from samlove.train import Trainer, train, warmup_decay
-from tests.tiny_training import Items, origin, samples, write_sam2
+from samlove.train import Samples, Trainer, train, warmup_decay
+from stores import ShardWriter
+from tests.tiny_training import DIMS, Items, origin, samples, write_sam2
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def sam2(tmp_path) -> Path:
+def sam2(tmp_path: Path) -> Path:
     return write_sam2(tmp_path / "sam2.safetensors")
 
 
 class KillingItems(Items):
     """Asks the process to end when an item is read for the n-th time."""
 
-    def __init__(self, count: int, seed: int, reads: int, number: int = signal.SIGTERM):
+    def __init__(self, count: int, seed: int, reads: int, number: int = signal.SIGTERM) -> None:
         super().__init__(count, seed)
         self.reads, self.number = reads, number
 
@@ -34,7 +38,7 @@ class KillingItems(Items):
         return super().__getitem__(index)
 
 
-def new_trainer(start, scratch: Path, data=None) -> Trainer:
+def new_trainer(start: Origin, scratch: Path, data: Samples | None = None) -> Trainer:
     torch.manual_seed(start.train.seed)
     return Trainer(start.build(), start, data or samples(), CPU, scratch)
 
@@ -50,15 +54,15 @@ def test_warmup_then_linear_decay_to_zero():
 
 
 def test_it_learns_and_publishes_what_it_learned(sam2, tmp_path):
-    start = origin(sam2, epochs=40, batch_size=10, accumulate=1, lr=3e-3, warmup_steps=10, clip_norm=1.0)
+    start = origin(sam2, epochs=30, batch_size=10, accumulate=1, lr=3e-3, warmup_steps=10, clip_norm=1.0)
     checkpoint = tmp_path / "model" / "best.safetensors"
     train(start, samples(), CPU, checkpoint, tmp_path / "dvclive", tmp_path / "scratch")
     header = read_header(checkpoint)
-    assert header.validation["J&F"] > 65  # knowing the halves but not which: 53
+    assert header.validation["J&F"] > 60  # knowing the halves but not which: 53
     metrics = json.loads((tmp_path / "dvclive" / "metrics.json").read_text())
     assert set(metrics["train"]) == {"loss", "bce", "dice"} and set(metrics["val"]) == {"J", "F", "J&F"}
     curve = (tmp_path / "dvclive" / "plots" / "metrics" / "val" / "J&F.tsv").read_text().splitlines()
-    assert len(curve) == 1 + 40
+    assert len(curve) == 1 + 30
     best = max(float(line.split("\t")[1]) for line in curve[1:])
     assert header.validation["J&F"] == pytest.approx(best)
     assert not any((tmp_path / "scratch").iterdir())
@@ -114,8 +118,8 @@ def test_a_run_of_other_values_is_not_gone_on_with(sam2, tmp_path):
 
 def test_accumulated_batches_are_one_large_batch(sam2, tmp_path):
     ends = []
-    for choices in ({"batch_size": 6, "accumulate": 1}, {"batch_size": 3, "accumulate": 2}):
-        trainer = new_trainer(origin(sam2, epochs=1, lr=1e-4, **choices), tmp_path)
+    for size, accumulate in ((6, 1), (3, 2)):
+        trainer = new_trainer(origin(sam2, epochs=1, lr=1e-4, batch_size=size, accumulate=accumulate), tmp_path)
         trainer.run(live(tmp_path / "live"))
         ends.append({name: parameter.detach() for name, parameter in trainer.parameters.items()})
         assert trainer.progress.step == 2  # 10 samples: 6 and 4
@@ -178,3 +182,52 @@ def test_reading_by_workers_changes_nothing(sam2, tmp_path):
 def test_a_split_without_samples_is_refused(sam2, tmp_path):
     with pytest.raises(RequestError, match="the val shards hold no expression"):
         train(origin(sam2), samples(val=Items(0, seed=1)), CPU, tmp_path / "best", tmp_path / "live", tmp_path)
+
+
+@pytest.fixture
+def workplace(sam2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with configuration and shards of two videos, in which the stage can run."""
+    start = origin(sam2, epochs=1)
+    sections = {
+        "fusion": start.fusion.model_dump(),
+        "train": start.train.model_dump(),
+        "sam2": {"config": start.sam2.config, "checkpoint": "sam2.safetensors"},
+    }
+    (tmp_path / "configs" / "tiny").mkdir(parents=True)
+    (tmp_path / "configs" / "profile.yaml").write_text("profile: tiny")
+    for name, values in sections.items():
+        (tmp_path / "configs" / "tiny" / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    sam2_features = {"weights_sha256": start.sam2_sha256, "cache_point": "post_conv"}
+    fingerprint = {"audio": {}, "visual": {}, "text": {}, "sam2": sam2_features}
+    for split in ("train", "val"):
+        with ShardWriter(tmp_path / "data" / "shards" / split, fingerprint=fingerprint) as writer:
+            for video in range(2):
+                first, second = (Items(4, seed=3)[2 * video + i] for i in range(2))
+                shared = ("audio", "audio_valid", "visual", "sam2_image_embed", "sam2_high_res_0", "sam2_high_res_1")
+                sample = {name: first[name].numpy() for name in shared}
+                for name in ("text", "text_mask"):
+                    sample[name] = np.stack([first[name], second[name]])
+                sample["masks"] = np.stack([first["mask"], second["mask"]]).astype(np.uint8)
+                rows = [{"row_id": f"{video}_{i}", "text": i, "mask": i} for i in range(2)]
+                writer.write(f"video{video}", {**sample, "rows": rows})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_stage_trains_from_shards(workplace):
+    stage.main()
+    header = read_header("data/model/best.safetensors")
+    assert header.dims == DIMS and header.epoch == 1
+    assert header.features["sam2"]["cache_point"] == "post_conv"
+    assert load_model("data/model/best.safetensors").fusion.config.dim == 16
+    assert json.loads(Path("data/dvclive/metrics.json").read_text())["train"]["loss"] > 0
+    assert not any(Path("data/.scratch/train").iterdir())
+
+
+def test_embeddings_of_another_sam2_are_refused(workplace, capsys):
+    write_sam2(workplace / "sam2.safetensors", seed=5)
+    with pytest.raises(SystemExit) as end:
+        stage.main()
+    assert end.value.code == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: data/shards/train: its SAM2 embeddings") and "weights_sha256: expected" in line

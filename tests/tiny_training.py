@@ -1,6 +1,7 @@
 """A model and samples so small that an epoch takes milliseconds; for the tests of checkpoints and training."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -11,7 +12,7 @@ from samlove.sam2_build import instantiate_sam2
 from samlove.train import Samples
 from stores.fingerprint import sha256_file
 
-CONFIG = "tests/sam2_tiny.yaml"
+CONFIG = str(Path(__file__).with_name("sam2_tiny.yaml"))
 DIMS = {"audio": 6, "visual": 8, "text": 10, "frames": 3}
 PATCHES, TOKENS, MASK = 4, 5, 32
 
@@ -22,7 +23,7 @@ def write_sam2(path: Path, seed: int = 0) -> Path:
     return path
 
 
-def origin(sam2: Path, fusion: dict | None = None, **choices) -> Origin:
+def origin(sam2: Path, fusion: dict | None = None, **choices: Any) -> Origin:
     return Origin(
         fusion=FusionConfig(**{"dim": 16, "blocks": 2, "heads": 2, **(fusion or {})}),
         train=TrainConfig(**{"epochs": 2, "batch_size": 3, "accumulate": 2, "warmup_steps": 2, "lr": 1e-3, **choices}),
@@ -78,5 +79,6 @@ def order(epoch: int) -> list[int]:
     return torch.randperm(10, generator=torch.Generator().manual_seed(epoch)).tolist()
 
 
-def samples(train: Items = Items(10, seed=1), val: Items = Items(4, seed=2)) -> Samples:
-    return Samples(train, val, collate, order)
+def samples(train: Items | None = None, val: Items | None = None) -> Samples:
+    train = Items(10, seed=1) if train is None else train
+    return Samples(train, Items(4, seed=2) if val is None else val, collate, order)
