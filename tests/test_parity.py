@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from samlove.config import Sam2Config
+from samlove.encoders.sam2_image import Sam2ImageEncoder
 from samlove.sam2 import LightSam2, Points
 from tests.official_sam2 import (
     TINY,
@@ -32,6 +34,7 @@ class Case:
     def __init__(self, folder: Path, seed: int, config: str = TINY, frames: int = FRAMES):
         self.checkpoint = random_checkpoint(folder / "sam2.pt", seed, config)
         self.masks = torch.from_numpy(write_clip(folder / "clip", seed, frames))  # (2, H, W)
+        self.frames = sorted((folder / "clip").iterdir())
         self.official = official_predictor(self.checkpoint, config)
         self.state = self.official.init_state(str(folder / "clip"))
         self.light = LightSam2.load(config, str(self.checkpoint))
@@ -137,6 +140,20 @@ def test_absent_objects_agree(case):
     assert (differences <= TOLERANCE).all(), differences
     present = expected.amax(dim=(2, 3)) > -1000  # (B, T)
     assert present.any() and not present.all(), "the object is always there, or never"
+
+
+@pytest.mark.parametrize("cache_point", ["post_conv", "pre_conv"])
+def test_stored_embeddings_agree_too(case, cache_point):
+    """The whole way of the pipeline: frames through the encoder of stage sam2, its arrays into the light SAM2."""
+    choices = Sam2Config(config=TINY, checkpoint=str(case.checkpoint), cache_point=cache_point, dtype="float32")
+    encoder = Sam2ImageEncoder(choices, torch.device("cpu"))
+    (arrays,) = encoder.encode([encoder.load(case.frames)])
+    light = LightSam2.load(TINY, str(case.checkpoint), cache_point)
+    expected = official_logits(case.official, case.state, case.mask, objects=2)
+    logits = light.track({name: torch.from_numpy(array) for name, array in arrays.items()}, masks=case.masks)
+    found = F.interpolate(logits, size=expected.shape[-2:], mode="bilinear", align_corners=False)
+    print(f"\nmask prompt on stored {cache_point} embeddings: at most {(found - expected).abs().max():.2g}")
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.slow

@@ -1,0 +1,211 @@
+"""The light SAM2 by itself: how it is built and loaded, its training path, what it remembers."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from samlove.errors import RequestError, SamloveError
+from samlove.sam2 import LEVELS, LightSam2, Points
+from samlove.sam2_build import instantiate_sam2
+from tests.official_sam2 import TINY, random_checkpoint
+
+FRAMES, BATCH = 12, 3
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return random_checkpoint(tmp_path_factory.mktemp("sam2") / "sam2.pt", seed=0)
+
+
+@pytest.fixture(scope="module")
+def light(checkpoint) -> LightSam2:
+    return LightSam2.load(TINY, str(checkpoint))
+
+
+@pytest.fixture
+def embeds() -> dict[str, torch.Tensor]:
+    """Of one video, after the convolutions."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"sam2_high_res_0": (8, 16, 16), "sam2_high_res_1": (16, 8, 8), "sam2_image_embed": (64, 4, 4)}
+    return {name: torch.randn(FRAMES, *shape, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def token(light) -> torch.Tensor:
+    return torch.randn(BATCH, 1, light.prompt_dim, generator=torch.Generator().manual_seed(1))
+
+
+def first_frame_of(embeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value[:1].expand(BATCH, -1, -1, -1) for name, value in embeds.items()}
+
+
+def test_holds_what_it_needs_of_the_checkpoint(light, checkpoint):
+    whole = instantiate_sam2(TINY).state_dict()
+    left_out = ("image_encoder.", "sam_mask_decoder.conv_s0.", "sam_mask_decoder.conv_s1.")
+    assert set(light.state_dict()) == {name for name in whole if not name.startswith(left_out)}
+    official = torch.load(checkpoint, weights_only=True)["model"]
+    assert all((value == official[name]).all() for name, value in light.state_dict().items())
+    assert light.prompt_dim == 64 and light.image_size == 64
+
+
+def test_loads_half_precision_safetensors_as_float32(light, checkpoint, tmp_path):
+    official = torch.load(checkpoint, weights_only=True)["model"]
+    save_file({name: value.half() for name, value in official.items()}, tmp_path / "sam2.safetensors")
+    other = LightSam2.load(TINY, str(tmp_path / "sam2.safetensors"))
+    for name, value in other.state_dict().items():
+        assert value.dtype == light.state_dict()[name].dtype
+        torch.testing.assert_close(value, light.state_dict()[name], rtol=1e-3, atol=1e-4)
+
+
+def test_refuses_what_is_not_its_checkpoint(checkpoint, tmp_path):
+    with pytest.raises(RequestError, match="absent.pt"):
+        LightSam2.load(TINY, str(tmp_path / "absent.pt"))
+    weights = torch.load(checkpoint, weights_only=True)["model"]
+    weights["no_mem_embed"] = weights["no_mem_embed"][..., :32]
+    torch.save({"model": weights}, tmp_path / "narrow.pt")
+    with pytest.raises(SamloveError, match=r"no_mem_embed is \(1, 1, 32\), expected \(1, 1, 64\)"):
+        LightSam2.load(TINY, str(tmp_path / "narrow.pt"))
+    del weights["no_mem_embed"]
+    torch.save({"model": weights}, tmp_path / "less.pt")
+    with pytest.raises(SamloveError, match="missing no_mem_embed"):
+        LightSam2.load(TINY, str(tmp_path / "less.pt"))
+
+
+def test_packaged_configuration_is_built_without_the_image_encoder():
+    light = LightSam2.build("configs/sam2/sam2_hiera_l.yaml")
+    assert light.prompt_dim == 256 and light.image_size == 1024
+    parameters = sum(p.numel() for p in light.parameters())
+    assert parameters < 15e6, f"{parameters} of the large model's 224 million"
+
+
+def test_imports_none_of_the_other_encoders():
+    code = (
+        "import json, sys, samlove.sam2; print(json.dumps([m for m in ('transformers', 'timm') if m in sys.modules]))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert json.loads(found) == []
+
+
+def test_training_path_is_frame_0_of_tracking(light, embeds, token):
+    logits, score = light.first_frame(first_frame_of(embeds), token)
+    assert logits.shape == (BATCH, 16, 16) and score.shape == (BATCH,)
+    tracked = light.track(embeds, token=token)
+    assert tracked.shape == (BATCH, FRAMES, 16, 16)
+    gated = torch.where(score[:, None, None] > 0, logits, -1024.0)
+    torch.testing.assert_close(tracked[:, 0], gated)
+
+
+def test_training_path_passes_gradients_where_the_object_counts_as_absent(light, embeds, token):
+    bias = light.sam_mask_decoder.pred_obj_score_head.layers[-1].bias
+    before = bias.item()
+    try:
+        bias.data.fill_(-100)
+        token.requires_grad_()
+        logits, score = light.first_frame(first_frame_of(embeds), token)
+        assert (score < 0).all() and (logits > -1000).all()
+        logits.square().mean().backward()
+        assert (token.grad.abs().amax(dim=(1, 2)) > 0).all()
+        assert light.track(embeds, token=token.detach()).max() == -1024
+    finally:
+        bias.data.fill_(before)
+
+
+@pytest.mark.parametrize("cache_point", ["post_conv", "pre_conv"])
+@pytest.mark.parametrize("prompt_encoder", [True, False])
+@pytest.mark.parametrize("mask_decoder", [True, False])
+def test_what_is_trainable_gets_a_gradient(checkpoint, embeds, token, cache_point, prompt_encoder, mask_decoder):
+    light = LightSam2.load(TINY, str(checkpoint), cache_point)
+    if cache_point == "pre_conv":
+        embeds = {name: value[:, :1].expand(-1, 64, -1, -1) for name, value in embeds.items()}
+    light.set_trainable(prompt_encoder, mask_decoder)
+    logits, score = light.first_frame(first_frame_of(embeds), token.requires_grad_())
+    (logits.square().mean() + score.mean()).backward()
+    trained = {name for name, parameter in light.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in light.named_parameters() if parameter.grad is not None}
+    parts = {name.split(".")[0] for name in trained}
+    expected = {"sam_prompt_encoder": prompt_encoder, "sam_mask_decoder": mask_decoder}
+    assert parts == {name for name, on in expected.items() if on}
+    convolved = {name for name in trained if "conv_s" in name}
+    assert len(convolved) == (4 if cache_point == "pre_conv" and mask_decoder else 0)  # weights and biases
+
+
+def test_both_cache_points_give_the_same(checkpoint, light, embeds, token):
+    """The same levels, cached before the decoder's two convolutions and after them."""
+    early = LightSam2.load(TINY, str(checkpoint), "pre_conv")
+    generator = torch.Generator().manual_seed(2)
+    raw = embeds | {n: torch.randn(FRAMES, 64, *embeds[n].shape[2:], generator=generator) for n in LEVELS[:2]}
+    with torch.no_grad():
+        convolved = raw | {
+            LEVELS[0]: early.sam_mask_decoder.conv_s0(raw[LEVELS[0]]),
+            LEVELS[1]: early.sam_mask_decoder.conv_s1(raw[LEVELS[1]]),
+        }
+    torch.testing.assert_close(early.track(raw, token=token), light.track(convolved, token=token), atol=1e-4, rtol=0)
+
+
+def test_batch_equals_single(light, embeds, token):
+    together = light.track(embeds, token=token)
+    alone = torch.cat([light.track(embeds, token=token[i : i + 1]) for i in range(BATCH)])
+    assert (together - alone).abs().max() < 1e-3  # bfloat16 memory: a last bit may round the other way
+
+
+def test_stays_in_evaluation_mode(light, embeds, token):
+    before = light.track(embeds, token=token)
+    light.train()
+    assert not any(module.training for module in light.modules())
+    torch.testing.assert_close(light.track(embeds, token=token), before, rtol=0, atol=0)
+
+
+def test_leaves_nothing_behind(light, embeds, token):
+    """The token is frame 0's alone: no hook stays, also where tracking fails."""
+    points = Points(torch.full((BATCH, 1, 2), 0.5), torch.ones(BATCH, 1))
+    before = light.track(embeds, points=points)
+    with pytest.raises(RuntimeError):
+        light.track(embeds, token=token[..., :5])
+    torch.testing.assert_close(light.track(embeds, points=points), before, rtol=0, atol=0)
+
+
+class Keeper(LightSam2):
+    """Forgets nothing, and counts what it holds."""
+
+    def _forget(self, memories, upcoming):
+        pointers = getattr(self, "pointers", 0)
+        spatial = getattr(self, "spatial", 0)
+        self.pointers = max(pointers, len(memories))
+        self.spatial = max(spatial, sum(memory["maskmem_features"] is not None for memory in memories.values()))
+
+
+class Counter(Keeper):
+    """Forgets, and counts what it holds then."""
+
+    def _forget(self, memories, upcoming):
+        LightSam2._forget(self, memories, upcoming)
+        super()._forget(memories, upcoming)
+
+
+def test_forgets_what_cannot_be_attended_to(light, embeds, token):
+    """A long video is tracked as if everything were kept, and the bank stays bounded."""
+    long = {name: value.repeat(2, 1, 1, 1) for name, value in embeds.items()}  # 24 frames
+    keeper, counter = Keeper.build(TINY), Counter.build(TINY)
+    for model in (keeper, counter):
+        model.load_state_dict(light.state_dict())
+    torch.testing.assert_close(counter.track(long, token=token), keeper.track(long, token=token), rtol=0, atol=0)
+    assert (keeper.pointers, keeper.spatial) == (22, 22)  # all but frame 0, which is kept apart, and the last
+    assert (counter.pointers, counter.spatial) == (15, 6)  # max_obj_ptrs_in_encoder - 1, num_maskmem - 1
+
+
+def test_mask_prompt_of_any_size(light, embeds):
+    mask = torch.zeros(1, 64, 64, dtype=torch.bool)
+    mask[:, 16:48, 8:40] = True
+    larger = mask.repeat_interleave(3, 1).repeat_interleave(3, 2)
+    torch.testing.assert_close(light.track(embeds, masks=larger), light.track(embeds, masks=mask.float() * 255))
+
+
+def test_takes_one_kind_of_prompt(light, embeds, token):
+    with pytest.raises(ValueError, match="exactly one"):
+        light.track(embeds)
+    with pytest.raises(ValueError, match="exactly one"):
+        light.track(embeds, token=token, masks=torch.ones(BATCH, 8, 8))
