@@ -1,0 +1,364 @@
+"""Each encoder against the library it goes through, on small checkpoints in the official formats."""
+
+import json
+from collections.abc import Callable
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from samlove.config import AudioConfig, Sam2Config, TextConfig, VisualConfig
+from samlove.dataset import RefAvsFolder
+from samlove.encoders.base import to_store
+from samlove.encoders.clip_image import ClipImageEncoder
+from samlove.encoders.clip_text import ClipTextEncoder
+from samlove.encoders.frames import frame_sources
+from samlove.encoders.roberta import RobertaEncoder
+from samlove.encoders.sam2_image import LEVELS, Sam2ImageEncoder
+from samlove.encoders.vggish import RATE, VggishEncoder, build_vggish, log_mel, pad_or_trim
+from samlove.encoders.vit import VitEncoder, build_vit
+from samlove.encoders.weights import load_state_dict
+from samlove.errors import RequestError, SamloveError
+from samlove.sam2_build import instantiate_sam2, load_sam2_weights
+from tests import small_encoders as small
+
+CPU = torch.device("cpu")
+TEXTS = ["the red star", "the object making the loudest sound of all", "it"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> RefAvsFolder:
+    """Three clips: whole, with frames and sound missing at the end, and at another rate."""
+    folder = RefAvsFolder(tmp_path_factory.mktemp("media"))
+    small.write_clip(folder, "whole", frames=3, seconds=3)
+    small.write_clip(folder, "short", frames=2, seconds=1.1)
+    small.write_clip(folder, "other_rate", frames=4, seconds=4, rate=44_100)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(small.clip_folder(tmp_path_factory.mktemp("clip")))
+
+
+@pytest.fixture(scope="module", params=["vggish", "vit", "clip image", "roberta", "clip text", "sam2"])
+def encoder_and_sources(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, folder: RefAvsFolder, clip: str
+) -> tuple[Any, list[Any]]:
+    """Each encoder in float32, on three items."""
+    root, name = tmp_path_factory.mktemp("weights"), request.param
+    media = ["whole", "short", "other_rate"]
+    frames = list(frame_sources(folder, media, 3).values())
+    make: dict[str, Callable[[], tuple[Any, list[Any]]]] = {
+        "vggish": lambda: (
+            VggishEncoder(small.audio_config(root, dtype="float32"), 3, CPU),
+            [folder.audio_path(m) for m in media],
+        ),
+        "vit": lambda: (VitEncoder(small.vit_config(root, dtype="float32"), CPU), frames),
+        "clip image": lambda: (
+            ClipImageEncoder(VisualConfig(encoder="clip", weights=clip, image_size=32, dtype="float32"), CPU),
+            frames,
+        ),
+        "roberta": lambda: (RobertaEncoder(small.roberta_config(root, dtype="float32"), CPU), TEXTS),
+        "clip text": lambda: (
+            ClipTextEncoder(TextConfig(encoder="clip", weights=clip, dtype="float32"), CPU),
+            TEXTS,
+        ),
+        "sam2": lambda: (Sam2ImageEncoder(small.sam2_config(root, dtype="float32"), CPU), frames),
+    }
+    return make[name]()
+
+
+def test_a_batch_is_its_items_alone(encoder_and_sources: tuple[Any, list[Any]]) -> None:
+    encoder, sources = encoder_and_sources
+    items = [encoder.load(source) for source in sources]
+    together = encoder.encode(items)
+    assert len(together) == len(items)
+    for item, found in zip(items, together, strict=True):
+        (alone,) = encoder.encode([item])
+        assert found.keys() == alone.keys()
+        for name, array in alone.items():
+            np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_fingerprint_is_json_and_needs_no_network(encoder_and_sources: tuple[Any, list[Any]]) -> None:
+    encoder, _ = encoder_and_sources
+    fresh = copy(encoder)
+    fresh.__dict__.pop("network", None)
+    fingerprint = fresh.fingerprint()
+    assert json.loads(json.dumps(fingerprint)) == fingerprint == encoder.fingerprint()
+    assert "network" not in fresh.__dict__
+    assert len(fingerprint["weights_sha256"]) == 64
+    assert fingerprint["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda: VggishEncoder(AudioConfig(weights="no/vggish.pth"), 10, CPU), "no/vggish.pth.*VGGish.*releases"),
+        (
+            lambda: VitEncoder(VisualConfig(weights="no/vit.pth"), CPU),
+            "no/vit.pth.*vit_base_patch16.*hub:timm/vit_",
+        ),
+        (lambda: ClipImageEncoder(VisualConfig(weights="no/clip"), CPU), "no/clip.*CLIP.*hf download openai/clip"),
+        (lambda: RobertaEncoder(TextConfig(weights="no/roberta"), CPU), "no/roberta.*hf download distilbert/distil"),
+        (lambda: ClipTextEncoder(TextConfig(weights="no/clip"), CPU), "no/clip.*CLIP.*hf download openai/clip"),
+        (
+            lambda: Sam2ImageEncoder(Sam2Config(config="configs/sam2/sam2_hiera_t.yaml", checkpoint="no/sam2.pt"), CPU),
+            "no/sam2.pt.*SAM2 checkpoint.*dl.fbaipublicfiles.com",
+        ),
+        (lambda: Sam2ImageEncoder(Sam2Config(config="no.yaml", checkpoint=""), CPU), "no.yaml.*sam2_hiera_l.yaml"),
+    ],
+)
+def test_missing_weights_say_what_they_are_and_where_to_get_them(build: Callable[[], Any], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        build()
+
+
+# --- weights and dtype -----------------------------------------------------------------------------------------------
+
+
+def test_weights_are_float32_whatever_the_file_holds(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(3).half(), "b": torch.arange(3), "c": torch.ones(2, dtype=torch.bfloat16)}
+    save_file(tensors, tmp_path / "w.safetensors")
+    torch.save({"model": tensors}, tmp_path / "w.pt")
+    for path in (tmp_path / "w.safetensors", tmp_path / "w.pt"):
+        found = load_state_dict(path)
+        assert {name: value.dtype for name, value in found.items()} == {
+            "a": torch.float32,
+            "b": torch.int64,
+            "c": torch.float32,
+        }
+        torch.testing.assert_close(found["a"], torch.arange(3.0))
+
+
+class Unwanted:
+    """What a pickle could run."""
+
+
+def test_a_pickle_that_is_more_than_tensors_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": Unwanted()}, tmp_path / "w.pt")
+    with pytest.raises(SamloveError, match=r"w\.pt: not readable as weights"):
+        load_state_dict(tmp_path / "w.pt")
+    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    with pytest.raises(SamloveError, match="torn.safetensors: not readable as weights"):
+        load_state_dict(tmp_path / "torn.safetensors")
+
+
+def test_other_weights_name_what_does_not_fit(tmp_path: Path) -> None:
+    config = small.audio_config(tmp_path).model_copy(update={"hidden": 8})
+    encoder = VggishEncoder(config, 1, CPU)
+    with pytest.raises(SamloveError, match=r"4 channels and hidden width 8.*embeddings\.0\.weight is \(16, 768\)"):
+        encoder.encode([(torch.zeros(1, 1, 96, 64), np.ones(1, bool))])
+
+
+def test_what_a_dtype_cannot_hold_is_an_error_that_names_the_array() -> None:
+    assert to_store("x", torch.tensor([65504.0]), "float16").dtype == np.float16
+    with pytest.raises(SamloveError, match="visual: 70000 is beyond the range of float16.*dtype: float32"):
+        to_store("visual", torch.tensor([1.0, -70_000.0]), "float16")
+    with pytest.raises(SamloveError, match="visual.*not finite"):
+        to_store("visual", torch.tensor([float("nan")]), "float32")
+
+
+# --- VGGish ----------------------------------------------------------------------------------------------------------
+
+
+def test_vggish_has_the_official_names_and_shapes() -> None:
+    from torchvggish.torchvggish import VGG, make_layers
+
+    with torch.device("meta"):
+        ours, official = build_vggish(), VGG(make_layers(), postprocess=False)
+    shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in (ours, official)]
+    assert shapes[0] == shapes[1]
+    assert "features.0.weight" in shapes[0]
+    assert "embeddings.4.bias" in shapes[0]
+
+
+@pytest.mark.slow
+def test_vggish_reads_the_official_checkpoint(tmp_path: Path) -> None:
+    from torchvggish.torchvggish import VGG, make_layers
+
+    torch.manual_seed(0)
+    official = VGG(make_layers(), postprocess=False).eval()
+    path = tmp_path / "vggish-10086976.pth"  # 288 MB
+    torch.save(official.state_dict(), path, _use_new_zipfile_serialization=False)  # as torch did when it was released
+    encoder = VggishEncoder(AudioConfig(weights=str(path), dtype="float32"), 2, CPU)
+    patches = log_mel(np.random.default_rng(0).normal(0, 0.1, 2 * RATE).astype(np.float32))
+    (found,) = encoder.encode([(patches, np.ones(2, bool))])
+    with torch.inference_mode():
+        np.testing.assert_array_equal(found["audio"], official(patches).numpy())
+
+
+def test_ten_seconds_are_ten_patches_whatever_the_wav(tmp_path: Path, folder: RefAvsFolder) -> None:
+    encoder = VggishEncoder(small.audio_config(tmp_path), 10, CPU)
+    found = encoder.encode([encoder.load(folder.audio_path(m)) for m in ("whole", "short")])
+    assert [item["audio"].shape for item in found] == [(10, 128), (10, 128)]
+    assert found[0]["audio"].dtype == np.float16
+    assert found[0]["audio_valid"].tolist() == [True] * 3 + [False] * 7
+    assert found[1]["audio_valid"].tolist() == [True] + [False] * 9
+
+
+def test_pad_or_trim() -> None:
+    assert [pad_or_trim(np.ones(n), 10)[0].shape for n in (0, 159_999, 160_001)] == [(160_000,)] * 3
+    assert not pad_or_trim(np.ones(0), 10)[1].any()
+    assert pad_or_trim(np.ones(9 * RATE), 10)[1].tolist() == [True] * 9 + [False]
+    assert pad_or_trim(np.ones(159_840), 10)[1].all()
+
+
+def test_another_rate_is_resampled(tmp_path: Path, folder: RefAvsFolder) -> None:
+    encoder = VggishEncoder(small.audio_config(tmp_path), 3, CPU)
+    (there, _), (resampled, _) = (encoder.load(folder.audio_path(m)) for m in ("whole", "other_rate"))
+    assert there.shape == resampled.shape == (3, 1, 96, 64)
+    loud = there > 0  # the bands of the two tones
+    assert loud.float().mean() > 0.02
+    torch.testing.assert_close(resampled[loud], there[loud], rtol=0, atol=0.1)
+
+
+def test_pre_relu_is_what_the_last_relu_takes(tmp_path: Path, folder: RefAvsFolder) -> None:
+    with_relu, before = (VggishEncoder(small.audio_config(tmp_path, pre_relu=p), 3, CPU) for p in (False, True))
+    item = with_relu.load(folder.audio_path("whole"))
+    signed = before.encode([item])[0]["audio"]
+    assert (signed < 0).any()
+    np.testing.assert_array_equal(np.maximum(signed, 0), with_relu.encode([item])[0]["audio"])
+    assert with_relu.fingerprint() != before.fingerprint()
+
+
+def test_postprocess_is_pca_and_eight_bits(tmp_path: Path, folder: RefAvsFolder) -> None:
+    plain = VggishEncoder(small.audio_config(tmp_path, dtype="float32"), 1, CPU)
+    encoder = VggishEncoder(small.audio_config(tmp_path, postprocess=True), 1, CPU)
+    item = plain.load(folder.audio_path("whole"))
+    pca = torch.load(tmp_path / "vggish_pca_params-970ea276.pth", weights_only=False)
+    rotated = pca["pca_eigen_vectors"] @ (plain.encode([item])[0]["audio"][0] - pca["pca_means"])
+    wanted = np.round((np.clip(rotated, -2, 2) + 2) * 255 / 4)
+    found = encoder.encode([item])[0]["audio"]
+    assert found.shape == (1, 128)
+    assert np.abs(found[0] - wanted).max() <= 1  # a value at the edge of two steps may fall to either
+    assert encoder.fingerprint()["pca_sha256"]
+    (tmp_path / "vggish_pca_params-970ea276.pth").unlink()
+    with pytest.raises(RequestError, match="vggish_pca_params-970ea276.pth: no such file"):
+        VggishEncoder(encoder.config, 1, CPU)
+
+
+# --- frames ----------------------------------------------------------------------------------------------------------
+
+
+def test_vit_tokens_are_timms(tmp_path: Path, folder: RefAvsFolder) -> None:
+    encoder = VitEncoder(small.vit_config(tmp_path, dtype="float32"), CPU)
+    frames = encoder.load(frame_sources(folder, ["whole"], 3)["whole"])
+    assert frames.shape == (3, 3, 32, 32)
+    found = encoder.encode([frames])[0]["visual"]
+    network = build_vit(small.VIT, small.VIT_ARGS, 32).eval()
+    network.load_state_dict(load_state_dict(tmp_path / "vit.pth"), strict=False)
+    with torch.inference_mode():
+        wanted = network.forward_features(frames.float() / 127.5 - 1)  # type: ignore[operator]
+    assert found.shape == (3, 1 + 4, 32)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_vit_of_another_size_has_its_positions_resampled(tmp_path: Path) -> None:
+    from timm.layers import resample_abs_pos_embed
+
+    encoder = VitEncoder(small.vit_config(tmp_path, trained_at=32, image_size=64), CPU)
+    trained = load_state_dict(tmp_path / "vit.pth")["pos_embed"]
+    torch.testing.assert_close(encoder.network.pos_embed.data, resample_abs_pos_embed(trained, (4, 4)))
+    assert encoder.encode([torch.zeros(2, 3, 64, 64, dtype=torch.uint8)])[0]["visual"].shape == (2, 17, 32)
+
+
+@pytest.mark.parametrize("model", ["resnet18", "no_such_model"])
+def test_a_model_that_is_no_vit_is_refused(model: str) -> None:
+    with pytest.raises(RequestError, match=f"{model}.*visual.yaml"):
+        build_vit(model, {}, 32)
+
+
+def test_short_clips_repeat_their_last_frame(folder: RefAvsFolder) -> None:
+    sources = frame_sources(folder, ["short", "absent"], 3)
+    assert [path.name for path in sources["short"]] == ["0.jpg", "1.jpg", "1.jpg"]
+    assert sources["absent"] == [folder.frame_path("absent", 0)] * 3
+
+
+def test_clip_towers_come_from_a_whole_clip_or_alone(tmp_path: Path, clip: str, folder: RefAvsFolder) -> None:
+    from transformers import CLIPModel
+
+    whole = CLIPModel.from_pretrained(clip)
+    whole.vision_model.save_pretrained(tmp_path)
+    values = {"encoder": "clip", "image_size": 32, "dtype": "float32"}
+    encoders = [ClipImageEncoder(VisualConfig(**values, weights=w), CPU) for w in (clip, str(tmp_path))]
+    frames = encoders[0].load(frame_sources(folder, ["whole"], 1)["whole"])
+    found = [encoder.encode([frames])[0]["visual"] for encoder in encoders]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert found[0].shape == (1, 1 + 4, 16)
+    bigger = ClipImageEncoder(VisualConfig(**{**values, "image_size": 64}, weights=clip), CPU)
+    assert bigger.encode([torch.zeros(1, 3, 64, 64, dtype=torch.uint8)])[0]["visual"].shape == (1, 17, 16)
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_texts_are_padded_and_cut(tmp_path: Path) -> None:
+    encoder = RobertaEncoder(small.roberta_config(tmp_path, max_tokens=8), CPU)
+    short, long = encoder.encode(["it", "a long text that is cut"])
+    assert short["text"].shape == long["text"].shape == (8, 16)
+    assert short["text_mask"].tolist() == [True] * 4 + [False] * 4  # <s> i t </s>
+    assert long["text_mask"].all()
+
+
+def test_padding_does_not_reach_the_tokens(tmp_path: Path) -> None:
+    config = small.roberta_config(tmp_path, dtype="float32")
+    few, many = (RobertaEncoder(config.model_copy(update={"max_tokens": n}), CPU).encode(["it"])[0] for n in (4, 25))
+    np.testing.assert_allclose(many["text"][many["text_mask"]], few["text"], rtol=1e-4, atol=1e-5)
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(tmp_path: Path, clip: str) -> None:
+    for encoder, longest in (
+        (RobertaEncoder(small.roberta_config(tmp_path, max_tokens=39), CPU), 38),
+        (ClipTextEncoder(TextConfig(encoder="clip", weights=clip, max_tokens=31), CPU), 30),
+    ):
+        with pytest.raises(RequestError, match=f"takes {longest} tokens at most"):
+            encoder.encode(["it"])
+
+
+def test_a_folder_that_lacks_a_weight_is_refused_not_filled_at_random(tmp_path: Path) -> None:
+    config = small.roberta_config(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["roberta.encoder.layer.0.output.dense.bias"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SamloveError, match="RobertaModel, found none for encoder.layer.0.output.dense.bias"):
+        RobertaEncoder(config, CPU).encode(["it"])
+
+
+# --- SAM2 ------------------------------------------------------------------------------------------------------------
+
+
+def test_frames_are_prepared_as_sam2_does_it(tmp_path: Path, folder: RefAvsFolder) -> None:
+    from sam2.utils.misc import load_video_frames
+
+    from samlove.encoders.frames import normalise
+    from samlove.encoders.sam2_image import MEAN, STD
+
+    encoder = Sam2ImageEncoder(small.sam2_config(tmp_path), CPU)
+    ours = normalise(encoder.load(frame_sources(folder, ["whole"], 3)["whole"]), MEAN, STD)
+    official, *_ = load_video_frames(str(folder.frame_path("whole", 0).parent), 64, False, compute_device=CPU)
+    torch.testing.assert_close(ours, official, rtol=0, atol=0)
+
+
+def test_both_cache_points_lead_to_what_sam2_computes(tmp_path: Path) -> None:
+    frames = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    found = {}
+    for point in ("pre_conv", "post_conv"):
+        encoder = Sam2ImageEncoder(small.sam2_config(tmp_path, cache_point=point, dtype="float32"), CPU)
+        found[point] = {name: torch.from_numpy(a) for name, a in encoder.encode([frames])[0].items()}
+        assert (encoder.fingerprint()["decoder_convs_sha256"] is not None) == (point == "post_conv")
+    assert [tuple(found["post_conv"][name].shape) for name in LEVELS] == [(2, 8, 16, 16), (2, 16, 8, 8), (2, 64, 4, 4)]
+    assert [tuple(found["pre_conv"][name].shape) for name in LEVELS] == [(2, 64, 16, 16), (2, 64, 8, 8), (2, 64, 4, 4)]
+    network = instantiate_sam2(small.TINY_SAM2)
+    load_sam2_weights(network, str(tmp_path / "sam2.pt"))
+    decoder: Any = network.sam_mask_decoder
+    with torch.inference_mode():
+        before = found["pre_conv"]
+        conv = [decoder.conv_s0(before[LEVELS[0]]), decoder.conv_s1(before[LEVELS[1]]), before[LEVELS[2]]]
+    for name, wanted in zip(LEVELS, conv, strict=True):
+        torch.testing.assert_close(found["post_conv"][name], wanted, rtol=1e-4, atol=1e-5)

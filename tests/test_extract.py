@@ -1,0 +1,220 @@
+"""The runner with an encoder of one line, and the four stages with small real encoders."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from pipelines import audio, sam2, text, visual
+from samlove.config import Section
+from samlove.dataset import RefAvsFolder
+from samlove.encoders.base import Arrays, to_store
+from samlove.encoders.frames import frame_sources
+from samlove.encoders.roberta import RobertaEncoder
+from samlove.encoders.sam2_image import Sam2ImageEncoder
+from samlove.encoders.vggish import VggishEncoder
+from samlove.encoders.vit import VitEncoder
+from samlove.errors import SamloveError
+from samlove.extract import FAILURE_BUDGET, extract
+from stores import FeatureStore
+from tests import small_encoders as small
+
+
+class Numbers:
+    """Reads a number from a file; its array is the number twice. Keeps a record of what it computed."""
+
+    def __init__(self, factor: int = 1) -> None:
+        self.factor, self.computed, self.batches = factor, list[float](), list[int]()
+
+    def fingerprint(self) -> dict:
+        return {"encoder": "numbers", "factor": self.factor}
+
+    def load(self, source: Path) -> float:
+        if not source.exists():
+            raise SamloveError(f"{source}: no such file")
+        return float(source.read_text())
+
+    def encode(self, items: list[float]) -> list[Arrays]:
+        self.computed += items
+        self.batches.append(len(items))
+        return [{"x": to_store("x", torch.full((2,), self.factor * item), "float16")} for item in items]
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> dict[str, Path]:
+    """k000 ... k249, each a file with its number."""
+    (tmp_path / "in").mkdir()
+    sources = {f"k{n:03}": tmp_path / "in" / f"{n}" for n in range(250)}
+    for n, path in enumerate(sources.values()):
+        path.write_text(str(n))
+    return sources
+
+
+def run(encoder: Numbers, sources: dict[str, Path], root: Path) -> FeatureStore:
+    extract(encoder, sources, root / "numbers", root / "scratch", shard_size=100, batch_size=30)
+    return FeatureStore.open(root / "numbers")
+
+
+def test_every_item_is_in_the_store_under_its_key(tmp_path: Path, sources: dict[str, Path]) -> None:
+    encoder = Numbers()
+    timing = extract(encoder, sources, tmp_path / "numbers", tmp_path / "scratch", shard_size=100, batch_size=30)
+    store = FeatureStore.open(tmp_path / "numbers")
+    assert list(store.keys()) == list(sources)
+    assert [store.read(key)["x"].tolist() for key in sources] == [[n, n] for n in range(250)]
+    assert store.manifest["fingerprint"] == encoder.fingerprint()
+    assert encoder.batches == [30, 30, 30, 10, 30, 30, 30, 10, 30, 20]  # a batch does not cross shards
+    assert not (tmp_path / "scratch").exists()
+    assert (timing.items, timing.first_batch, timing.bytes) == (250, 30, 250 * 4)
+    assert timing.rate is not None
+    assert timing.rate > 0
+    assert "items/s after warm-up" in str(timing)
+
+
+def test_what_cannot_be_read_is_a_row_and_the_rest_goes_on(tmp_path: Path, sources: dict[str, Path]) -> None:
+    sources["k007"].unlink()
+    store = run(Numbers(), sources, tmp_path)
+    assert len(store) == 249
+    assert "k007" not in store
+    assert store.failures == [("k007", "numbers", f"{sources['k007']}: no such file")]
+
+
+def test_more_failures_than_the_budget_publish_nothing(tmp_path: Path, sources: dict[str, Path]) -> None:
+    lost = list(sources)[100 : 100 + int(FAILURE_BUDGET * 250) + 1]
+    for key in lost:
+        sources[key].rename(sources[key].with_suffix(".away"))
+    with pytest.raises(SamloveError, match="3 of 250 items cannot be read, expected at most 1%: k100.*no such file"):
+        run(Numbers(), sources, tmp_path)
+    assert not (tmp_path / "numbers").exists()
+    (ledger,) = tmp_path.glob("scratch/*/failures.json")
+    assert list(json.loads(ledger.read_text())) == lost
+
+
+def test_a_stopped_run_is_taken_up(tmp_path: Path, sources: dict[str, Path]) -> None:
+    class Stopped(Numbers):
+        def encode(self, items: list[float]) -> list[Arrays]:
+            if max(items) >= 200:
+                raise KeyboardInterrupt
+            return super().encode(items)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Stopped(), sources, tmp_path)
+    encoder = Numbers()
+    store = run(encoder, sources, tmp_path)
+    assert encoder.computed == list(range(200, 250))
+    assert [store.read(key)["x"][0] for key in sources] == list(range(250))
+
+
+def test_what_was_made_of_other_files_or_otherwise_is_made_anew(tmp_path: Path, sources: dict[str, Path]) -> None:
+    class Stopped(Numbers):
+        def encode(self, items: list[float]) -> list[Arrays]:
+            if max(items) >= 200:
+                raise KeyboardInterrupt
+            return super().encode(items)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Stopped(), sources, tmp_path)
+    sources["k000"].write_text("7")
+    os.utime(sources["k000"], (0, 0))
+    encoder = Numbers()
+    assert run(encoder, sources, tmp_path).read("k000")["x"][0] == 7
+    assert len(encoder.computed) == 250
+    again = Numbers(factor=2)
+    assert run(again, sources, tmp_path).read("k001")["x"][0] == 2
+
+
+def test_a_value_out_of_range_names_array_and_items(tmp_path: Path, sources: dict[str, Path]) -> None:
+    with pytest.raises(SamloveError, match="k000, k001, k002: x: 290000 is beyond the range of float16"):
+        run(Numbers(factor=10_000), sources, tmp_path)
+
+
+def test_an_unforeseen_error_names_the_item(tmp_path: Path, sources: dict[str, Path]) -> None:
+    sources["k003"].write_text("no number")
+    with pytest.raises(ValueError, match="no number") as raised:
+        run(Numbers(), sources, tmp_path)
+    assert raised.value.__notes__ == ["while reading 'k003'"]
+
+
+def test_nothing_to_encode_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SamloveError, match="expected items to encode, found none"):
+        run(Numbers(), {}, tmp_path)
+
+
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a profile of small encoders, an index of three clips, and their media."""
+    monkeypatch.chdir(tmp_path)
+    sections: dict[str, Section] = {
+        "audio": small.audio_config(tmp_path / "weights"),
+        "visual": small.vit_config(tmp_path / "weights"),
+        "text": small.roberta_config(tmp_path / "weights" / "roberta"),
+        "sam2": small.sam2_config(tmp_path / "weights"),
+    }
+    (tmp_path / "configs" / "small").mkdir(parents=True)
+    (tmp_path / "configs" / "profile.yaml").write_text("profile: small\n")
+    for name, section in sections.items():
+        (tmp_path / "configs" / "small" / f"{name}.yaml").write_text(yaml.safe_dump(section.model_dump()))
+    (tmp_path / "configs" / "small" / "dataset.yaml").write_text("frames: 3\n")
+    folder = RefAvsFolder("data/dataset/small")
+    splits = {"a": "train", "b": "val", "c": "test_s"}
+    for media_id in splits:
+        small.write_clip(folder, media_id, frames=3, seconds=3)
+    (tmp_path / "data" / "index").mkdir()
+    pd.DataFrame({"media_id": list(splits), "split": list(splits.values())}).to_parquet("data/index/videos.parquet")
+    pd.DataFrame({"exp": ["it", "the red star", "it"]}).to_parquet("data/index/expressions.parquet")
+    return tmp_path
+
+
+def assert_cached_is_live(store: FeatureStore, live: dict[str, Arrays]) -> None:
+    assert list(store.keys()) == list(live)
+    for key, arrays in live.items():
+        found = store.read(key)
+        assert found.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert found[name].dtype == array.dtype
+            np.testing.assert_allclose(found[name], array, rtol=2e-3, atol=1e-3, err_msg=f"{key} {name}")
+
+
+def test_stages_write_what_the_encoders_compute(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, folder = torch.device("cpu"), RefAvsFolder("data/dataset/small")
+    weights, media = project / "weights", ["a", "b", "c"]
+    for main in (audio.main, visual.main, text.main):
+        main()
+    for group in ("train", "eval"):
+        monkeypatch.setattr("sys.argv", ["sam2", group])
+        sam2.main()
+    stores = {name: FeatureStore.open(f"data/features/{name}") for name in ("audio", "visual", "text")}
+    stores |= {f"sam2_{group}": FeatureStore.open(f"data/features/sam2_{group}") for group in ("train", "eval")}
+    assert stores["sam2_train"].manifest["fingerprint"] == stores["sam2_eval"].manifest["fingerprint"]
+
+    vggish = VggishEncoder(small.audio_config(weights), 3, cpu)
+    live = {m: vggish.encode([vggish.load(folder.audio_path(m))])[0] for m in media}
+    assert_cached_is_live(stores["audio"], live)
+    vit = VitEncoder(small.vit_config(weights), cpu)
+    frames = frame_sources(folder, media, 3)
+    assert_cached_is_live(stores["visual"], {m: vit.encode([vit.load(frames[m])])[0] for m in media})
+    roberta = RobertaEncoder(small.roberta_config(weights / "roberta"), cpu)
+    assert_cached_is_live(stores["text"], {t: roberta.encode([t])[0] for t in ("it", "the red star")})
+    encoder = Sam2ImageEncoder(small.sam2_config(weights), cpu)
+    assert_cached_is_live(stores["sam2_train"], {"a": encoder.encode([encoder.load(frames["a"][:1])])[0]})
+    assert_cached_is_live(stores["sam2_eval"], {m: encoder.encode([encoder.load(frames[m])])[0] for m in ("b", "c")})
+    one_frame = stores["sam2_eval"].read("b", slice(0, 1))["sam2_image_embed"]
+    assert one_frame.shape == (1, 64, 4, 4)
+
+
+@pytest.mark.parametrize("arguments", [[], ["test_s"], ["train", "eval"]])
+def test_sam2_takes_one_group(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["sam2", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        sam2.main()
+    assert ended.value.code == 2
+    assert "expected one of train, eval" in capsys.readouterr().err
