@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from samlove.config import DatasetConfig, load
+from samlove.digest import folder_digest
 from samlove.errors import one_line_errors
 from samlove.index import audit_folder, write_index
 
@@ -15,6 +16,8 @@ def main() -> None:
     audit = audit_folder(Path(config.root), config.check_media, dict(config.policy), config.frames)
     print(audit.render())
     write_index(audit, OUT)
+    for part in ("media", "gt_mask"):
+        (OUT / f"{part}.sha256").write_text(folder_digest(Path(config.root) / part) + "\n")
 
 
 if __name__ == "__main__":
