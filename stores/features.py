@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
-from zarr.errors import BaseZarrError
 
 from samlove.errors import RequestError, SamloveError
+from stores.chunks import ShardArray
 from stores.fingerprint import fingerprint_id
 from stores.manifest import NAME, SCHEMA, read_manifest, replace_folder, write_json
 
@@ -71,7 +71,7 @@ class FeatureStore:
                 f"{self.path}: expected {self.manifest['keys']} keys by its manifest, found {len(self._place)} "
                 "in its shards; remake the store"
             )
-        self._groups: dict[str, dict[str, zarr.Array]] = {}
+        self._opened: dict[str, dict[str, ShardArray]] = {}
 
     @classmethod
     def open(cls, path: str | Path) -> "FeatureStore":
@@ -79,7 +79,7 @@ class FeatureStore:
         return cls(path)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_groups": {}}
+        return {**self.__dict__, "_opened": {}}
 
     def keys(self) -> list[str]:
         """All keys, in the order in which they were planned."""
@@ -97,14 +97,15 @@ class FeatureStore:
         with open(self.path / FAILURES, newline="", encoding="utf-8") as file:
             return [Failure(**row) for row in csv.DictReader(file)]
 
-    def _arrays(self, shard: str) -> dict[str, zarr.Array]:
-        if shard not in self._groups:
-            group = zarr.open_group(self.path / shard, mode="r")
-            self._groups[shard] = {name: _array(group, name, self.path / shard) for name in self.manifest["arrays"]}
-        return self._groups[shard]
+    def _arrays(self, shard: str) -> dict[str, ShardArray]:
+        if shard not in self._opened:
+            self._opened[shard] = {name: ShardArray(self.path / shard / name) for name in self.manifest["arrays"]}
+        return self._opened[shard]
 
     def read(self, key: str, rows: slice | None = None) -> Arrays:
-        """The arrays of one item, {name: (*item shape)}; `rows` cuts axis 0 of each and reads only these chunks.
+        """Copies of one item's arrays, {name: (*item shape)}; `rows`, without a step, cuts axis 0 of each.
+
+        Only the chunks that hold these rows are read, and their checksums compared.
 
         Raises SamloveError where the store has no such key, or where the bytes on disk are damaged.
         """
@@ -113,21 +114,10 @@ class FeatureStore:
             raise SamloveError(f"{self.path}: no item {key!r} ({'; '.join(known) or 'not among its keys'})")
         shard, row = self._place[key]
         try:
-            index = row if rows is None else (row, rows)
-            return {name: np.asarray(array[index]) for name, array in self._arrays(shard).items()}
-        except (OSError, ValueError, KeyError, BaseZarrError) as error:
+            return {name: array.read(row, rows) for name, array in self._arrays(shard).items()}
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise SamloveError(f"{self.path / shard}: {key!r} cannot be read ({reason}); remake the store") from error
-
-
-def _array(group: zarr.Group, name: str, shard: Path) -> zarr.Array:
-    array = group[name]
-    if not isinstance(array, zarr.Array):
-        raise ValueError(f"{name} is not an array")
-    data = shard / name / array.metadata.encode_chunk_key((0,) * array.ndim)
-    if not data.is_file():  # zarr would read zeros
-        raise FileNotFoundError(f"{data} is missing")
-    return array
 
 
 @dataclass(frozen=True)

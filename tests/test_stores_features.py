@@ -193,11 +193,35 @@ def test_a_manifest_that_contradicts_its_shards_is_refused(tmp_path):
         FeatureStore.open(store.path)
 
 
-def test_plain_zarr_reads_it(tmp_path):
-    store = fill(make_writer(tmp_path, chunk_rows=1))
-    group = zarr.open_group(store.path / "shard-00000.zarr", mode="r")
-    np.testing.assert_array_equal(group["embed"][1], make_item("media_1")["embed"])
-    assert group.attrs["keys"] == KEYS[:2]
+@pytest.mark.parametrize("chunk_rows", [None, 1, 3])
+def test_zarr_itself_reads_the_same(tmp_path, chunk_rows):
+    store = fill(make_writer(tmp_path, chunk_rows=chunk_rows))
+    for shard in store.manifest["shards"]:
+        group = zarr.open_group(store.path / shard["name"], mode="r")
+        for row, key in enumerate(group.attrs["keys"]):
+            for rows in (slice(None), slice(0, 1), slice(2, 7), slice(-3, None), slice(9, 99), slice(5, 2)):
+                for name, value in store.read(key, rows).items():
+                    expected = group[name][row, rows]
+                    assert value.dtype == expected.dtype and value.flags.writeable
+                    np.testing.assert_array_equal(value, expected)
+
+
+def test_an_array_that_another_program_laid_out_is_refused(tmp_path):
+    store = fill(make_writer(tmp_path))
+    group = zarr.open_group(store.path / "shard-00000.zarr", mode="a")
+    group.create_array("audio", data=np.zeros((2, 10, 6), np.float32), overwrite=True)
+    with pytest.raises(SamloveError, match="media_0"):
+        FeatureStore.open(store.path).read("media_0")
+
+
+def test_a_torn_data_file_is_named(tmp_path):
+    store = fill(make_writer(tmp_path))
+    path = store.path / "shard-00000.zarr" / "embed" / "c" / "0" / "0" / "0" / "0" / "0"
+    data = path.read_bytes()
+    for size in (0, 1, 30, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:size])
+        with pytest.raises(SamloveError, match=r"shard-00000.*media_0"):
+            FeatureStore.open(store.path).read("media_0")
 
 
 def _run(root: Path, diary: Path) -> None:

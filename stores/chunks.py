@@ -1,0 +1,75 @@
+"""Reading one array of a feature store's shard: the chunks asked for, from the mapped file, each checked.
+
+The general reader of Zarr takes 1 to 3 ms an array for its event loop and its repeated look at the shard's index;
+this one takes some 20 us. It reads only the layout that FeatureStoreWriter writes (Zarr v3, one sharding_indexed
+shard of uncompressed little-endian chunks with crc32c, index at the end) and refuses any other; tests hold it
+against zarr itself.
+"""
+
+import json
+import mmap
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+
+_CODECS = ["bytes", "crc32c"]  # of chunks and of the index
+_CRC = np.dtype("<u4")
+_PLACE = np.dtype("<u8")  # of a chunk: offset, number of bytes
+
+
+class ShardArray:
+    """One array, (keys, *item shape), of one shard. Holds a map of its file; not to be pickled.
+
+    Raises OSError, ValueError, KeyError or TypeError where the files are absent, damaged, or laid out otherwise.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        meta = json.loads((folder / "zarr.json").read_text())
+        (codec,) = meta["codecs"]
+        sharding = codec["configuration"]
+        names = [[inner["name"] for inner in sharding[part]] for part in ("codecs", "index_codecs")]
+        chunk, shard = sharding["chunk_shape"], meta["chunk_grid"]["configuration"]["chunk_shape"]
+        self.shape: tuple[int, ...] = tuple(meta["shape"])
+        dtype = np.dtype(meta["data_type"])
+        whole = shard[0] == self.shape[0] and chunk[0] == 1 and chunk[2:] == shard[2:] == list(self.shape[2:])
+        if names != [_CODECS, _CODECS] or sharding["index_location"] != "end" or not whole:
+            raise ValueError(f"{folder}: not laid out as a feature store's")
+        self._dtype = dtype.newbyteorder("<")
+        self._chunk = tuple(chunk[1:])
+        self._per_key = shard[1] // chunk[1] if len(shard) > 1 else 1
+        with open(folder.joinpath("c", *["0"] * len(shard)), "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        size = shard[0] * self._per_key * 2 * _PLACE.itemsize
+        index = self._checked(len(self._map) - size - _CRC.itemsize, size + _CRC.itemsize, "index")
+        self._places = [(int(o), int(n)) for o, n in np.frombuffer(index, _PLACE).reshape(-1, 2)]  # offset, size
+
+    def _checked(self, offset: int, size: int, what: str) -> bytes:
+        """The bytes at a place without the crc32c that ends them."""
+        if offset < 0 or size < _CRC.itemsize or offset + size > len(self._map):
+            raise ValueError(f"{what} at {offset} of {size} bytes lies outside the file of {len(self._map)}")
+        data = self._map[offset : offset + size - _CRC.itemsize]
+        (expected,) = np.frombuffer(self._map, _CRC, 1, offset + len(data))
+        if google_crc32c.value(data) != expected:
+            raise ValueError(f"{what} at {offset}: checksum invalid")
+        return data
+
+    def _read_chunk(self, number: int) -> np.ndarray:
+        data = self._checked(*self._places[number], f"chunk {number}")
+        return np.frombuffer(data, self._dtype).reshape(self._chunk)
+
+    def read(self, key: int, rows: slice | None = None) -> np.ndarray:
+        """A copy of item `key`, or of a contiguous range of its rows, along axis 0: only their chunks are touched."""
+        shape = self.shape[1:]
+        if not shape:
+            return self._read_chunk(key).copy()
+        start, stop, step = (rows or slice(None)).indices(shape[0])
+        if step != 1:
+            raise ValueError(f"expected rows without a step, found {rows}")
+        stop, height = max(start, stop), self._chunk[0]
+        out = np.empty((stop - start, *shape[1:]), self._dtype)
+        for number in range(start // height, -(-stop // height) if stop > start else 0):
+            first, last = max(start, number * height), min(stop, (number + 1) * height)
+            chunk = self._read_chunk(key * self._per_key + number)
+            out[first - start : last - start] = chunk[first - number * height : last - number * height]
+        return out
