@@ -21,7 +21,7 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
     """Let `main` end with one line on stderr and exit status 1 or 2 where it raises a SamloveError."""
 
     @functools.wraps(main)
-    def wrapped(*args, **kwargs) -> None:
+    def wrapped(*args: object, **kwargs: object) -> None:
         try:
             main(*args, **kwargs)
         except SamloveError as error:
