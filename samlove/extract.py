@@ -38,7 +38,7 @@ class Timing:
     bytes: int = 0  # of their arrays
     read_s: float = 0.0
     wait_s: float = 0.0  # the encoder idle, waiting for what is read
-    compute_s: float = 0.0
+    compute_s: float = 0.0  # loading the network included
     write_s: float = 0.0
     first_batch: int = 0  # its items: warm-up, left out of the rate
     warm_at: float = 0.0
@@ -174,7 +174,8 @@ def _encode(encoder: Encoder, read: dict[str, Any], timing: Timing) -> dict[str,
     try:
         arrays = encoder.encode(list(read.values()))
     except SamloveError as error:
-        raise type(error)(f"{', '.join(list(read)[:SHOWN])}: {error}") from error
+        keys = list(read)
+        raise type(error)(f"{keys[0]} to {keys[-1]}: {error}") from error
     timing.compute_s += time.perf_counter() - began
     timing.items += len(arrays)
     timing.bytes += sum(array.nbytes for item in arrays for array in item.values())
