@@ -87,13 +87,6 @@ class Facts:
             ("sound", "time"), lambda among: [k for k in among if self.length[k] == len(self.things[k].sounding)]
         )
 
-    def than(self, value: str, sign: int, other: int) -> Condition:
-        def choose(among: Things) -> Things:
-            heard = [k for k in among if k != other and self.sounds[k]]
-            return [k for k in heard if sign * (self._amount(value, k) - self._amount(value, other)) >= 0.5]
-
-        return Condition(("sound",), choose)
-
 
 def _sentences(scene: Scene) -> Iterator[tuple[str, str, list[Condition]]]:
     """(template, text, conditions) of every sentence that could be said of a scene."""
@@ -102,18 +95,11 @@ def _sentences(scene: Scene) -> Iterator[tuple[str, str, list[Condition]]]:
     yield "sounding", "The sounding object.", hear
     yield "source", "The source of the sound.", hear
     yield "silent", "The object that didn't make any sound.", [facts.sounding(False)]
-    superlatives = [
-        ("loudest", "making the loudest sound", facts.most("loudness", 1, 1.0, ("sound",))),
-        ("softest", "making the softest sound", facts.most("loudness", -1, 1.0, ("sound",))),
-        ("lowest", "making the lowest sound", facts.most("pitch", -1, 0.5, ("sound",))),
-        ("highest", "making the highest sound", facts.most("pitch", 1, 0.5, ("sound",))),
-        ("longest", "making the longest sound duration", facts.most("length", 1, 2, ("sound", "time"))),
-        ("shortest", "making the shortest sound duration", facts.most("length", -1, 2, ("sound", "time"))),
-    ]
-    for template, words, condition in superlatives:
-        if facts.sounds.sum() > 1:
-            yield template, f"The object {words}.", [condition]
     if facts.sounds.sum() > 1:
+        yield "loudest", "The object making the loudest sound.", [facts.most("loudness", 1, 1.0, ("sound",))]
+        yield "lowest", "The object making the lowest sound.", [facts.most("pitch", -1, 0.5, ("sound",))]
+        longest = facts.most("length", 1, 2, ("sound", "time"))
+        yield "longest", "The object making the longest sound duration.", [longest]
         yield "first", "The first object to make a sound.", [facts.most("first", -1, 2, ("sound", "time"))]
         yield "last", "The last object to make a sound.", [facts.most("first", 1, 2, ("sound", "time"))]
     yield "always", "The object that keeps making sound at all times.", [facts.always()]
@@ -142,10 +128,6 @@ def _sentences(scene: Scene) -> Iterator[tuple[str, str, list[Condition]]]:
                 beside = facts.beside(side, k)
                 yield "beside", f"The object on the {side} of the {thing.category}.", [beside]
                 yield "sounding beside", f"The sounding object on the {side} of the {thing.category}.", [beside, *hear]
-        if facts.sounds[k] and sum(other.category == thing.category for other in scene.things) == 1:
-            than = f"sound than the {thing.category}."
-            yield "louder than", f"The object making louder {than}", [facts.than("loudness", 1, k)]
-            yield "lower than", f"The object making lower {than}", [facts.than("pitch", -1, k)]
 
 
 def _meeting(conditions: list[Condition], among: Things) -> Things:
