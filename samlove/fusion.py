@@ -107,6 +107,11 @@ class Fusion(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
+    @property
+    def prompt_bias(self) -> Tensor:
+        """(prompt_dim,): what the prompt token is where the sequence says nothing."""
+        return self.head[1][-1].bias
+
     def forward(
         self, audio: Tensor, visual: Tensor, text: Tensor, text_mask: Tensor, audio_valid: Tensor | None = None
     ) -> Tensor:

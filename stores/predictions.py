@@ -1,8 +1,8 @@
 """Predicted masks of one split in one HDF5 file: uint8 bins between known edges, chunked and compressed.
 
 Layout: `row_ids` (n,) utf-8, `bins` (n,T,H,W) uint8, one chunk a row, gzip and a checksum (fletcher32) each,
-`edges` (E,) float32 where bin b holds the logits with edges[b-1] <= logit < edges[b], and the attribute
-`attrs`, a JSON text saying what made the file. No pickles.
+`edges` (E,) float32, where bin b holds the probabilities p (sigmoids of mask logits) with edges[b-1] <= p < edges[b],
+and the attribute `attrs`, a JSON text saying what made the file. No pickles.
 """
 
 import json

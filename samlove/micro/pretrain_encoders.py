@@ -35,6 +35,7 @@ GRID = 8  # patches a side
 PATCH_SECONDS = 0.96  # a VGGish patch
 PITCHES = np.log2([160.0, 270.0, 450.0, 750.0])  # the four registers of LAVS-synth's voices
 OTHER = len(SEEN)  # the class of a random shape or timbre
+LOGIT = 4.0  # a channel's value times this is a logit: answers stay of the size of normalised tokens
 CATEGORY = {name: k for k, name in enumerate((*SEEN, "other"))}
 COLOUR = {name: k for k, name in enumerate((*COLOURS, "other"))}
 SIZE = {name: k for k, name in enumerate(RADII)}
@@ -114,26 +115,32 @@ def patches(rng: np.random.Generator, size: int = 128, seconds: int = 3) -> Iter
         }
 
 
-class PatchHeads(nn.Module):
-    """Linear heads on the ViT's tokens, and their loss."""
+class PatchReadout(nn.Module):
+    """The ViT's own first channels, read as answers, and their loss; it has no weights.
 
-    def __init__(self, dim: int) -> None:
+    The channels left over are drawn to 0: what a frozen feature holds beside the answers only hides them from a
+    fusion module that has minutes to learn in.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
         self.classes = {"category": len(CATEGORY), "colour": len(COLOUR), "size": len(SIZE), "pulse": 2}
-        self.patch = nn.Linear(dim, sum(self.classes.values()) + 3)
-        self.cls = nn.Linear(dim, 2 * (len(CATEGORY) + len(COLOUR)))
 
     def forward(self, tokens: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         """tokens (B, 1 + 64, dim) after the final norm; returns the loss and each part's accuracy."""
-        out = self.patch(tokens[:, 1:]).unflatten(1, (GRID, GRID))  # (B, 8, 8, C)
-        *logits, offset, cover = out.split([*self.classes.values(), 2, 1], dim=-1)
+        sizes = [*self.classes.values(), 2, 1]
+        out = tokens[:, 1:].unflatten(1, (GRID, GRID))  # (B, 8, 8, dim)
+        *logits, offset, cover, rest = out.split([*sizes, out.shape[-1] - sum(sizes)], dim=-1)
+        offset = offset / 4
+        summary = tokens[:, 0, : batch["summary"].shape[1]]
         thing = ~batch["empty"]
-        loss = F.mse_loss(cover[..., 0], batch["cover"]) * 5
+        loss = F.mse_loss(cover[..., 0], batch["cover"]) * 5 + 0.5 * rest.square().mean()
         loss = loss + 20 * F.smooth_l1_loss(offset[thing], batch["offset"][thing], beta=0.05)
-        loss = loss + F.binary_cross_entropy_with_logits(self.cls(tokens[:, 0]), batch["summary"]) * 2
+        loss = loss + F.binary_cross_entropy_with_logits(LOGIT * summary, batch["summary"]) * 2
         right = {}
         for name, logit in zip(self.classes, logits, strict=True):
-            loss = loss + (2 if name == "category" else 1) * F.cross_entropy(logit[thing], batch[name][thing])
+            loss = loss + (2 if name == "category" else 1) * F.cross_entropy(LOGIT * logit[thing], batch[name][thing])
+            loss = loss + 0.2 * logit[~thing].square().mean()  # nothing there, no answer
             right[name] = float((logit[thing].argmax(-1) == batch[name][thing]).float().mean())
         right["offset"] = float((offset[thing] - batch["offset"][thing]).detach().abs().mean())
         return loss, right
@@ -159,18 +166,15 @@ def voices(rng: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
         yield {"mel": mel[k], "share": share[k], "register": register[k]}
 
 
-class VoiceHeads(nn.Module):
-    """Linear heads on VGGish's 128 values, and their loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.share, self.register = nn.Linear(128, len(CATEGORY)), nn.Linear(128, len(PITCHES))
+class VoiceReadout(nn.Module):
+    """VGGish's own first values, read as answers, and their loss; the others are drawn to 0, as the ViT's."""
 
     def forward(self, embedding: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        share, register = self.share(embedding), self.register(embedding)
-        loss = 3 * F.binary_cross_entropy_with_logits(share, batch["share"])
+        """embedding (B, 128) after the last ReLU; returns the loss and each part's accuracy."""
+        share, register, rest = embedding.split([len(CATEGORY), len(PITCHES), 128 - len(CATEGORY) - len(PITCHES)], 1)
+        loss = F.mse_loss(share, 2 * batch["share"]) * 3 + 0.5 * rest.square().mean()
         loss = loss + F.smooth_l1_loss(register, batch["register"], beta=0.5)
-        right = ((share > 0) == (batch["share"] > 0.5)).float().mean()
+        right = ((share > 1) == (batch["share"] > 0.5)).float().mean()
         return loss, {"share": float(right), "register": float((register - batch["register"]).detach().abs().mean())}
 
 
@@ -224,7 +228,7 @@ def make_vit(out: Path, minutes: float, seed: int) -> dict:
         pictures = batch["picture"].permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, 128, 128)
         return vit.forward_features(pictures)
 
-    scores = train(encode, list(vit.parameters()), PatchHeads(128), Scenes(patches, seed, 0), 48, minutes, 1e-3)
+    scores = train(encode, list(vit.parameters()), PatchReadout(), Scenes(patches, seed, 0), 48, minutes, 1e-3)
     _save(vit, out)
     return scores
 
@@ -234,14 +238,17 @@ def make_vggish(out: Path, minutes: float, seed: int) -> dict:
     torch.manual_seed(seed)
     config = AudioConfig(weights=str(out), channels=16, hidden=256)
     vggish = build_vggish(config.channels, config.hidden)
-    for layer in vggish.modules():  # no norm layers: without this gain, nine layers of ReLU let little through
+    if out.exists():
+        vggish.load_state_dict({name: value.float() for name, value in load_file(out).items()})
+        seed += 1000
+    for layer in [] if out.exists() else vggish.modules():  # no norm layers: without this gain, nine layers of ReLU let little through
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
     def encode(batch: dict[str, Tensor]) -> Tensor:
         return vggish(batch["mel"])
 
-    scores = train(encode, list(vggish.parameters()), VoiceHeads(), Scenes(voices, seed, 1), 100, minutes, 1e-3)
+    scores = train(encode, list(vggish.parameters()), VoiceReadout(), Scenes(voices, seed, 1), 100, minutes, 1e-3)
     _save(vggish, out)
     return scores
 
@@ -282,11 +289,14 @@ def make_roberta(out: Path, seed: int) -> None:
 
 
 def main(out: Path = Path("weights/micro"), vit_minutes: float = 15, vggish_minutes: float = 8, seed: int = 0) -> None:
-    """Make the micro profile's encoders from nothing; prints the scores of each as JSON."""
+    """Make the micro profile's encoders; prints the scores of each as JSON. One given 0 minutes is left as it is."""
     torch.set_num_threads(1)
     make_roberta(out / "text/roberta", seed)
-    scores = {"vggish": make_vggish(out / "audio/vggish.safetensors", vggish_minutes, seed)}
-    scores["vit"] = make_vit(out / "visual/vit.safetensors", vit_minutes, seed)
+    scores = {}
+    if vggish_minutes:
+        scores["vggish"] = make_vggish(out / "audio/vggish.safetensors", vggish_minutes, seed)
+    if vit_minutes:
+        scores["vit"] = make_vit(out / "visual/vit.safetensors", vit_minutes, seed)
     print(json.dumps(scores))
 
 
