@@ -3,9 +3,9 @@
 The paper's encoders learned from ImageNet, AudioSet and books; none of that fits into a repository, so
 the micro profile's learn a little of LAVS-synth's world from scenes of their own (never a clip of the
 benchmark, never an unseen category): the ViT to tell what, which colour, how large and where each patch's
-object is and whether it pulses, the VGGish to tell which voices sound, how loud and how high. The heads
-that teach this are linear and thrown away. RoBERTa keeps its seeded random weights: its tokens only have
-to be told apart. `samlove/micro/README.md` holds the command and the scores.
+object is and whether it pulses, the VGGish to tell which voices sound, how loud and how high. Each says it in
+channels of its own features, so that a fusion module finds it in minutes. RoBERTa keeps its seeded random weights:
+its tokens only have to be told apart. `samlove/micro/README.md` holds the command and the scores.
 """
 
 import json
@@ -238,12 +238,13 @@ def make_vggish(out: Path, minutes: float, seed: int) -> dict:
     torch.manual_seed(seed)
     config = AudioConfig(weights=str(out), channels=16, hidden=256)
     vggish = build_vggish(config.channels, config.hidden)
-    if out.exists():
+    if out.exists():  # a further run goes on from the last one's weights
         vggish.load_state_dict({name: value.float() for name, value in load_file(out).items()})
-        seed += 1000
-    for layer in [] if out.exists() else vggish.modules():  # no norm layers: without this gain, nine layers of ReLU let little through
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        seed += 1000  # other scenes
+    else:  # there are no norm layers: without this gain, nine layers of ReLU let little through
+        for layer in vggish.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
     def encode(batch: dict[str, Tensor]) -> Tensor:
         return vggish(batch["mel"])
