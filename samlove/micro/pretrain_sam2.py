@@ -13,7 +13,6 @@ import copy
 import json
 import multiprocessing
 import os
-import queue
 import time
 from pathlib import Path
 
@@ -71,17 +70,15 @@ class ClipPool:
         self.drawn = len(self.clips)
 
     def take(self, rng: np.random.Generator, count: int) -> list[Clip]:
-        """Any `count` of the pool's clips, after taking in what the renderer has ready."""
-        try:
-            while True:
-                clip = self.fresh.get_nowait()
-                if len(self.clips) < POOL:
-                    self.clips.append(clip)
-                else:
-                    self.clips[self.drawn % POOL] = clip
-                self.drawn += 1
-        except queue.Empty:
-            return [self.clips[i] for i in rng.choice(len(self.clips), count, replace=False)]
+        """Any `count` of the pool's clips, after taking in what the renderer has ready; waits while it has too few."""
+        while len(self.clips) < count or not self.fresh.empty():
+            clip = self.fresh.get()
+            if len(self.clips) < POOL:
+                self.clips.append(clip)
+            else:
+                self.clips[self.drawn % POOL] = clip
+            self.drawn += 1
+        return [self.clips[i] for i in rng.choice(len(self.clips), count, replace=False)]
 
 
 def initialise(model: SAM2Base) -> None:
