@@ -110,7 +110,9 @@ class Fusion(nn.Module):
     @property
     def prompt_bias(self) -> Tensor:
         """(prompt_dim,): what the prompt token is where the sequence says nothing."""
-        return self.head[1][-1].bias
+        last = self.head.get_submodule("1.2")
+        assert isinstance(last, nn.Linear)
+        return last.bias
 
     def forward(
         self, audio: Tensor, visual: Tensor, text: Tensor, text_mask: Tensor, audio_valid: Tensor | None = None
