@@ -11,9 +11,10 @@ its tokens only have to be told apart. `samlove/micro/README.md` holds the comma
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ SIZE = {name: k for k, name in enumerate(RADII)}
 class Scenes(IterableDataset):
     """An endless stream of made examples; every worker draws from a generator of its own."""
 
-    def __init__(self, make, seed: int, kind: int) -> None:
+    def __init__(self, make: Callable[[np.random.Generator], Iterator[dict[str, Any]]], seed: int, kind: int) -> None:
         self.make, self.seed, self.kind = make, seed, kind
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -88,18 +89,16 @@ def patches(rng: np.random.Generator, size: int = 128, seconds: int = 3) -> Iter
         cover = masks.reshape(len(masks), GRID, side, GRID, side).mean(axis=(2, 4))  # (K, 8, 8)
         owner, most = cover.argmax(axis=0), cover.max(axis=0)
         empty = most < 0.2
-        field = {
-            name: np.where(empty, -1, np.array([value(thing) for thing in scene.things])[owner])
-            for name, value in {
-                "category": lambda thing: _kind(thing.category),
-                "colour": lambda thing: COLOUR[thing.colour],
-                "size": lambda thing: SIZE[thing.size],
-                "pulse": lambda thing, t=t: int(thing.sounding[t]),
-            }.items()
+        said = {
+            "category": [_kind(thing.category) for thing in scene.things],
+            "colour": [COLOUR[thing.colour] for thing in scene.things],
+            "size": [SIZE[thing.size] for thing in scene.things],
+            "pulse": [int(thing.sounding[t]) for thing in scene.things],
         }
+        field = {name: np.where(empty, -1, np.array(values)[owner]) for name, values in said.items()}
         where = np.array([thing.path[t] for thing in scene.things])[owner]  # (8, 8, 2)
         offset = where - np.stack(np.meshgrid(centres, centres), axis=-1)
-        there = masks.any(axis=(1, 2))
+        there = masks.reshape(len(masks), -1).max(axis=1)
         summary = np.zeros((2, len(CATEGORY) + len(COLOUR)), dtype=np.float32)
         for k, thing in enumerate(scene.things):
             if there[k]:
@@ -178,10 +177,19 @@ class VoiceReadout(nn.Module):
         return loss, {"share": float(right), "register": float((register - batch["register"]).detach().abs().mean())}
 
 
-def train(encode, parameters: list, heads: nn.Module, examples: Scenes, batch: int, minutes: float, lr: float) -> dict:
+def train(
+    encode: Callable[[dict[str, Tensor]], Tensor],
+    parameters: list,
+    heads: nn.Module,
+    examples: Scenes,
+    batch: int,
+    minutes: float,
+    lr: float,
+) -> dict:
     """Train for `minutes`, the rate warmed up and then falling to 0 as a cosine of the time; the last scores."""
     optimiser = torch.optim.AdamW([*parameters, *heads.parameters()], lr=lr, weight_decay=0.02, betas=(0.9, 0.98))
-    begin, step, scores = time.monotonic(), 0, {}
+    begin, step = time.monotonic(), 0
+    scores: dict[str, float] = {}
     for data in DataLoader(examples, batch_size=batch, num_workers=1, prefetch_factor=4):
         done = (time.monotonic() - begin) / 60 / minutes
         if done >= 1:
@@ -219,7 +227,7 @@ def make_vit(out: Path, minutes: float, seed: int) -> dict:
         weights=str(out),
         image_size=128,
     )
-    vit = build_vit(config.model, config.model_args, config.image_size)
+    vit: Any = build_vit(config.model, config.model_args, config.image_size)
     if out.exists():  # a further run goes on from the last one's weights
         vit.load_state_dict({name: value.float() for name, value in load_file(out).items()})
         seed += 1000  # other scenes
@@ -293,7 +301,7 @@ def main(out: Path = Path("weights/micro"), vit_minutes: float = 15, vggish_minu
     """Make the micro profile's encoders; prints the scores of each as JSON. One given 0 minutes is left as it is."""
     torch.set_num_threads(1)
     make_roberta(out / "text/roberta", seed)
-    scores = {}
+    scores: dict[str, dict] = {}
     if vggish_minutes:
         scores["vggish"] = make_vggish(out / "audio/vggish.safetensors", vggish_minutes, seed)
     if vit_minutes:
