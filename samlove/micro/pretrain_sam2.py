@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor, nn
 
-from samlove.sam2_build import instantiate_sam2
+from samlove.sam2_build import instantiate_sam2, load_sam2_weights
 from samlove.synth.scene import SECONDS, random_clip
 
 CONFIG = Path(__file__).with_name("sam2_micro.yaml")
@@ -34,6 +34,7 @@ CERTAIN = 16  # pixels from which a remainder of an object counts as present; fe
 IMAGE_PART = 0.14  # of the time, images only
 LENGTHS = ((0.15, 2, 4), (0.4, 3, 6), (0.7, 4, 8), (1.0, 6, SECONDS))  # until this part of the clip stage: T from, to
 LEARNING_RATE, LAST_RATE, WARM_UP = 1e-3, 0.02, 100  # peak; its part at the end; steps
+GO_ON = 0.4  # of the schedules, what a run from an earlier one's weights goes through
 POOL = 1200  # clips kept to draw from, so that training never waits for the renderer
 CHECKPOINT_EVERY, SCORE_EVERY = 120, 420  # seconds
 
@@ -319,12 +320,18 @@ def plan_step(rng: np.random.Generator, done: float) -> tuple[int, int, int, str
     return max(2, 20 // length), length, 3, str(rng.choice(["point", "box", "mask"], p=[0.35, 0.15, 0.5]))
 
 
-def pretrain(out: Path, minutes: float, seed: int, scored_clips: int = 200) -> None:
-    """The whole recipe; see the module. The scores are of `scored_clips` clips."""
+def pretrain(out: Path, minutes: float, seed: int, weights: Path | None = None, scored_clips: int = 200) -> None:
+    """The whole recipe, or, from the `weights` of an earlier run, the last GO_ON of it over again; see the module.
+
+    The scores are of `scored_clips` clips.
+    """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model: SAM2Base = instantiate_sam2(str(CONFIG))  # evaluation mode: there is no dropout, and the scores are returned
-    initialise(model)
+    if weights is None:
+        initialise(model)
+    else:
+        load_sam2_weights(model, str(weights))
     model.image_encoder.to(memory_format=torch.channels_last)
     mean = copy.deepcopy(model)
     parameters: list[Tensor] = list(model.parameters())
@@ -344,6 +351,8 @@ def pretrain(out: Path, minutes: float, seed: int, scored_clips: int = 200) -> N
     running: dict[str, float] = {}
     while (spent := time.monotonic() - start) < 60 * minutes:
         done = spent / (60 * minutes)
+        if weights is not None:
+            done = 1 - GO_ON + GO_ON * done
         rate = LAST_RATE + (1 - LAST_RATE) * (0.5 + 0.5 * float(np.cos(np.pi * max(0.0, (done - 0.25) / 0.75))))
         for group in optimiser.param_groups:
             group["lr"] = LEARNING_RATE * rate * min(1.0, (step + 1) / WARM_UP)
@@ -388,9 +397,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, weights, log and scores")
     parser.add_argument("--minutes", type=float, default=51)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--weights", type=Path, help="sam2.safetensors of an earlier run, to improve on")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    pretrain(arguments.out, arguments.minutes, arguments.seed)
+    pretrain(arguments.out, arguments.minutes, arguments.seed, arguments.weights)
 
 
 if __name__ == "__main__":
