@@ -90,6 +90,7 @@ class FusionConfig(Section):
     dim: int = 1024
     blocks: int = Field(6, gt=0)
     heads: int = Field(8, gt=0)
+    mlp_ratio: int = Field(4, gt=0)  # width of the MLPs over dim; 4 as in ViT
     seg_tokens: int = Field(1, gt=0)  # the first one prompts SAM2
     prompt: Literal["seg", "mean"] = "seg"  # learnable token, or the mean of the whole sequence
     accumulate_cls: bool = True  # Eq. 4
@@ -109,6 +110,7 @@ class TrainConfig(Section):
     batch_size: int = Field(8, gt=0)
     accumulate: int = Field(2, gt=0)  # batches a step
     lr: float = 1e-4
+    sam2_lr_scale: float = Field(1.0, ge=0)  # SAM2's parts learn at lr times this; the paper has one rate for all
     weight_decay: float = 0.0
     warmup_steps: int = 100
     clip_norm: float | None = None

@@ -81,9 +81,14 @@ class Trainer:
         model.sam2.set_trainable(self.config.train_prompt_encoder, self.config.train_mask_decoder)
         self.model = model.to(device)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=0.0, weight_decay=self.config.weight_decay, fused=True
-        )
+        groups = [
+            {
+                "params": [p for name, p in self.parameters.items() if name.startswith("sam2.") == of_sam2],
+                "scale": self.config.sam2_lr_scale if of_sam2 else 1.0,
+            }
+            for of_sam2 in (False, True)
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=self.config.weight_decay, fused=True)
         self.progress = Progress()
         self.folder = scratch / run_id(origin)
         self.stop_asked = False
@@ -149,7 +154,7 @@ class Trainer:
         A sample weighs the same whatever the batch it came in, so that 2 batches of 4 are one of 8.
         """
         for options in self.optimizer.param_groups:
-            options["lr"] = self._learning_rate(self.progress.step)
+            options["lr"] = options["scale"] * self._learning_rate(self.progress.step)
         parts: list[Losses] = []
         for batch in batches:
             losses = self._losses(self._on_device(batch))

@@ -1,15 +1,21 @@
 """The script that makes the micro encoders: its examples say what they show, and the bundled weights learned them."""
 
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
 import samlove.torchvision_ops  # noqa: F401
+from samlove.config import AudioConfig, TextConfig, VisualConfig, load
+from samlove.encoders.roberta import RobertaEncoder
 from samlove.encoders.vggish import build_vggish
 from samlove.encoders.vit import build_vit
-from samlove.micro.pretrain_encoders import PatchReadout, VoiceReadout, patches, voices
+from samlove.micro import code
+from samlove.micro.pretrain_encoders import make_roberta, patches, said_sentences, sight_loss, sound_loss, voices
+from samlove.synth.scene import SEEN, sample_scene
 
 FRESH = [7, 77]  # scenes that no training drew
 
@@ -19,23 +25,75 @@ def batch_of(examples: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def weights(path: str) -> dict[str, torch.Tensor]:
-    return {name: value.float() for name, value in load_file(f"weights/micro/{path}.safetensors").items()}
+    return {name: value.float() for name, value in load_file(path).items()}
 
 
 @torch.no_grad()
 def test_bundled_vit_tells_what_it_sees() -> None:
+    config = load(VisualConfig)
     batch = batch_of(list(islice(patches(np.random.default_rng(FRESH)), 48)))
-    vit = build_vit("vit_tiny_patch16_224", {"embed_dim": 128, "depth": 4, "num_heads": 4}, 128).eval()
-    vit.load_state_dict(weights("visual/vit"))
+    vit = build_vit(config.model, config.model_args, config.image_size).eval()
+    vit.load_state_dict(weights(config.weights))
     pictures = batch["picture"].permute(0, 3, 1, 2).float() / 127.5 - 1  # (48, 3, 128, 128)
-    _, right = PatchReadout()(vit.forward_features(pictures), batch)
-    assert right["pulse"] > 0.9 and right["colour"] > 0.85 and right["category"] > 0.5 and right["offset"] < 0.05
+    _, scores = sight_loss(vit.forward_features(pictures), batch)
+    assert scores["category"] > 0.8 and scores["colour"] > 0.9 and scores["pulse"] > 0.9 and scores["centre"] < 0.05
 
 
 @torch.no_grad()
 def test_bundled_vggish_tells_what_it_hears() -> None:
+    config = load(AudioConfig)
     batch = batch_of(list(islice(voices(np.random.default_rng(FRESH)), 200)))
-    vggish = build_vggish(16, 256).eval()
-    vggish.load_state_dict(weights("audio/vggish"))
-    _, right = VoiceReadout()(vggish(batch["mel"]), batch)
-    assert right["share"] > 0.9 and right["register"] < 0.3
+    vggish = build_vggish(config.channels, config.hidden, pre_relu=True).eval()
+    vggish.load_state_dict(weights(config.weights))
+    _, scores = sound_loss(vggish(batch["mel"]), batch)
+    assert scores["loudest"] > 0.8 and scores["loudness"] < 0.5 and scores["pitch"] < 0.5
+
+
+def test_bundled_roberta_tells_what_is_asked() -> None:
+    encoder = RobertaEncoder(load(TextConfig), torch.device("cpu"))
+    texts = said_sentences(seed=0, scenes=100)
+    for text, arrays in zip(texts, encoder.encode(texts), strict=True):
+        said = arrays["text"][arrays["text_mask"]].astype(np.float32)  # (tokens, WIDTH)
+        assert np.abs(said - code.sentence(text)).mean() < 0.1
+        assert ((said > 1.5) == (code.sentence(text) > 1.5)).all(), text
+
+
+def test_words_are_whole_and_what_is_learned_is_the_code(tmp_path: Path) -> None:
+    scores = make_roberta(tmp_path, seed=1, steps=60)
+    assert scores["squared_error"] < 0.5
+    from transformers import RobertaTokenizerFast
+
+    tokenizer = RobertaTokenizerFast.from_pretrained(tmp_path)
+    assert tokenizer.tokenize("The object making the loudest sound.") == [
+        "The", "Ġobject", "Ġmaking", "Ġthe", "Ġloudest", "Ġsound", "."
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "channels"),
+    [
+        ("The red star on the left.", [code.CATEGORY["star"], code.COLOUR["red"], code.SIDE["left"]]),
+        ("The object on the right of the moon.", [code.BESIDE["right"], code.REFERENCE["moon"]]),
+        ("The source of the sound.", [code.KIND["sounding"]]),
+        ("The object that didn't make any sound.", [code.KIND["silent"]]),
+        ("The last object to make a sound.", [code.KIND["last"]]),
+        ("The object that keeps making sound at all times.", [code.KIND["always"]]),
+    ],
+)
+def test_code_of_a_sentence(text: str, channels: list[int]) -> None:
+    assert sorted(np.flatnonzero(code.sentence(text))) == sorted(channels)
+
+
+def test_code_of_sight_and_sound_follow_the_scene() -> None:
+    rng = np.random.default_rng(5)
+    scene = next(s for s in iter(lambda: sample_scene(rng, SEEN), None) if sum(t.sounding.any() for t in s.things) > 1)
+    for t in range(10):
+        for thing, row in zip(scene.things, code.sight(scene, t), strict=True):
+            assert row[code.CATEGORY[thing.category]] == row[: len(code.CATEGORY)].max() > 0
+            assert (row[code.KIND["sounding"]] > 0) == thing.sounding[t]
+            assert np.allclose(row[code.WHERE][:2] / 1.5, 2 * thing.path[t] - 1)
+    heard = code.sound(scene)
+    assert (heard >= 0).all()
+    loudest = max((thing for thing in scene.things if thing.sounding.any()), key=lambda thing: thing.loudness)
+    second = int(heard[:, code.KIND["loudest"]].argmax())
+    assert heard[second, : len(code.CATEGORY)].argmax() == code.CATEGORY[loudest.category]

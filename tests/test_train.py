@@ -14,7 +14,7 @@ from samlove.checkpoint import Origin, load_model, read_header, read_tensors
 from samlove.errors import RequestError, SamloveError
 from samlove.train import Samples, Trainer, train, warmup_decay
 from stores import ShardWriter
-from tests.tiny_training import DIMS, Items, origin, samples, write_sam2
+from tests.tiny_training import DIMS, Items, collate, origin, samples, write_sam2
 
 CPU = torch.device("cpu")
 
@@ -126,6 +126,18 @@ def test_accumulated_batches_are_one_large_batch(sam2, tmp_path):
     for name, expected in ends[0].items():
         # Adam's first steps are as long for the smallest gradient as for the largest, so a few values may differ.
         assert torch.isclose(ends[1][name], expected, atol=1e-5).float().mean() > 0.95, name
+
+
+def test_sam2_learns_at_its_share_of_the_rate(sam2, tmp_path):
+    def moved(scale: float) -> dict[str, float]:
+        trainer = new_trainer(origin(sam2, sam2_lr_scale=scale), tmp_path / str(scale))
+        before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+        trainer._step([collate([samples().train[i] for i in range(3)])], 3)
+        return {name: float((p - before[name]).abs().max()) for name, p in trainer.parameters.items()}
+
+    whole, tenth = moved(1.0), moved(0.1)
+    for name in whole:
+        assert tenth[name] == pytest.approx((0.1 if name.startswith("sam2.") else 1.0) * whole[name], rel=1e-2), name
 
 
 @pytest.mark.parametrize("prompt_encoder", [True, False])

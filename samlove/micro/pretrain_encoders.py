@@ -1,11 +1,9 @@
 """Make the micro profile's frozen encoders: a small ViT, a small VGGish, a small RoBERTa.
 
-The paper's encoders learned from ImageNet, AudioSet and books; none of that fits into a repository, so
-the micro profile's learn a little of LAVS-synth's world from scenes of their own (never a clip of the
-benchmark, never an unseen category): the ViT to tell what, which colour, how large and where each patch's
-object is and whether it pulses, the VGGish to tell which voices sound, how loud and how high. Each says it in
-channels of its own features, so that a fusion module finds it in minutes. RoBERTa keeps its seeded random weights:
-its tokens only have to be told apart. `samlove/micro/README.md` holds the command and the scores.
+The paper's encoders learned from ImageNet, AudioSet and books; none of that fits into a repository, so the micro
+profile's learn LAVS-synth's world from scenes and sentences of their own, never a clip of the benchmark: to say in
+the code of `samlove.micro.code` what each patch shows, each second sounds like, each sentence asks for.
+`samlove/micro/README.md` holds the commands and the scores.
 """
 
 import json
@@ -20,29 +18,28 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from samlove.config import AudioConfig, VisualConfig
+import samlove.torchvision_ops  # noqa: F401
+from samlove.config import AudioConfig, VisualConfig, load
 from samlove.encoders.vggish import build_vggish, log_mel
 from samlove.encoders.vit import build_vit
+from samlove.micro import code
 from samlove.synth.expressions import expressions
-from samlove.synth.scene import COLOURS, RADII, SECONDS, SEEN, UNSEEN, Scene, background, render, sample_scene
+from samlove.synth.scene import SECONDS, SEEN, UNSEEN, Scene, background, random_outline, render, sample_scene
 from samlove.synth.voice import TIMBRES, mix
 
 STREAM = 1_000_003  # keeps these scenes apart from the benchmark's, which draw from (seed, 0..3, number)
-GRID = 8  # patches a side
-PATCH_SECONDS = 0.96  # a VGGish patch
-PITCHES = np.log2([160.0, 270.0, 450.0, 750.0])  # the four registers of LAVS-synth's voices
-OTHER = len(SEEN)  # the class of a random shape or timbre
-LOGIT = 4.0  # a channel's value times this is a logit: answers stay of the size of normalised tokens
-CATEGORY = {name: k for k, name in enumerate((*SEEN, "other"))}
-COLOUR = {name: k for k, name in enumerate((*COLOURS, "other"))}
-SIZE = {name: k for k, name in enumerate(RADII)}
+GRID = 4  # patches a side
+BARELY = 0.08  # of a patch: an object that covers less is not said
+STRANGE = 0.12  # of the things: random shapes of random colour and timbre, so that not everything has a name
+
+Scores = dict[str, float]
 
 
-class Scenes(IterableDataset):
+class Examples(IterableDataset):
     """An endless stream of made examples; every worker draws from a generator of its own."""
 
     def __init__(self, make: Callable[[np.random.Generator], Iterator[dict[str, Any]]], seed: int, kind: int) -> None:
@@ -56,155 +53,131 @@ class Scenes(IterableDataset):
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """A scene of seen categories, in which a fifth of the things are random shapes of random colour and timbre."""
-    scene = sample_scene(rng, SEEN)
+    """A scene of all categories, and some things that are none."""
+    scene = sample_scene(rng, SEEN + UNSEEN)
     things = []
     for thing in scene.things:
-        if rng.random() < 0.2:
-            corners = int(rng.integers(3, 10))
-            angle = np.linspace(0, 2 * np.pi, corners, endpoint=False)
-            outline = rng.uniform(0.6, 1.1, (corners, 1)) * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+        if rng.random() < STRANGE:
             red, green, blue = (int(c) for c in rng.integers(0, 256, 3))
-            timbre = f"other{int(rng.integers(64))}"
+            timbre = f"strange{int(rng.integers(64))}"
             if timbre not in TIMBRES:
                 weights = tuple(rng.uniform(0, 1, int(rng.integers(1, 9))))
                 TIMBRES[timbre] = (weights, float(rng.choice([0, rng.uniform(2, 14)])), float(rng.uniform(0, 0.4)))
-            thing = replace(thing, category=timbre, colour="other", rgb=(red, green, blue), outline=outline, hole=0.0)
+            look = {"colour": "strange", "rgb": (red, green, blue), "outline": random_outline(rng), "hole": 0.0}
+            thing = replace(thing, category=timbre, **look)
         things.append(thing)
     return replace(scene, things=tuple(things))
 
 
-def _kind(category: str) -> int:
-    return CATEGORY.get(category, OTHER)
-
-
 def patches(rng: np.random.Generator, size: int = 128, seconds: int = 3) -> Iterator[dict[str, np.ndarray]]:
-    """`seconds` frames of one scene with what the ViT is to tell of each of the 8 x 8 patches, -1 where nothing is."""
+    """`seconds` frames of one scene with the code of each patch, 0 where nothing is, and of the whole.
+
+    picture (size, size, 3) uint8; patches (GRID^2, WIDTH), cls (WIDTH,) float32; there (GRID^2,) bool; category and
+    colour (GRID^2,), channels, -1 where strange.
+    """
     scene = random_scene(rng)
     behind = background(scene, (size, size))
     side = size // GRID
-    centres = (np.arange(GRID) + 0.5) / GRID
+    channels = {
+        "category": np.array([code.CATEGORY.get(thing.category, -1) for thing in scene.things]),
+        "colour": np.array([code.COLOUR.get(thing.colour, -1) for thing in scene.things]),
+    }
     for t in rng.choice(SECONDS, seconds, replace=False):
         picture, masks = render(scene, int(t), (size, size), behind)
-        cover = masks.reshape(len(masks), GRID, side, GRID, side).mean(axis=(2, 4))  # (K, 8, 8)
+        cover = masks.reshape(len(masks), GRID, side, GRID, side).mean(axis=(2, 4)).reshape(len(masks), -1)  # (K, 16)
         owner, most = cover.argmax(axis=0), cover.max(axis=0)
-        empty = most < 0.2
-        said = {
-            "category": [_kind(thing.category) for thing in scene.things],
-            "colour": [COLOUR[thing.colour] for thing in scene.things],
-            "size": [SIZE[thing.size] for thing in scene.things],
-            "pulse": [int(thing.sounding[t]) for thing in scene.things],
-        }
-        field = {name: np.where(empty, -1, np.array(values)[owner]) for name, values in said.items()}
-        where = np.array([thing.path[t] for thing in scene.things])[owner]  # (8, 8, 2)
-        offset = where - np.stack(np.meshgrid(centres, centres), axis=-1)
-        there = masks.reshape(len(masks), -1).max(axis=1)
-        summary = np.zeros((2, len(CATEGORY) + len(COLOUR)), dtype=np.float32)
-        for k, thing in enumerate(scene.things):
-            if there[k]:
-                for row in range(1 + int(thing.sounding[t])):
-                    summary[row, [_kind(thing.category), len(CATEGORY) + COLOUR[thing.colour]]] = 1
-        yield {
-            "picture": picture,
-            "cover": most.astype(np.float32),
-            "offset": offset.astype(np.float32),
-            "empty": empty,
-            "summary": summary.reshape(-1),  # what is there, and what pulses
-            **{name: value.astype(np.int64) for name, value in field.items()},
-        }
+        there = most >= BARELY
+        things = code.sight(scene, int(t))  # (K, WIDTH)
+        said = things[owner] * there[:, None]
+        said[:, code.COVER] = 2 * most
+        cls = np.zeros(code.WIDTH, dtype=np.float32)
+        visible = masks.reshape(len(masks), -1).any(axis=1)
+        cls[code.SEEN_OF] = (things[:, code.SEEN_OF] * visible[:, None]).max(axis=0)
+        named = {name: values[owner] for name, values in channels.items()}
+        yield {"picture": picture, "patches": said, "cls": cls, "there": there, **named}
 
 
-class PatchReadout(nn.Module):
-    """The ViT's own first channels, read as answers, and their loss; it has no weights.
-
-    The channels left over are drawn to 0: what a frozen feature holds beside the answers only hides them from a
-    fusion module that has minutes to learn in.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.classes = {"category": len(CATEGORY), "colour": len(COLOUR), "size": len(SIZE), "pulse": 2}
-
-    def forward(self, tokens: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """tokens (B, 1 + 64, dim) after the final norm; returns the loss and each part's accuracy."""
-        sizes = [*self.classes.values(), 2, 1]
-        out = tokens[:, 1:].unflatten(1, (GRID, GRID))  # (B, 8, 8, dim)
-        *logits, offset, cover, rest = out.split([*sizes, out.shape[-1] - sum(sizes)], dim=-1)
-        offset = offset / 4
-        summary = tokens[:, 0, : batch["summary"].shape[1]]
-        thing = ~batch["empty"]
-        loss = F.mse_loss(cover[..., 0], batch["cover"]) * 5 + 0.5 * rest.square().mean()
-        loss = loss + 20 * F.smooth_l1_loss(offset[thing], batch["offset"][thing], beta=0.05)
-        loss = loss + F.binary_cross_entropy_with_logits(LOGIT * summary, batch["summary"]) * 2
-        right = {}
-        for name, logit in zip(self.classes, logits, strict=True):
-            loss = loss + (2 if name == "category" else 1) * F.cross_entropy(LOGIT * logit[thing], batch[name][thing])
-            loss = loss + 0.2 * logit[~thing].square().mean()  # nothing there, no answer
-            right[name] = float((logit[thing].argmax(-1) == batch[name][thing]).float().mean())
-        right["offset"] = float((offset[thing] - batch["offset"][thing]).detach().abs().mean())
-        return loss, right
-
-
-def voices(rng: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
-    """The ten log-mel patches of one scene's sound, with what VGGish is to tell of each.
-
-    share: part of the patch in which each category sounds; register: loudness of each of the four pitches,
-    log2 over the faintest voice, 0 where none sounds.
-    """
+def voices(rng: np.random.Generator, seconds: int = 5) -> Iterator[dict[str, np.ndarray]]:
+    """`seconds` log-mel patches (1, 96, 64) of one scene's sound, each with its code (WIDTH,) float32."""
     scene = random_scene(rng)
     mel = log_mel(mix(scene, rng).astype(np.float32) / 32768).numpy()  # (10, 1, 96, 64)
-    share = np.zeros((SECONDS, len(CATEGORY)), dtype=np.float32)
-    register = np.zeros((SECONDS, len(PITCHES)), dtype=np.float32)
-    for thing in scene.things:
-        fine = np.repeat(thing.sounding, 100)  # hundredths of a second
-        part = np.array([fine[round(96 * k) : round(96 * (k + 1))].mean() for k in range(SECONDS)])
-        kind, pitch = _kind(thing.category), int(np.abs(PITCHES - np.log2(thing.pitch)).argmin())
-        share[:, kind] = np.maximum(share[:, kind], part)
-        register[:, pitch] += part * (1 + np.log2(thing.loudness / 0.03).clip(0))
-    for k in range(SECONDS):
-        yield {"mel": mel[k], "share": share[k], "register": register[k]}
+    said = code.sound(scene)
+    for t in rng.choice(SECONDS, seconds, replace=False):
+        yield {"mel": mel[t], "said": said[t]}
 
 
-class VoiceReadout(nn.Module):
-    """VGGish's own first values, read as answers, and their loss; the others are drawn to 0, as the ViT's."""
+def sight_loss(tokens: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Scores]:
+    """tokens (B, 1 + 16, WIDTH) after the final norm -> the loss and, of the patches that show something, the part
+    whose category and colour are right, whose pulse is, and the error of the centre as a fraction of the frame."""
+    cls, said = tokens[:, 0], tokens[:, 1:]
+    weight = torch.full((code.WIDTH,), 0.15)  # channels without a meaning are drawn to 0 as well: they would only hide
+    weight[code.SEEN_OF] = weight[code.COVER] = 1.0  # the others from a fusion module that has minutes to learn in
+    weight[code.WHERE] = 3.0
+    loss = ((said - batch["patches"]) ** 2 * weight).sum(-1).mean() / 12 + F.mse_loss(cls, batch["cls"])
+    scores = {}
+    for name, channels, share in (("category", code.CATEGORY, 4.0), ("colour", code.COLOUR, 1.0)):
+        known = batch["there"] & (batch[name] >= 0)
+        first, end = min(channels.values()), max(channels.values()) + 1
+        logits, truth = said[known][:, first:end], batch[name][known] - first
+        loss = loss + share * F.cross_entropy(logits, truth)
+        scores[name] = float((logits.argmax(-1) == truth).float().mean())
+    seen, true = said[batch["there"]].detach(), batch["patches"][batch["there"]]
+    pulse = code.KIND["sounding"]
+    scores["pulse"] = float(((seen[:, pulse] > 1.5) == (true[:, pulse] > 1.5)).float().mean())
+    centre = slice(code.WHERE.start, code.WHERE.start + 2)
+    scores["centre"] = float((seen[:, centre] - true[:, centre]).abs().mean()) / 3
+    return loss, scores
 
-    def forward(self, embedding: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """embedding (B, 128) after the last ReLU; returns the loss and each part's accuracy."""
-        share, register, rest = embedding.split([len(CATEGORY), len(PITCHES), 128 - len(CATEGORY) - len(PITCHES)], 1)
-        loss = F.mse_loss(share, 2 * batch["share"]) * 3 + 0.5 * rest.square().mean()
-        loss = loss + F.smooth_l1_loss(register, batch["register"], beta=0.5)
-        right = ((share > 1) == (batch["share"] > 0.5)).float().mean()
-        return loss, {"share": float(right), "register": float((register - batch["register"]).detach().abs().mean())}
+
+def sound_loss(heard: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Scores]:
+    """heard (B, WIDTH) before the last ReLU -> the loss, the part of the sounding seconds whose loudest voice is
+    named rightly, and the error of loudness and pitch in octaves.
+
+    Of what the ReLU will take away nothing is asked; learning through it would leave channels dead.
+    """
+    said = batch["said"]
+    off = torch.where(said > 0, heard - said, heard.clamp(min=0))
+    voices = slice(0, len(code.CATEGORY))
+    named = said[:, voices].amax(1) > 2.5
+    logits, truth = heard[named, voices], said[named, voices].argmax(1)
+    loss = (off**2).sum(-1).mean() / 4 + 2 * F.cross_entropy(logits, truth)
+    sounds = said[:, code.KIND["sounding"]] > 0
+    missed = off.detach()[sounds].abs().mean(0) / 3.6
+    return loss, {
+        "loudest": float((logits.argmax(1) == truth).float().mean()),
+        "loudness": float(missed[code.KIND["loudest"]]) * code.RANGE,
+        "pitch": float(missed[code.KIND["lowest"]]) * code.PITCH_RANGE,
+    }
 
 
 def train(
     encode: Callable[[dict[str, Tensor]], Tensor],
-    parameters: list,
-    heads: nn.Module,
-    examples: Scenes,
+    parameters: list[nn.Parameter],
+    judge: Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, Scores]],
+    examples: Examples,
     batch: int,
     minutes: float,
-    lr: float,
-) -> dict:
-    """Train for `minutes`, the rate warmed up and then falling to 0 as a cosine of the time; the last scores."""
-    optimiser = torch.optim.AdamW([*parameters, *heads.parameters()], lr=lr, weight_decay=0.02, betas=(0.9, 0.98))
+) -> Scores:
+    """Train for `minutes`, the rate warmed up and then falling to 0 as a cosine of the time; running mean scores."""
+    lr = 1e-3
+    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.02, betas=(0.9, 0.98))
     begin, step = time.monotonic(), 0
-    scores: dict[str, float] = {}
-    for data in DataLoader(examples, batch_size=batch, num_workers=1, prefetch_factor=4):
+    scores: Scores = {}
+    for data in DataLoader(examples, batch_size=batch, num_workers=1, prefetch_factor=6):
         done = (time.monotonic() - begin) / 60 / minutes
         if done >= 1:
             break
         for group in optimiser.param_groups:
             group["lr"] = lr * min((step + 1) / 100, 0.5 * (1 + np.cos(np.pi * done)))
-        loss, right = heads(encode(data), data)
+        loss, right = judge(encode(data), data)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         step += 1
         for name, value in {"loss": float(loss.detach()), **right}.items():
-            scores[name] = 0.95 * scores.get(name, value) + 0.05 * value
-        if step % 50 == 0:
+            scores[name] = 0.97 * scores.get(name, value) + 0.03 * value
+        if step % 100 == 0:
             print(f"{60 * minutes * done:6.0f} s  step {step}", {k: round(v, 3) for k, v in scores.items()}, flush=True)
     return {"steps": step, **{k: round(v, 4) for k, v in scores.items()}}
 
@@ -218,67 +191,63 @@ def _save(model: nn.Module, path: Path) -> None:
     os.replace(partial, path)
 
 
-def make_vit(out: Path, minutes: float, seed: int) -> dict:
-    """Train the micro ViT and write it to `out`; returns its scores on scenes it had not seen."""
+def make_vit(config: VisualConfig, minutes: float, seed: int) -> Scores:
+    """Train the micro ViT and write it; its scores on frames it had not seen."""
     torch.manual_seed(seed)
-    config = VisualConfig(
-        model="vit_tiny_patch16_224",
-        model_args={"embed_dim": 128, "depth": 4, "num_heads": 4},
-        weights=str(out),
-        image_size=128,
-    )
     vit: Any = build_vit(config.model, config.model_args, config.image_size)
-    if out.exists():  # a further run goes on from the last one's weights
-        vit.load_state_dict({name: value.float() for name, value in load_file(out).items()})
-        seed += 1000  # other scenes
 
     def encode(batch: dict[str, Tensor]) -> Tensor:
-        pictures = batch["picture"].permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, 128, 128)
-        return vit.forward_features(pictures)
+        return vit.forward_features(batch["picture"].permute(0, 3, 1, 2).float() / 127.5 - 1)  # (B, 1 + 16, WIDTH)
 
-    scores = train(encode, list(vit.parameters()), PatchReadout(), Scenes(patches, seed, 0), 48, minutes, 1e-3)
-    _save(vit, out)
+    scores = train(encode, list(vit.parameters()), sight_loss, Examples(patches, seed, 7), 12, minutes)
+    _save(vit, Path(config.weights))
     return scores
 
 
-def make_vggish(out: Path, minutes: float, seed: int) -> dict:
-    """Train the micro VGGish and write it to `out`; returns its scores on sounds it had not heard."""
+def make_vggish(config: AudioConfig, minutes: float, seed: int) -> Scores:
+    """Train the micro VGGish and write it; its scores on sounds it had not heard."""
     torch.manual_seed(seed)
-    config = AudioConfig(weights=str(out), channels=16, hidden=256)
-    vggish = build_vggish(config.channels, config.hidden)
-    if out.exists():  # a further run goes on from the last one's weights
-        vggish.load_state_dict({name: value.float() for name, value in load_file(out).items()})
-        seed += 1000  # other scenes
-    else:  # there are no norm layers: without this gain, nine layers of ReLU let little through
-        for layer in vggish.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-
-    def encode(batch: dict[str, Tensor]) -> Tensor:
-        return vggish(batch["mel"])
-
-    scores = train(encode, list(vggish.parameters()), VoiceReadout(), Scenes(voices, seed, 1), 100, minutes, 1e-3)
-    _save(vggish, out)
+    vggish = build_vggish(config.channels, config.hidden, pre_relu=True)
+    for (
+        layer
+    ) in vggish.modules():  # there are no norm layers: without this gain, nine layers of ReLU let little through
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    scores = train(
+        lambda batch: vggish(batch["mel"]),
+        list(vggish.parameters()),
+        sound_loss,
+        Examples(voices, seed, 1),
+        40,
+        minutes,
+    )
+    _save(vggish, Path(config.weights))
     return scores
 
 
-def make_roberta(out: Path, seed: int) -> None:
-    """Write a two-layer RoBERTa with seeded random weights and a byte-level BPE made of LAVS-synth's sentences."""
+def said_sentences(seed: int, scenes: int = 2000) -> list[str]:
+    """The sentences that can be said of so many scenes of all categories: nearly all that LAVS-synth can say."""
+    rng = np.random.default_rng([seed, STREAM, 2])
+    return sorted({e.text for _ in range(scenes) for e in expressions(sample_scene(rng, SEEN + UNSEEN))})
+
+
+def make_roberta(out: Path, seed: int, steps: int = 1500) -> Scores:
+    """Train a two-layer RoBERTa, with a byte-level BPE of whole words, to say a sentence's code in every token."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import RobertaConfig, RobertaModel, RobertaTokenizerFast
 
-    rng = np.random.default_rng([seed, STREAM, 2])
-    said = {e.text for _ in range(2000) for e in expressions(sample_scene(rng, SEEN + UNSEEN))}
+    texts = said_sentences(seed)
     out.mkdir(parents=True, exist_ok=True)
     bpe = ByteLevelBPETokenizer()
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    bpe.train_from_iterator(sorted(said), vocab_size=512, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator(texts, vocab_size=512, min_frequency=1, special_tokens=special, show_progress=False)
     bpe.save_model(str(out))
-    RobertaTokenizerFast(str(out / "vocab.json"), str(out / "merges.txt")).save_pretrained(out)
+    tokenizer = RobertaTokenizerFast(str(out / "vocab.json"), str(out / "merges.txt"))
+    tokenizer.save_pretrained(out)
     torch.manual_seed(seed)
     config = RobertaConfig(
         vocab_size=bpe.get_vocab_size(),
-        hidden_size=128,
+        hidden_size=code.WIDTH,
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=256,
@@ -287,25 +256,40 @@ def make_roberta(out: Path, seed: int) -> None:
         bos_token_id=0,
         pad_token_id=1,
         eos_token_id=2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     model = RobertaModel(config, add_pooling_layer=False)
-    with torch.no_grad():  # so wide that the words, not their places, make most of the difference between tokens
-        words, places = model.embeddings.word_embeddings.weight, model.embeddings.position_embeddings.weight
-        words.normal_(0, 1.0)
-        places.normal_(0, 0.3)
-        words[config.pad_token_id] = 0
+    tokens = tokenizer(texts, padding=True, return_tensors="pt")
+    said = torch.from_numpy(np.stack([code.sentence(text) for text in texts]))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = 1e-3 * min((step + 1) / 50, 1 - step / steps)
+        some = torch.randperm(len(texts), generator=generator)[:64]
+        mask = tokens["attention_mask"][some]
+        hidden = model(input_ids=tokens["input_ids"][some], attention_mask=mask).last_hidden_state  # (64, L, WIDTH)
+        off = (hidden - said[some, None]) ** 2
+        loss = (off.mean(-1) * mask).sum() / mask.sum()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
     model.save_pretrained(out)
+    return {"sentences": len(texts), "steps": steps, "squared_error": round(float(loss.detach()), 5)}
 
 
-def main(out: Path = Path("weights/micro"), vit_minutes: float = 15, vggish_minutes: float = 8, seed: int = 0) -> None:
-    """Make the micro profile's encoders; prints the scores of each as JSON. One given 0 minutes is left as it is."""
+def main(vit_minutes: float = 42, vggish_minutes: float = 12, roberta_steps: int = 1500, seed: int = 0) -> None:
+    """Make the encoders of the micro profile's configuration; prints their scores as JSON. One given 0 is left out."""
     torch.set_num_threads(1)
-    make_roberta(out / "text/roberta", seed)
-    scores: dict[str, dict] = {}
+    configs = Path("configs")
+    scores: dict[str, Scores] = {}
+    if roberta_steps:
+        scores["roberta"] = make_roberta(Path("weights/micro/text/roberta"), seed, roberta_steps)
     if vggish_minutes:
-        scores["vggish"] = make_vggish(out / "audio/vggish.safetensors", vggish_minutes, seed)
+        scores["vggish"] = make_vggish(load(AudioConfig, configs), vggish_minutes, seed)
     if vit_minutes:
-        scores["vit"] = make_vit(out / "visual/vit.safetensors", vit_minutes, seed)
+        scores["vit"] = make_vit(load(VisualConfig, configs), vit_minutes, seed)
     print(json.dumps(scores))
 
 

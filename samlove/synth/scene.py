@@ -48,6 +48,11 @@ def _moon() -> np.ndarray:
     return (crescent + (0.15, 0)) * 1.1
 
 
+def random_outline(rng: np.random.Generator) -> np.ndarray:
+    """A shape of 3 to 9 corners that is no category."""
+    return _polar(rng.uniform(0.55, 1.15, int(rng.integers(3, 10))))
+
+
 def _outline(*points: tuple[float, float]) -> np.ndarray:
     return np.array(points, dtype=float)
 
@@ -260,10 +265,8 @@ def random_clip(rng: np.random.Generator, frames: int, size: int = 128) -> tuple
     things = []
     for thing in scene.things:
         if rng.random() < 0.5:
-            corners = int(rng.integers(3, 9))
-            blob = _polar(rng.uniform(0.55, 1.15, corners))
             red, green, blue = (int(c) for c in rng.integers(0, 256, 3))
-            thing = replace(thing, category="blob", outline=blob, hole=0.0, rgb=(red, green, blue))
+            thing = replace(thing, category="blob", outline=random_outline(rng), hole=0.0, rgb=(red, green, blue))
         things.append(thing)
     scene = replace(scene, things=tuple(things))
     first = int(rng.integers(0, SECONDS - frames + 1))

@@ -34,12 +34,13 @@ class Scale:
     clips: dict[str, int]  # by split; test_n counts clips with null references
     short_side: int  # pixels
     rows: int  # expressions a clip, at most
+    train_rows: int  # the same of the training split: more sentences cost no more frames or features
 
 
 SCALES = {
-    "small": Scale({"train": 12, "val": 4, "test_s": 6, "test_u": 6, "test_n": 4}, 96, 4),
-    "demo": Scale({"train": 1000, "val": 24, "test_s": 28, "test_u": 28, "test_n": 28}, 128, 6),
-    "large": Scale({"train": 2767, "val": 257, "test_s": 273, "test_u": 269, "test_n": 257}, 480, 6),
+    "small": Scale({"train": 12, "val": 4, "test_s": 6, "test_u": 6, "test_n": 4}, 96, 4, 4),
+    "demo": Scale({"train": 1000, "val": 24, "test_s": 28, "test_u": 28, "test_n": 28}, 128, 6, 12),
+    "large": Scale({"train": 2767, "val": 257, "test_s": 273, "test_u": 269, "test_n": 257}, 480, 6, 6),
 }
 NULL_SHARE = {"train": 0.25, "val": 0.2}  # of the clips, with a null reference folder beside them
 NULL_ROWS = 3
@@ -90,7 +91,8 @@ def plan(seed: int, scale: Scale) -> list[Clip]:
     """Every media folder of the dataset, in the order of metadata.csv."""
     clips = []
     for number, split in enumerate(SPLITS):
-        real = [_real_clip(seed, number, i, split, scale.rows) for i in range(scale.clips[split])]
+        rows = scale.train_rows if split == "train" else scale.rows
+        real = [_real_clip(seed, number, i, split, rows) for i in range(scale.clips[split])]
         clips += real
         if split == "test_s":
             clips += _null_clips(real, scale.clips["test_n"], "test_n")
