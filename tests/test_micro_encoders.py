@@ -14,10 +14,10 @@ from samlove.encoders.roberta import RobertaEncoder
 from samlove.encoders.vggish import build_vggish
 from samlove.encoders.vit import build_vit
 from samlove.micro import code
-from samlove.micro.pretrain_encoders import make_roberta, patches, said_sentences, sight_loss, sound_loss, voices
+from samlove.micro.pretrain_encoders import Examples, make_roberta, patches, said_sentences, sight_loss, sound_loss, voices
 from samlove.synth.scene import SEEN, sample_scene
 
-FRESH = [7, 77]  # scenes that no training drew
+FRESH = 77  # a seed of scenes that no training drew
 
 
 def batch_of(examples: list[dict]) -> dict[str, torch.Tensor]:
@@ -31,7 +31,7 @@ def weights(path: str) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def test_bundled_vit_tells_what_it_sees() -> None:
     config = load(VisualConfig)
-    batch = batch_of(list(islice(patches(np.random.default_rng(FRESH)), 48)))
+    batch = batch_of(list(islice(Examples(patches, FRESH, 0), 96)))
     vit = build_vit(config.model, config.model_args, config.image_size).eval()
     vit.load_state_dict(weights(config.weights))
     pictures = batch["picture"].permute(0, 3, 1, 2).float() / 127.5 - 1  # (48, 3, 128, 128)
@@ -42,7 +42,7 @@ def test_bundled_vit_tells_what_it_sees() -> None:
 @torch.no_grad()
 def test_bundled_vggish_tells_what_it_hears() -> None:
     config = load(AudioConfig)
-    batch = batch_of(list(islice(voices(np.random.default_rng(FRESH)), 200)))
+    batch = batch_of(list(islice(Examples(voices, FRESH, 0), 200)))
     vggish = build_vggish(config.channels, config.hidden, pre_relu=True).eval()
     vggish.load_state_dict(weights(config.weights))
     _, scores = sound_loss(vggish(batch["mel"]), batch)
@@ -59,8 +59,8 @@ def test_bundled_roberta_tells_what_is_asked() -> None:
 
 
 def test_words_are_whole_and_what_is_learned_is_the_code(tmp_path: Path) -> None:
-    scores = make_roberta(tmp_path, seed=1, steps=60)
-    assert scores["squared_error"] < 0.5
+    begun, learned = (make_roberta(tmp_path, seed=1, steps=steps)["squared_error"] for steps in (1, 60))
+    assert learned < 0.9 * begun
     from transformers import RobertaTokenizerFast
 
     tokenizer = RobertaTokenizerFast.from_pretrained(tmp_path)

@@ -137,7 +137,8 @@ def test_sam2_learns_at_its_share_of_the_rate(sam2, tmp_path):
 
     whole, tenth = moved(1.0), moved(0.1)
     for name in whole:
-        assert tenth[name] == pytest.approx((0.1 if name.startswith("sam2.") else 1.0) * whole[name], rel=1e-2, abs=1e-7), name
+        share = 0.1 if name.startswith("sam2.") else 1.0
+        assert tenth[name] == pytest.approx(share * whole[name], rel=1e-2, abs=1e-7), name
 
 
 @pytest.mark.parametrize("prompt_encoder", [True, False])

@@ -1,26 +1,37 @@
 """The code in which the micro profile's frozen encoders say what they see, hear and read.
 
-One channel a meaning, the same channel in all three, as encoders have it that were trained together (CLIP): a red
-patch, and every token of a sentence that asks for something red, are high in the channel of red. All values are 0
-where nothing is meant. It holds all of LAVS-synth's categories: encoders that saw the world know more of it than the
-forty categories that a fusion module is trained on, and that is why the paper's unseen split is not its hardest.
+One place a meaning, the same in all of them, as encoders have it that were trained together (CLIP): a red patch, and
+every token of a sentence that asks for something red, are high in the channel of red. All values are 0 where nothing
+is meant. It holds all of LAVS-synth's categories: encoders that saw the world know more of it than the eight
+categories that a fusion module is trained on, and that is why the paper's unseen split is not its hardest.
 """
 
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
 from samlove.synth.scene import COLOURS, RADII, SECONDS, SEEN, UNSEEN, Scene
 
 WIDTH = 128  # channels of every micro encoder
-CATEGORY = {name: k for k, name in enumerate((*SEEN, *UNSEEN))}
+TRAITS = 8
+# A category is four of eight traits, any two share two or none (the extended Hamming code): what is learned of the
+# eight seen categories holds for all that are made of the same traits, as in an embedding space that was learned.
+_HALVES = {
+    (functional, parity): [x for x in range(TRAITS) if bin(x & functional).count("1") % 2 == parity]
+    for functional in range(1, TRAITS)
+    for parity in (1, 0)
+}
+_KEYS = [(f, 1) for f in range(1, TRAITS)] + [(f, 0) for f in range(1, 6)]
+CATEGORY = {name: _HALVES[key] for name, key in zip((*SEEN, *UNSEEN), _KEYS, strict=True)}
+TRAIT_TABLE = np.array([[float(x in traits) for x in range(TRAITS)] for traits in CATEGORY.values()], np.float32)
 COLOUR = {name: 12 + k for k, name in enumerate(COLOURS)}
 SIZE = {name: 20 + k for k, name in enumerate(RADII)}
 SIDE = {"left": 23, "right": 24}
 KIND = {name: 25 + k for k, name in enumerate(("sounding", "silent", "loudest", "lowest", "longest", "first", "last"))}
 KIND |= {"source": KIND["sounding"], "didn't": KIND["silent"], "always": 32, "keeps": 32}
 BESIDE = {"left": 33, "right": 34}  # "on the left of the ...": the side, and
-REFERENCE = {name: 35 + k for name, k in CATEGORY.items()}  # what of
+REFERENCE = 35  # the first of the channels of the traits of what it is beside
 WHERE = slice(50, 60)  # of an object's centre; see `place`
 COVER = 60  # the part of a patch that the object covers
 SEEN_OF = slice(0, KIND["sounding"] + 1)  # what [cls] sums up
@@ -43,7 +54,7 @@ def sight(scene: Scene, t: int) -> np.ndarray:
     code = np.zeros((len(scene.things), WIDTH), dtype=np.float32)
     for row, thing in zip(code, scene.things, strict=True):
         if thing.category in CATEGORY:
-            row[CATEGORY[thing.category]] = 4.8
+            row[CATEGORY[thing.category]] = 2.4
         if thing.colour in COLOUR:
             row[COLOUR[thing.colour]] = 3.0
         row[SIZE[thing.size]] = 1.8
@@ -69,8 +80,8 @@ def sound(scene: Scene) -> np.ndarray:
         loudest = max(heard, key=lambda thing: thing.loudness)
         for thing in heard:
             if thing.category in CATEGORY:
-                said = 6.0 * (thing.loudness / 0.45) ** 0.2 * (1.0 if thing is loudest else 0.2)
-                row[CATEGORY[thing.category]] = max(row[CATEGORY[thing.category]], said)
+                said = 3.0 * (thing.loudness / 0.45) ** 0.2 * (1.0 if thing is loudest else 0.2)
+                row[CATEGORY[thing.category]] = np.maximum(row[CATEGORY[thing.category]], said)
         row[KIND["sounding"]] = 1.8
         row[KIND["loudest"]] = 3.6 * np.clip(np.log2(loudest.loudness / FAINT) / RANGE, 0, 1)
         lowest = min(thing.pitch for thing in heard)
@@ -78,13 +89,24 @@ def sound(scene: Scene) -> np.ndarray:
     return code
 
 
-def sentence(text: str) -> np.ndarray:
-    """What a sentence of LAVS-synth asks for: (WIDTH,) float32, 3 in each channel that is meant."""
+def meaning(words: Iterable[str]) -> np.ndarray:
+    """What words mean, each by itself: (WIDTH,) float32; 3 in a channel, 1.5 in each of a category's four."""
     code = np.zeros(WIDTH, dtype=np.float32)
-    words = re.findall(r"[\w']+", text.lower())
-    beside = " of the " in text and not text.startswith("The source")
-    for meanings in (REFERENCE if beside else CATEGORY, COLOUR, SIZE, BESIDE if beside else SIDE, KIND):
-        for word in words:
+    for word in words:
+        if word in CATEGORY:
+            code[CATEGORY[word]] = 1.5
+        for meanings in COLOUR, SIZE, SIDE, KIND:
             if word in meanings:
                 code[meanings[word]] = 3.0
+    return code
+
+
+def sentence(text: str) -> np.ndarray:
+    """What a sentence of LAVS-synth asks for: (WIDTH,) float32, as `meaning`."""
+    words = re.findall(r"[\w']+", text.lower())
+    code = meaning(words)
+    if " of the " in text and not text.startswith("The source"):
+        code[REFERENCE : REFERENCE + TRAITS], code[:TRAITS] = code[:TRAITS].copy(), 0
+        for side, channel in BESIDE.items():
+            code[channel], code[SIDE[side]] = code[SIDE[side]], 0
     return code

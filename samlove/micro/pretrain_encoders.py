@@ -10,7 +10,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -27,14 +26,14 @@ from samlove.config import AudioConfig, VisualConfig, load
 from samlove.encoders.vggish import build_vggish, log_mel
 from samlove.encoders.vit import build_vit
 from samlove.micro import code
+from samlove.micro.clips import random_scene
 from samlove.synth.expressions import expressions
-from samlove.synth.scene import SECONDS, SEEN, UNSEEN, Scene, background, random_outline, render, sample_scene
-from samlove.synth.voice import TIMBRES, mix
+from samlove.synth.scene import SECONDS, SEEN, UNSEEN, background, render, sample_scene
+from samlove.synth.voice import mix
 
 STREAM = 1_000_003  # keeps these scenes apart from the benchmark's, which draw from (seed, 0..3, number)
 GRID = 4  # patches a side
 BARELY = 0.08  # of a patch: an object that covers less is not said
-STRANGE = 0.12  # of the things: random shapes of random colour and timbre, so that not everything has a name
 
 Scores = dict[str, float]
 
@@ -52,35 +51,18 @@ class Examples(IterableDataset):
             yield from self.make(rng)
 
 
-def random_scene(rng: np.random.Generator) -> Scene:
-    """A scene of all categories, and some things that are none."""
-    scene = sample_scene(rng, SEEN + UNSEEN)
-    things = []
-    for thing in scene.things:
-        if rng.random() < STRANGE:
-            red, green, blue = (int(c) for c in rng.integers(0, 256, 3))
-            timbre = f"strange{int(rng.integers(64))}"
-            if timbre not in TIMBRES:
-                weights = tuple(rng.uniform(0, 1, int(rng.integers(1, 9))))
-                TIMBRES[timbre] = (weights, float(rng.choice([0, rng.uniform(2, 14)])), float(rng.uniform(0, 0.4)))
-            look = {"colour": "strange", "rgb": (red, green, blue), "outline": random_outline(rng), "hole": 0.0}
-            thing = replace(thing, category=timbre, **look)
-        things.append(thing)
-    return replace(scene, things=tuple(things))
-
-
 def patches(rng: np.random.Generator, size: int = 128, seconds: int = 3) -> Iterator[dict[str, np.ndarray]]:
     """`seconds` frames of one scene with the code of each patch, 0 where nothing is, and of the whole.
 
     picture (size, size, 3) uint8; patches (GRID^2, WIDTH), cls (WIDTH,) float32; there (GRID^2,) bool; category and
-    colour (GRID^2,), channels, -1 where strange.
+    colour (GRID^2,), numbers, -1 where strange.
     """
     scene = random_scene(rng)
     behind = background(scene, (size, size))
     side = size // GRID
-    channels = {
-        "category": np.array([code.CATEGORY.get(thing.category, -1) for thing in scene.things]),
-        "colour": np.array([code.COLOUR.get(thing.colour, -1) for thing in scene.things]),
+    numbers = {
+        "category": np.array([_number(code.CATEGORY, thing.category) for thing in scene.things]),
+        "colour": np.array([_number(code.COLOUR, thing.colour) for thing in scene.things]),
     }
     for t in rng.choice(SECONDS, seconds, replace=False):
         picture, masks = render(scene, int(t), (size, size), behind)
@@ -93,8 +75,12 @@ def patches(rng: np.random.Generator, size: int = 128, seconds: int = 3) -> Iter
         cls = np.zeros(code.WIDTH, dtype=np.float32)
         visible = masks.reshape(len(masks), -1).any(axis=1)
         cls[code.SEEN_OF] = (things[:, code.SEEN_OF] * visible[:, None]).max(axis=0)
-        named = {name: values[owner] for name, values in channels.items()}
+        named = {name: values[owner] for name, values in numbers.items()}
         yield {"picture": picture, "patches": said, "cls": cls, "there": there, **named}
+
+
+def _number(names: dict[str, Any], name: str) -> int:
+    return list(names).index(name) if name in names else -1
 
 
 def voices(rng: np.random.Generator, seconds: int = 5) -> Iterator[dict[str, np.ndarray]]:
@@ -106,6 +92,11 @@ def voices(rng: np.random.Generator, seconds: int = 5) -> Iterator[dict[str, np.
         yield {"mel": mel[t], "said": said[t]}
 
 
+def category_logits(said: Tensor) -> Tensor:
+    """(..., WIDTH) -> (..., categories): how well each category's traits fit."""
+    return said[..., : code.TRAITS] @ torch.from_numpy(code.TRAIT_TABLE).T
+
+
 def sight_loss(tokens: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Scores]:
     """tokens (B, 1 + 16, WIDTH) after the final norm -> the loss and, of the patches that show something, the part
     whose category and colour are right, whose pulse is, and the error of the centre as a fraction of the frame."""
@@ -115,10 +106,10 @@ def sight_loss(tokens: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Scores
     weight[code.WHERE] = 3.0
     loss = ((said - batch["patches"]) ** 2 * weight).sum(-1).mean() / 12 + F.mse_loss(cls, batch["cls"])
     scores = {}
-    for name, channels, share in (("category", code.CATEGORY, 4.0), ("colour", code.COLOUR, 1.0)):
+    logits_of = {"category": category_logits(said), "colour": said[..., list(code.COLOUR.values())]}
+    for name, share in (("category", 4.0), ("colour", 1.0)):
         known = batch["there"] & (batch[name] >= 0)
-        first, end = min(channels.values()), max(channels.values()) + 1
-        logits, truth = said[known][:, first:end], batch[name][known] - first
+        logits, truth = logits_of[name][known], batch[name][known]
         loss = loss + share * F.cross_entropy(logits, truth)
         scores[name] = float((logits.argmax(-1) == truth).float().mean())
     seen, true = said[batch["there"]].detach(), batch["patches"][batch["there"]]
@@ -137,9 +128,8 @@ def sound_loss(heard: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Scores]
     """
     said = batch["said"]
     off = torch.where(said > 0, heard - said, heard.clamp(min=0))
-    voices = slice(0, len(code.CATEGORY))
-    named = said[:, voices].amax(1) > 2.5
-    logits, truth = heard[named, voices], said[named, voices].argmax(1)
+    named = said[:, : code.TRAITS].amax(1) > 1.2
+    logits, truth = category_logits(heard[named].clamp(min=0)), category_logits(said[named]).argmax(1)
     loss = (off**2).sum(-1).mean() / 4 + 2 * F.cross_entropy(logits, truth)
     sounds = said[:, code.KIND["sounding"]] > 0
     missed = off.detach()[sounds].abs().mean(0) / 3.6
@@ -191,10 +181,16 @@ def _save(model: nn.Module, path: Path) -> None:
     os.replace(partial, path)
 
 
-def make_vit(config: VisualConfig, minutes: float, seed: int) -> Scores:
-    """Train the micro ViT and write it; its scores on frames it had not seen."""
+def _load(model: nn.Module, path: Path) -> None:
+    model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+
+
+def make_vit(config: VisualConfig, minutes: float, seed: int, again: bool = False) -> Scores:
+    """Train the micro ViT, or the one there is `again`, and write it; its scores on frames it had not seen."""
     torch.manual_seed(seed)
     vit: Any = build_vit(config.model, config.model_args, config.image_size)
+    if again:
+        _load(vit, Path(config.weights))
 
     def encode(batch: dict[str, Tensor]) -> Tensor:
         return vit.forward_features(batch["picture"].permute(0, 3, 1, 2).float() / 127.5 - 1)  # (B, 1 + 16, WIDTH)
@@ -204,15 +200,16 @@ def make_vit(config: VisualConfig, minutes: float, seed: int) -> Scores:
     return scores
 
 
-def make_vggish(config: AudioConfig, minutes: float, seed: int) -> Scores:
-    """Train the micro VGGish and write it; its scores on sounds it had not heard."""
+def make_vggish(config: AudioConfig, minutes: float, seed: int, again: bool = False) -> Scores:
+    """Train the micro VGGish, or the one there is `again`, and write it; its scores on sounds it had not heard."""
     torch.manual_seed(seed)
     vggish = build_vggish(config.channels, config.hidden, pre_relu=True)
-    for (
-        layer
-    ) in vggish.modules():  # there are no norm layers: without this gain, nine layers of ReLU let little through
+    for layer in vggish.modules():
+        # There are no norm layers: without this gain, nine layers of ReLU let little through.
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    if again:
+        _load(vggish, Path(config.weights))
     scores = train(
         lambda batch: vggish(batch["mel"]),
         list(vggish.parameters()),
@@ -279,17 +276,22 @@ def make_roberta(out: Path, seed: int, steps: int = 1500) -> Scores:
     return {"sentences": len(texts), "steps": steps, "squared_error": round(float(loss.detach()), 5)}
 
 
-def main(vit_minutes: float = 42, vggish_minutes: float = 12, roberta_steps: int = 1500, seed: int = 0) -> None:
-    """Make the encoders of the micro profile's configuration; prints their scores as JSON. One given 0 is left out."""
+def main(
+    vit_minutes: float = 42, vggish_minutes: float = 20, roberta_steps: int = 1500, seed: int = 0, again: bool = False
+) -> None:
+    """Make the encoders of the micro profile's configuration; prints their scores as JSON. One given 0 is left out.
+
+    again: ViT and VGGish go on from the weights that are there.
+    """
     torch.set_num_threads(1)
     configs = Path("configs")
     scores: dict[str, Scores] = {}
     if roberta_steps:
         scores["roberta"] = make_roberta(Path("weights/micro/text/roberta"), seed, roberta_steps)
     if vggish_minutes:
-        scores["vggish"] = make_vggish(load(AudioConfig, configs), vggish_minutes, seed)
+        scores["vggish"] = make_vggish(load(AudioConfig, configs), vggish_minutes, seed, again)
     if vit_minutes:
-        scores["vit"] = make_vit(load(VisualConfig, configs), vit_minutes, seed)
+        scores["vit"] = make_vit(load(VisualConfig, configs), vit_minutes, seed, again)
     print(json.dumps(scores))
 
 

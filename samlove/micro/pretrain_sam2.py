@@ -11,10 +11,10 @@ Letters: B clips, T frames, N targets (objects) of all clips, S the side of an i
 import argparse
 import copy
 import json
-import multiprocessing
-import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,63 +23,31 @@ from safetensors.torch import save_file
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor, nn
 
+from samlove.micro import code
+from samlove.micro.clips import SIDE, Clip, ClipPool, absent, augment, describe, draw_clip, name_map
 from samlove.sam2_build import instantiate_sam2, load_sam2_weights
-from samlove.synth.scene import SECONDS, random_clip
+from samlove.synth.scene import SECONDS
 
 CONFIG = Path(__file__).with_name("sam2_micro.yaml")
-SIDE = 128
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as SAM2's predictors normalise
 VISIBLE = 64  # pixels an object must show on frame 0 to be asked for
 CERTAIN = 16  # pixels from which a remainder of an object counts as present; fewer are left out of the score's loss
 IMAGE_PART = 0.14  # of the time, images only
 LENGTHS = ((0.15, 2, 4), (0.4, 3, 6), (0.7, 4, 8), (1.0, 6, SECONDS))  # until this part of the clip stage: T from, to
 LEARNING_RATE, LAST_RATE, WARM_UP = 1e-3, 0.02, 100  # peak; its part at the end; steps
+IMAGES_AGAIN = 0.45  # of the time of a run that goes on, images only: prompts that are new are learnt on these
 GO_ON = 0.4  # of the schedules, what a run from an earlier one's weights goes through
-POOL = 1200  # clips kept to draw from, so that training never waits for the renderer
 CHECKPOINT_EVERY, SCORE_EVERY = 120, 420  # seconds
 
-Clip = tuple[np.ndarray, np.ndarray]  # frames (T, S, S, 3) uint8, masks (K, T, S, S) bool
-Prompt = tuple[dict[str, Tensor] | None, Tensor | None]  # SAM2's point_inputs, mask_inputs
+KINDS = ("point", "box", "mask", "code")
 
 
-def draw_clip(rng: np.random.Generator) -> Clip:
-    """SECONDS frames; every other one drawn at twice the size and averaged down, smooth as resized photographs are."""
-    if rng.random() < 0.5:
-        return random_clip(rng, SECONDS, SIDE)
-    frames, masks = random_clip(rng, SECONDS, 2 * SIDE)
-    halves = (SIDE, 2, SIDE, 2)
-    frames = frames.reshape(SECONDS, *halves, 3).mean((2, 4)).round().astype(np.uint8)
-    return frames, masks.reshape(len(masks), SECONDS, *halves).mean((3, 5)) >= 0.5
+class Prompt(NamedTuple):
+    """What SAM2 is told of N targets on frame 0: its own point_inputs and mask_inputs, and a token of a code."""
 
-
-def _draw_for_ever(clips: multiprocessing.Queue, seed: list[int]) -> None:
-    os.nice(5)
-    rng = np.random.default_rng(seed)
-    while True:
-        clips.put(draw_clip(rng))
-
-
-class ClipPool:
-    """The latest POOL clips of a renderer in a process of its own."""
-
-    def __init__(self, seed: list[int]):
-        context = multiprocessing.get_context("spawn")
-        self.fresh = context.Queue(maxsize=16)
-        self.worker = context.Process(target=_draw_for_ever, args=(self.fresh, seed), daemon=True)
-        self.worker.start()
-        self.clips: list[Clip] = [self.fresh.get() for _ in range(8)]  # enough for any step
-        self.drawn = len(self.clips)
-
-    def take(self, rng: np.random.Generator, count: int) -> list[Clip]:
-        """Any `count` of the pool's clips, after taking in what the renderer has ready; waits while it has too few."""
-        while len(self.clips) < count or not self.fresh.empty():
-            clip = self.fresh.get()
-            if len(self.clips) < POOL:
-                self.clips.append(clip)
-            else:
-                self.clips[self.drawn % POOL] = clip
-            self.drawn += 1
-        return [self.clips[i] for i in rng.choice(len(self.clips), count, replace=False)]
+    points: dict[str, Tensor] | None = None
+    masks: Tensor | None = None
+    token: Tensor | None = None  # (N, 1, code.WIDTH)
 
 
 def initialise(model: SAM2Base) -> None:
@@ -110,19 +78,6 @@ def initialise(model: SAM2Base) -> None:
         model.mask_downsample.bias.fill_(-10.0)
 
 
-def augment(rng: np.random.Generator, clip: Clip, length: int) -> Clip:
-    """`length` frames in a row of a clip, perhaps mirrored, turned or backwards."""
-    start = int(rng.integers(0, len(clip[0]) - length + 1))
-    frames, masks = clip[0][start : start + length], clip[1][:, start : start + length]
-    if rng.random() < 0.5:
-        frames, masks = frames[::-1], masks[:, ::-1]
-    if rng.random() < 0.5:
-        frames, masks = frames[:, :, ::-1], masks[..., ::-1]
-    if rng.random() < 0.5:
-        frames, masks = frames.swapaxes(1, 2), masks.swapaxes(2, 3)
-    return frames, masks
-
-
 def images_tensor(frames: np.ndarray) -> Tensor:
     """(..., S, S, 3) uint8 to (..., 3, S, S) float32, normalised."""
     images = (torch.from_numpy(np.ascontiguousarray(frames)).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
@@ -130,13 +85,13 @@ def images_tensor(frames: np.ndarray) -> Tensor:
 
 
 def make_prompt(rng: np.random.Generator, kind: str, masks: np.ndarray, empty: np.ndarray) -> Prompt:
-    """A prompt for frame 0 of each of N targets, "point", "box" or "mask".
+    """A prompt for frame 0 of each of N targets, "point", "box" or "mask"; codes are for `make_batch`.
 
     masks: (N, S, S) bool, what the prompt shows; empty: (N, S, S) bool, where a point of a target whose mask has
     no pixel is put. A box is off by a pixel or two.
     """
     if kind == "mask":
-        return None, torch.from_numpy(masks).float()[:, None]  # (N, 1, S, S)
+        return Prompt(masks=torch.from_numpy(masks).float()[:, None])  # (N, 1, S, S)
     count = 1 if kind == "point" else 2
     coords, labels = np.zeros((len(masks), count, 2), np.float32), np.ones((len(masks), count), np.int32)
     for n, mask in enumerate(masks):
@@ -148,7 +103,7 @@ def make_prompt(rng: np.random.Generator, kind: str, masks: np.ndarray, empty: n
             coords[n] = (xs.min(), ys.min()), (xs.max(), ys.max())
             coords[n] += rng.normal(0, 1.5, (2, 2))
             labels[n] = 2, 3
-    return {"point_coords": torch.from_numpy(coords), "point_labels": torch.from_numpy(labels)}, None
+    return Prompt({"point_coords": torch.from_numpy(coords), "point_labels": torch.from_numpy(labels)})
 
 
 def track(
@@ -165,14 +120,16 @@ def track(
     encoded = model.forward_image(images.flatten(0, 1).contiguous(memory_format=torch.channels_last))
     _, levels, positions, sizes = model._prepare_backbone_features(encoded)  # (hw, B T, C) each
     decoded: list[tuple[Tensor, ...]] = []
-    hook = model.sam_mask_decoder.register_forward_hook(lambda module, inputs, output: decoded.append(output))
+    hooks = [model.sam_mask_decoder.register_forward_hook(lambda module, inputs, output: decoded.append(output))]
+    if prompt.token is not None:
+        hooks.append(model.sam_prompt_encoder.register_forward_hook(_joins_once(model, prompt.token)))
     bank: dict[str, dict[int, dict]] = {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}}
     steps = []
     try:
         for t in range(frames):
             rows = torch.tensor(clip_of) * frames + t
             features = [level[:, rows] for level in levels]
-            points, masks = prompt if t == 0 else (None, None)
+            points, masks = (prompt.points, prompt.masks) if t == 0 else (None, None)
             out = model.track_step(
                 frame_idx=t,
                 is_init_cond_frame=t == 0,
@@ -195,8 +152,29 @@ def track(
                 model._encode_memory_in_output(features, sizes, points, True, kept, present, out)
             bank["cond_frame_outputs" if t == 0 else "non_cond_frame_outputs"][t] = out
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     return steps
+
+
+def _joins_once(model: SAM2Base, token: Tensor) -> Callable:
+    """A hook that adds a token to what the prompt encoder returns the first time, as samlove.sam2 adds [seg].
+
+    To the token comes, as to [seg] at its start, what stands for a click.
+    """
+    left = [token + model.sam_prompt_encoder.point_embeddings[1].weight]  # (N, 1, code.WIDTH)
+
+    def join(module: nn.Module, inputs: tuple, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        sparse, dense = embeddings
+        return (torch.cat([sparse, left.pop()], dim=1), dense) if left else embeddings
+
+    return join
+
+
+def name_loss(features: Tensor, namer: nn.Module, clips: list[Clip]) -> Tensor:
+    """How badly one linear layer reads off the image embeddings (B, C, h, w) what each cell shows."""
+    said = torch.from_numpy(np.stack([name_map(clip, features.shape[-1]) for clip in clips]))
+    return ((namer(features.movedim(1, -1)) - said) ** 2).sum(-1).mean() / 8
 
 
 def loss_of(steps: list[dict[str, Tensor]], targets: Tensor) -> Tensor:
@@ -223,39 +201,45 @@ def loss_of(steps: list[dict[str, Tensor]], targets: Tensor) -> Tensor:
     return (5 * bce * (0.3 + 0.7 * present) + dice * present + 0.2 * scored + 0.1 * off).mean()
 
 
-def make_batch(
-    rng: np.random.Generator, pool: ClipPool, clips: int, length: int, per_clip: int, kind: str
-) -> tuple[Tensor, list[int], Prompt, Tensor]:
-    """(images (B, T, 3, S, S), clip_of, prompt, targets (N, T, S, S)).
+class Batch(NamedTuple):
+    images: Tensor  # (B, T, 3, S, S)
+    clip_of: list[int]  # of each target
+    prompt: Prompt
+    targets: Tensor  # (N, T, S, S) float 0 or 1
+    clips: list[Clip]
 
-    One prompt in twenty shows nothing (an empty mask, a point on the background, no point): its target is empty
-    throughout, so that the object score learns that there need not be an object.
+
+def make_batch(rng: np.random.Generator, pool: ClipPool, count: int, length: int, per_clip: int, kind: str) -> Batch:
+    """`count` clips, up to `per_clip` targets of each.
+
+    One prompt in twenty shows nothing (an empty mask, a point on the background, no point, what is not there): its
+    target is empty throughout, so that the object score learns that there need not be an object.
     """
     while True:
-        frames: list[np.ndarray] = []
-        targets, clip_of, empty = [], [], []
-        for clip in pool.take(rng, clips):
-            pictures, masks = augment(rng, clip, length)
-            able = np.flatnonzero(masks[:, 0].sum((1, 2)) >= VISIBLE)
-            for k in rng.permutation(able)[:per_clip]:
-                targets.append(masks[k].copy())
-                clip_of.append(len(frames))
-                empty.append(~masks[:, 0].any(0))
-            frames.append(pictures)
-        if targets:
-            truth = np.stack(targets)
+        clips = [augment(rng, clip, length) for clip in pool.take(rng, count)]
+        able = [np.flatnonzero(clip.masks[:, 0].sum((1, 2)) >= VISIBLE) for clip in clips]
+        chosen = [(c, k) for c, possible in enumerate(able) for k in rng.permutation(possible)[:per_clip]]
+        if chosen:
             break
+    clip_of = [c for c, _ in chosen]
+    truth = np.stack([clips[c].masks[k] for c, k in chosen])
     if kind != "box":
         truth[rng.random(len(truth)) < 0.05] = False
-    prompt = make_prompt(rng, kind, truth[:, 0], np.stack(empty))
-    points, _ = prompt
+    images = images_tensor(np.stack([clip.frames for clip in clips]))
+    if kind == "code":
+        there = truth[:, 0].any((1, 2))
+        codes = [describe(rng, clips[c], k) if t else absent(rng, clips[c]) for (c, k), t in zip(chosen, there, strict=True)]
+        prompt = Prompt(token=torch.from_numpy(np.stack(codes))[:, None])
+        return Batch(images, clip_of, prompt, torch.from_numpy(truth).float(), clips)
+    prompt = make_prompt(rng, kind, truth[:, 0], np.stack([~clips[c].masks[:, 0].any(0) for c in clip_of]))
+    points = prompt.points
     if kind == "point" and points:  # padding, as other prompts of SAM2 carry it; an absent target may have no more
         labels = points["point_labels"]
         labels[torch.from_numpy(~truth[:, 0].any((1, 2)) & (rng.random(len(truth)) < 0.3))] = -1
         if rng.random() < 0.5:
             points["point_coords"] = F.pad(points["point_coords"], (0, 0, 0, 1))
             points["point_labels"] = F.pad(labels, (0, 1), value=-1)
-    return images_tensor(np.stack(frames)), clip_of, prompt, torch.from_numpy(truth).float()
+    return Batch(images, clip_of, prompt, torch.from_numpy(truth).float(), clips)
 
 
 def jaccard(logits: Tensor, truth: Tensor) -> Tensor:
@@ -269,25 +253,28 @@ def jaccard(logits: Tensor, truth: Tensor) -> Tensor:
 def evaluate(model: SAM2Base, count: int, seed: int) -> dict[str, float]:
     """Mean J on `count` clips of SECONDS frames at SIDE pixels, one target each, that no training sees.
 
-    Keys: KIND_J0 on frame 0 and KIND_J on the frames after it, from a point, a box and the true mask of frame 0;
+    Keys: KIND_J0 on frame 0 and KIND_J on the frames after it, from a point, a box, the true mask of frame 0 and a code;
     mask_last on the last frame; copy_J of the true mask of frame 0 copied; absent, the part of the frames without the
     target, and absent_found, the part of these where the object score says so (true mask).
     """
     rng = np.random.default_rng([seed, 200_200])
-    clips: list[tuple[np.ndarray, np.ndarray]] = []
+    clips: list[tuple[Clip, int]] = []
     while len(clips) < count:
-        frames, masks = random_clip(rng, SECONDS, SIDE)
-        able = np.flatnonzero(masks[:, 0].sum((1, 2)) >= VISIBLE)
+        clip = draw_clip(rng)
+        able = np.flatnonzero(clip.masks[:, 0].sum((1, 2)) >= VISIBLE)
         if len(able):
-            clips.append((frames, masks[rng.choice(able)]))
+            clips.append((clip, int(rng.choice(able))))
     found: dict[str, list[Tensor]] = {}
     for start in range(0, count, 20):
         part = clips[start : start + 20]
-        images, truth = images_tensor(np.stack([f for f, _ in part])), np.stack([m for _, m in part])
+        images = images_tensor(np.stack([clip.frames for clip, _ in part]))
+        truth = np.stack([clip.masks[k] for clip, k in part])
+        codes = Prompt(token=torch.from_numpy(np.stack([describe(rng, clip, k) for clip, k in part]))[:, None])
         target = torch.from_numpy(truth)
         scores: dict[str, Tensor] = {}
-        for kind in ("point", "box", "mask"):
-            steps = track(model, images, list(range(len(part))), make_prompt(rng, kind, truth[:, 0], ~truth[:, 0]))
+        for kind in ("code", "point", "box", "mask"):
+            prompt = codes if kind == "code" else make_prompt(rng, kind, truth[:, 0], ~truth[:, 0])
+            steps = track(model, images, list(range(len(part))), prompt)
             each = [jaccard(step["masks"], target[:, t]) for t, step in enumerate(steps)]
             scores |= {f"{kind}_J0": each[0], f"{kind}_J": torch.stack(each[1:])}
         scores["mask_last"] = each[-1]
@@ -310,14 +297,15 @@ def export(model: SAM2Base, path: Path) -> None:
     partial.replace(path)
 
 
-def plan_step(rng: np.random.Generator, done: float) -> tuple[int, int, int, str]:
-    """(clips, frames, targets of a clip, prompt) of a step at `done` (0..1) of the time."""
-    if done < IMAGE_PART or rng.random() < 0.2:
-        return 8, 1, 3, str(rng.choice(["point", "box", "mask"], p=[0.55, 0.35, 0.1]))
+def plan_step(rng: np.random.Generator, done: float, images: bool) -> tuple[int, int, int, str]:
+    """(clips, frames, targets of a clip, prompt) of a step at `done` (0..1) of the schedules; of images, or of clips
+    with some images between them."""
+    if images or rng.random() < 0.2:
+        return 8, 1, 3, str(rng.choice(KINDS, p=[0.25, 0.1, 0.05, 0.6]))
     clip_part = (done - IMAGE_PART) / (1 - IMAGE_PART)
     low, high = next((low, high) for until, low, high in LENGTHS if clip_part <= until)
     length = int(rng.integers(low, high + 1))
-    return max(2, 20 // length), length, 3, str(rng.choice(["point", "box", "mask"], p=[0.35, 0.15, 0.5]))
+    return max(2, 20 // length), length, 3, str(rng.choice(KINDS, p=[0.25, 0.1, 0.4, 0.25]))
 
 
 def pretrain(out: Path, minutes: float, seed: int, weights: Path | None = None, scored_clips: int = 200) -> None:
@@ -334,14 +322,19 @@ def pretrain(out: Path, minutes: float, seed: int, weights: Path | None = None, 
         load_sam2_weights(model, str(weights))
     model.image_encoder.to(memory_format=torch.channels_last)
     mean = copy.deepcopy(model)
+    # A second task while it learns: to say in words what is where, so that the decoder can find what a code asks for.
+    namer = nn.Linear(code.WIDTH, code.SEEN_OF.stop)
+    seen: list[Tensor] = []
+    model.image_encoder.register_forward_hook(lambda module, inputs, output: seen.append(output["vision_features"]))
     parameters: list[Tensor] = list(model.parameters())
     mean_parameters: list[Tensor] = list(mean.parameters())
-    optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
+    optimiser = torch.optim.AdamW([*parameters, *namer.parameters()], lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     step, spent = 0, 0.0
     if (checkpoint := out / "checkpoint.pt").is_file():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         mean.load_state_dict(state["mean"])
+        namer.load_state_dict(state["namer"])
         optimiser.load_state_dict(state["optimiser"])
         step, spent = state["step"], state["spent"]
     rng = np.random.default_rng([seed, 1, step])
@@ -350,16 +343,20 @@ def pretrain(out: Path, minutes: float, seed: int, weights: Path | None = None, 
     saved = scored = spent
     running: dict[str, float] = {}
     while (spent := time.monotonic() - start) < 60 * minutes:
-        done = spent / (60 * minutes)
-        if weights is not None:
-            done = 1 - GO_ON + GO_ON * done
+        part = spent / (60 * minutes)
+        done = part if weights is None else 1 - GO_ON + GO_ON * part
         rate = LAST_RATE + (1 - LAST_RATE) * (0.5 + 0.5 * float(np.cos(np.pi * max(0.0, (done - 0.25) / 0.75))))
         for group in optimiser.param_groups:
             group["lr"] = LEARNING_RATE * rate * min(1.0, (step + 1) / WARM_UP)
-        clips, length, per_clip, kind = plan_step(rng, done)
-        images, clip_of, prompt, targets = make_batch(rng, pool, clips, length, per_clip, kind)
-        forced = targets if rng.random() < 0.5 - done else None  # less and less, never in the second half
-        loss = loss_of(track(model, images, clip_of, prompt, forced), targets)
+        clips, length, per_clip, kind = plan_step(rng, done, part < (IMAGE_PART if weights is None else IMAGES_AGAIN))
+        batch = make_batch(rng, pool, clips, length, per_clip, kind)
+        forced = batch.targets if rng.random() < 0.5 - done else None  # less and less, never in the second half
+        loss = loss_of(track(model, batch.images, batch.clip_of, batch.prompt, forced), batch.targets)
+        running[kind] = 0.97 * running.get(kind, loss.item()) + 0.03 * loss.item()
+        if length == 1:
+            loss = loss + 0.5 * (naming := name_loss(seen.pop(), namer, batch.clips))
+            running["naming"] = 0.97 * running.get("naming", naming.item()) + 0.03 * naming.item()
+        seen.clear()
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -367,8 +364,6 @@ def pretrain(out: Path, minutes: float, seed: int, weights: Path | None = None, 
         step += 1
         with torch.no_grad():
             torch._foreach_lerp_(mean_parameters, parameters, max(0.004, 1 / step))
-        stage, value = "image" if length == 1 else "clip", loss.item()
-        running[stage] = 0.97 * running.get(stage, value) + 0.03 * value
         line: dict[str, float] = {}
         if step % 50 == 0:
             line = {name: round(value, 4) for name, value in running.items()} | {"drawn": pool.drawn}
@@ -377,7 +372,7 @@ def pretrain(out: Path, minutes: float, seed: int, weights: Path | None = None, 
             scored = spent
         if spent - saved > CHECKPOINT_EVERY:
             state = {"model": model.state_dict(), "mean": mean.state_dict(), "optimiser": optimiser.state_dict()}
-            torch.save(state | {"step": step, "spent": spent}, checkpoint.with_suffix(".partial"))
+            torch.save(state | {"namer": namer.state_dict(), "step": step, "spent": spent}, checkpoint.with_suffix(".partial"))
             checkpoint.with_suffix(".partial").replace(checkpoint)
             export(mean, out / "sam2.safetensors")
             saved = spent

@@ -253,23 +253,3 @@ def render(
         owner[shape] = k
     masks = owner == np.arange(len(scene.things))[:, None, None]  # (K, H, W)
     return np.clip(picture, 0, 255).astype(np.uint8), masks
-
-
-def random_clip(rng: np.random.Generator, frames: int, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
-    """A clip for teaching a SAM2 to segment and track: (T, size, size, 3) uint8 and masks (K, T, size, size) bool.
-
-    Half of the shapes are the seen categories, half are random blobs of random colour; none is an unseen
-    category. frames is 1 to SECONDS.
-    """
-    scene = sample_scene(rng, SEEN)
-    things = []
-    for thing in scene.things:
-        if rng.random() < 0.5:
-            red, green, blue = (int(c) for c in rng.integers(0, 256, 3))
-            thing = replace(thing, category="blob", outline=random_outline(rng), hole=0.0, rgb=(red, green, blue))
-        things.append(thing)
-    scene = replace(scene, things=tuple(things))
-    first = int(rng.integers(0, SECONDS - frames + 1))
-    behind = background(scene, (size, size))
-    seconds = [render(scene, t, (size, size), behind) for t in range(first, first + frames)]
-    return np.stack([picture for picture, _ in seconds]), np.stack([masks for _, masks in seconds], axis=1)
