@@ -46,7 +46,7 @@ def test_bundled_vggish_tells_what_it_hears() -> None:
     vggish = build_vggish(config.channels, config.hidden, pre_relu=True).eval()
     vggish.load_state_dict(weights(config.weights))
     _, scores = sound_loss(vggish(batch["mel"]), batch)
-    assert scores["loudest"] > 0.8 and scores["loudness"] < 0.5 and scores["pitch"] < 0.5
+    assert scores["loudest"] > 0.9 and scores["lowest"] > 0.75 and scores["loudness"] < 0.5 and scores["pitch"] < 0.5
 
 
 def test_bundled_roberta_tells_what_is_asked() -> None:
@@ -55,7 +55,7 @@ def test_bundled_roberta_tells_what_is_asked() -> None:
     for text, arrays in zip(texts, encoder.encode(texts), strict=True):
         said = arrays["text"][arrays["text_mask"]].astype(np.float32)  # (tokens, WIDTH)
         assert np.abs(said - code.sentence(text)).mean() < 0.1
-        assert ((said > 1.5) == (code.sentence(text) > 1.5)).all(), text
+        assert ((said > 0.75) == (code.sentence(text) > 0.75)).all(), text
 
 
 def test_words_are_whole_and_what_is_learned_is_the_code(tmp_path: Path) -> None:
@@ -72,8 +72,11 @@ def test_words_are_whole_and_what_is_learned_is_the_code(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "channels"),
     [
-        ("The red star on the left.", [code.CATEGORY["star"], code.COLOUR["red"], code.SIDE["left"]]),
-        ("The object on the right of the moon.", [code.BESIDE["right"], code.REFERENCE["moon"]]),
+        ("The red star on the left.", [*code.CATEGORY["star"], code.COLOUR["red"], code.SIDE["left"]]),
+        (
+            "The object on the right of the moon.",
+            [code.BESIDE["right"], *(code.REFERENCE + trait for trait in code.CATEGORY["moon"])],
+        ),
         ("The source of the sound.", [code.KIND["sounding"]]),
         ("The object that didn't make any sound.", [code.KIND["silent"]]),
         ("The last object to make a sound.", [code.KIND["last"]]),
@@ -84,16 +87,24 @@ def test_code_of_a_sentence(text: str, channels: list[int]) -> None:
     assert sorted(np.flatnonzero(code.sentence(text))) == sorted(channels)
 
 
+def test_what_is_learned_of_the_seen_categories_holds_for_the_others() -> None:
+    shared = code.TRAIT_TABLE @ code.TRAIT_TABLE.T
+    assert set(shared[~np.eye(len(shared), dtype=bool)]) <= {0.0, 2.0}  # of four: told apart with ease
+    assert np.linalg.matrix_rank(code.TRAIT_TABLE[: len(SEEN)]) == code.TRAITS
+
+
 def test_code_of_sight_and_sound_follow_the_scene() -> None:
     rng = np.random.default_rng(5)
     scene = next(s for s in iter(lambda: sample_scene(rng, SEEN), None) if sum(t.sounding.any() for t in s.things) > 1)
     for t in range(10):
         for thing, row in zip(scene.things, code.sight(scene, t), strict=True):
-            assert row[code.CATEGORY[thing.category]] == row[: len(code.CATEGORY)].max() > 0
+            assert list(np.flatnonzero(row[: code.TRAITS])) == code.CATEGORY[thing.category]
             assert (row[code.KIND["sounding"]] > 0) == thing.sounding[t]
             assert np.allclose(row[code.WHERE][:2] / 1.5, 2 * thing.path[t] - 1)
     heard = code.sound(scene)
     assert (heard >= 0).all()
-    loudest = max((thing for thing in scene.things if thing.sounding.any()), key=lambda thing: thing.loudness)
-    second = int(heard[:, code.KIND["loudest"]].argmax())
-    assert heard[second, : len(code.CATEGORY)].argmax() == code.CATEGORY[loudest.category]
+    sounding = [thing for thing in scene.things if thing.sounding.any()]
+    loudest, lowest = max(sounding, key=lambda thing: thing.loudness), min(sounding, key=lambda thing: thing.pitch)
+    for thing, kind, first in (loudest, "loudest", 0), (lowest, "lowest", code.LOW):
+        traits = heard[int(heard[:, code.KIND[kind]].argmax()), first : first + code.TRAITS]
+        assert sorted(np.argsort(traits)[-4:]) == code.CATEGORY[thing.category]

@@ -11,7 +11,8 @@ from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 
 import samlove.torchvision_ops  # noqa: F401
-from samlove.micro import pretrain_sam2
+from samlove.micro import code, pretrain_sam2
+from samlove.micro.clips import absent, augment, describe, draw_clip, name_map
 from samlove.sam2_build import instantiate_sam2, load_sam2_weights
 
 WEIGHTS = Path(__file__).parents[1] / "weights" / "micro" / "sam2" / "sam2.safetensors"
@@ -49,20 +50,43 @@ def test_bundled_weights_segment_and_track(micro_sam2):
 
 def test_an_empty_prompt_finds_no_object(micro_sam2):
     rng = np.random.default_rng(78)
-    clips = [pretrain_sam2.draw_clip(rng) for _ in range(6)]
-    images = pretrain_sam2.images_tensor(np.stack([frames[:3] for frames, _ in clips]))
+    clips = [draw_clip(rng) for _ in range(6)]
+    images = pretrain_sam2.images_tensor(np.stack([clip.frames[:3] for clip in clips]))
     nothing = torch.zeros(6, 1, pretrain_sam2.SIDE, pretrain_sam2.SIDE)
     with torch.no_grad():
-        steps = pretrain_sam2.track(micro_sam2, images, list(range(6)), (None, nothing))
+        steps = pretrain_sam2.track(micro_sam2, images, list(range(6)), pretrain_sam2.Prompt(masks=nothing))
     assert all(float((step["masks"] > 0).float().mean()) < 0.01 for step in steps)
 
 
 def test_a_clip_drawn_twice_as_large_has_the_same_format():
     rng = np.random.default_rng(0)
     for _ in range(4):
-        frames, masks = pretrain_sam2.draw_clip(rng)
-        assert frames.shape == (10, 128, 128, 3) and frames.dtype == np.uint8
-        assert masks.shape[1:] == (10, 128, 128) and masks.dtype == bool
+        clip = draw_clip(rng)
+        assert clip.frames.shape == (10, 128, 128, 3) and clip.frames.dtype == np.uint8
+        assert clip.masks.shape[1:] == (10, 128, 128) and clip.masks.dtype == bool
+        assert len(clip.masks) == len(clip.names) == len(clip.sounding)
+
+
+def test_a_description_fits_one_thing_and_the_absent_none():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        clip = augment(rng, draw_clip(rng), 1)
+        shown = [k for k in range(len(clip.masks)) if clip.masks[k, 0].any()]
+        cells = name_map(clip, 8).reshape(64, -1)  # what is said of each cell
+        for k in shown:
+            meant = describe(rng, clip, k)
+            if meant[code.WHERE].any():
+                continue  # no words would do
+            asked = meant[code.SEEN_OF]
+            owners = {tuple(cell) for cell in cells if (cell >= asked).all()}
+            assert len(owners) <= 1  # none where the thing owns no cell
+        asked = absent(rng, clip)[code.SEEN_OF]
+        assert not any((cell >= asked).all() for cell in cells)
+
+
+def test_a_code_prompts_the_object_that_it_describes(micro_sam2):
+    scores = pretrain_sam2.evaluate(micro_sam2, 12, seed=79)
+    assert scores["code_J0"] > scores["copy_J"] + 0.25
 
 
 def test_loss_falls_with_the_truth_and_jaccard_counts_empty_as_right():

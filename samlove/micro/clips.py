@@ -82,11 +82,13 @@ def augment(rng: np.random.Generator, clip: Clip, length: int) -> Clip:
 def describe(rng: np.random.Generator, clip: Clip, k: int) -> np.ndarray:
     """What thing k of a clip is on its first frame, enough to tell it from the others: (code.WIDTH,) float32.
 
-    Some words, as sentences have them; where none of a few tries will do, all of them and the exact place.
+    Some words, as sentences have them, the category most often; where none of a few tries will do, all of them and the
+    exact place.
     """
     words = {j: _words(clip, j) for j in range(len(clip.masks)) if clip.masks[j, 0].any()}
     for _ in range(4):
-        meant = [word for word in words[k] if rng.random() < 0.5]
+        alone = rng.random() < 0.4 and words[k][0] in code.CATEGORY
+        meant = words[k][:1] if alone else [word for word in words[k] if rng.random() < 0.5]
         if meant and sum(set(meant) <= set(other) for other in words.values()) == 1:
             return code.meaning(meant)
     all_of_it = code.meaning(words[k])

@@ -34,6 +34,7 @@ BESIDE = {"left": 33, "right": 34}  # "on the left of the ...": the side, and
 REFERENCE = 35  # the first of the channels of the traits of what it is beside
 WHERE = slice(50, 60)  # of an object's centre; see `place`
 COVER = 60  # the part of a patch that the object covers
+LOW = 64  # the first of the channels of the traits of the lowest voice
 SEEN_OF = slice(0, KIND["sounding"] + 1)  # what [cls] sums up
 
 QUIETEST, FAINT, RANGE = 0.03, 0.02, 4.5  # RMS of the faintest voice; where loudness starts, in octaves from there
@@ -68,8 +69,8 @@ def sight(scene: Scene, t: int) -> np.ndarray:
 def sound(scene: Scene) -> np.ndarray:
     """What is to be heard in each second of a scene: (SECONDS, WIDTH) float32, none negative.
 
-    The loudest voice's category stands out, the others' are faint, as one hears it; how loud it is, and how low the
-    lowest voice, stand in the channels of "loudest" and "lowest".
+    The loudest voice's category stands out, the others' are faint, as one hears it; the lowest voice's stands once
+    more by itself. How loud the one is, and how low the other, stand in the channels of "loudest" and "lowest".
     """
     code = np.zeros((SECONDS, WIDTH), dtype=np.float32)
     for second, row in enumerate(code):
@@ -84,8 +85,10 @@ def sound(scene: Scene) -> np.ndarray:
                 row[CATEGORY[thing.category]] = np.maximum(row[CATEGORY[thing.category]], said)
         row[KIND["sounding"]] = 1.8
         row[KIND["loudest"]] = 3.6 * np.clip(np.log2(loudest.loudness / FAINT) / RANGE, 0, 1)
-        lowest = min(thing.pitch for thing in heard)
-        row[KIND["lowest"]] = 3.6 * np.clip(1 - np.log2(lowest / DEEP) / PITCH_RANGE, 0, 1)
+        lowest = min(heard, key=lambda thing: thing.pitch)
+        row[KIND["lowest"]] = 3.6 * np.clip(1 - np.log2(lowest.pitch / DEEP) / PITCH_RANGE, 0, 1)
+        if lowest.category in CATEGORY:
+            row[LOW + np.array(CATEGORY[lowest.category])] = 3.0
     return code
 
 

@@ -27,6 +27,7 @@ from samlove.encoders.vggish import build_vggish, log_mel
 from samlove.encoders.vit import build_vit
 from samlove.micro import code
 from samlove.micro.clips import random_scene
+from samlove.micro.pretrain_sam2 import category_logits
 from samlove.synth.expressions import expressions
 from samlove.synth.scene import SECONDS, SEEN, UNSEEN, background, render, sample_scene
 from samlove.synth.voice import mix
@@ -92,11 +93,6 @@ def voices(rng: np.random.Generator, seconds: int = 5) -> Iterator[dict[str, np.
         yield {"mel": mel[t], "said": said[t]}
 
 
-def category_logits(said: Tensor) -> Tensor:
-    """(..., WIDTH) -> (..., categories): how well each category's traits fit."""
-    return said[..., : code.TRAITS] @ torch.from_numpy(code.TRAIT_TABLE).T
-
-
 def sight_loss(tokens: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Scores]:
     """tokens (B, 1 + 16, WIDTH) after the final norm -> the loss and, of the patches that show something, the part
     whose category and colour are right, whose pulse is, and the error of the centre as a fraction of the frame."""
@@ -122,19 +118,24 @@ def sight_loss(tokens: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Scores
 
 def sound_loss(heard: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Scores]:
     """heard (B, WIDTH) before the last ReLU -> the loss, the part of the sounding seconds whose loudest voice is
-    named rightly, and the error of loudness and pitch in octaves.
+    named rightly, whose lowest is, and the error of loudness and pitch in octaves.
 
     Of what the ReLU will take away nothing is asked; learning through it would leave channels dead.
     """
     said = batch["said"]
     off = torch.where(said > 0, heard - said, heard.clamp(min=0))
-    named = said[:, : code.TRAITS].amax(1) > 1.2
-    logits, truth = category_logits(heard[named].clamp(min=0)), category_logits(said[named]).argmax(1)
-    loss = (off**2).sum(-1).mean() / 4 + 2 * F.cross_entropy(logits, truth)
+    loss = (off**2).sum(-1).mean() / 4
+    scores = {}
+    for name, first in (("loudest", 0), ("lowest", code.LOW)):
+        voice, true = (values[:, first : first + code.TRAITS] for values in (heard.clamp(min=0), said))
+        named = true.amax(1) > 1.2
+        logits, truth = category_logits(voice[named]), category_logits(true[named]).argmax(1)
+        loss = loss + 2 * F.cross_entropy(logits, truth)
+        scores[name] = float((logits.argmax(1) == truth).float().mean())
     sounds = said[:, code.KIND["sounding"]] > 0
     missed = off.detach()[sounds].abs().mean(0) / 3.6
     return loss, {
-        "loudest": float((logits.argmax(1) == truth).float().mean()),
+        **scores,
         "loudness": float(missed[code.KIND["loudest"]]) * code.RANGE,
         "pitch": float(missed[code.KIND["lowest"]]) * code.PITCH_RANGE,
     }

@@ -35,7 +35,7 @@ CERTAIN = 16  # pixels from which a remainder of an object counts as present; fe
 IMAGE_PART = 0.14  # of the time, images only
 LENGTHS = ((0.15, 2, 4), (0.4, 3, 6), (0.7, 4, 8), (1.0, 6, SECONDS))  # until this part of the clip stage: T from, to
 LEARNING_RATE, LAST_RATE, WARM_UP = 1e-3, 0.02, 100  # peak; its part at the end; steps
-IMAGES_AGAIN = 0.45  # of the time of a run that goes on, images only: prompts that are new are learnt on these
+IMAGES_AGAIN = 0.55  # of the time of a run that goes on, images only: prompts that are new are learnt on these
 GO_ON = 0.4  # of the schedules, what a run from an earlier one's weights goes through
 CHECKPOINT_EVERY, SCORE_EVERY = 120, 420  # seconds
 
@@ -171,10 +171,20 @@ def _joins_once(model: SAM2Base, token: Tensor) -> Callable:
     return join
 
 
-def name_loss(features: Tensor, namer: nn.Module, clips: list[Clip]) -> Tensor:
-    """How badly one linear layer reads off the image embeddings (B, C, h, w) what each cell shows."""
-    said = torch.from_numpy(np.stack([name_map(clip, features.shape[-1]) for clip in clips]))
-    return ((namer(features.movedim(1, -1)) - said) ** 2).sum(-1).mean() / 8
+def category_logits(said: Tensor) -> Tensor:
+    """(..., channels of the code) -> (..., categories): how well each category's traits fit."""
+    return said[..., : code.TRAITS] @ torch.from_numpy(code.TRAIT_TABLE).T
+
+
+def name_loss(features: Tensor, namer: nn.Module, clips: list[Clip]) -> tuple[Tensor, float]:
+    """How badly one linear layer reads off the image embeddings (B, C, h, w) what each cell shows, and the part of
+    the cells with a category where it reads the right one."""
+    said = torch.from_numpy(np.stack([name_map(clip, features.shape[-1]) for clip in clips]))  # (B, h, w, channels)
+    read = namer(features.movedim(1, -1))
+    named = said[..., : code.TRAITS].amax(-1) > 0
+    logits, truth = category_logits(read[named]), category_logits(said[named]).argmax(-1)
+    loss = F.cross_entropy(logits, truth) + ((read - said) ** 2).sum(-1).mean() / 8
+    return loss, float((logits.argmax(-1) == truth).float().mean())
 
 
 def loss_of(steps: list[dict[str, Tensor]], targets: Tensor) -> Tensor:
@@ -301,7 +311,7 @@ def plan_step(rng: np.random.Generator, done: float, images: bool) -> tuple[int,
     """(clips, frames, targets of a clip, prompt) of a step at `done` (0..1) of the schedules; of images, or of clips
     with some images between them."""
     if images or rng.random() < 0.2:
-        return 8, 1, 3, str(rng.choice(KINDS, p=[0.25, 0.1, 0.05, 0.6]))
+        return 8, 1, 3, str(rng.choice(KINDS, p=[0.2, 0.1, 0.05, 0.65]))
     clip_part = (done - IMAGE_PART) / (1 - IMAGE_PART)
     low, high = next((low, high) for until, low, high in LENGTHS if clip_part <= until)
     length = int(rng.integers(low, high + 1))
@@ -354,8 +364,9 @@ def pretrain(out: Path, minutes: float, seed: int, weights: Path | None = None, 
         loss = loss_of(track(model, batch.images, batch.clip_of, batch.prompt, forced), batch.targets)
         running[kind] = 0.97 * running.get(kind, loss.item()) + 0.03 * loss.item()
         if length == 1:
-            loss = loss + 0.5 * (naming := name_loss(seen.pop(), namer, batch.clips))
-            running["naming"] = 0.97 * running.get("naming", naming.item()) + 0.03 * naming.item()
+            naming, right = name_loss(seen.pop(), namer, batch.clips)
+            loss = loss + 0.5 * naming
+            running["named"] = 0.97 * running.get("named", right) + 0.03 * right
         seen.clear()
         optimiser.zero_grad()
         loss.backward()

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from samlove.errors import RequestError
-from samlove.synth.expressions import Expression, expressions
+from samlove.synth.expressions import SHARES, Expression, expressions
 from samlove.synth.scene import SECONDS, SEEN, UNSEEN, Scene, background, render, sample_scene
 from samlove.synth.voice import RATE, mix
 
@@ -117,14 +117,16 @@ def _real_clip(seed: int, split_number: int, number: int, split: str, rows: int)
 
 
 def _choose(said: list[Expression], rows: int, rng: np.random.Generator) -> list[Expression]:
-    """Up to `rows` of the sentences: each time first the cues, then the template, then one of its sentences."""
+    """Up to `rows` of the sentences: each time first the cues, each as likely as the other, so that none is rare; then
+    the template, as likely as Ref-AVS says the like; then one of its sentences."""
     left = list(said)
     chosen: list[Expression] = []
     while left and len(chosen) < rows:
         cues = sorted({(e.sight, e.sound, e.time) for e in left})
         picked = cues[int(rng.integers(len(cues)))]
         templates = sorted({e.template for e in left if (e.sight, e.sound, e.time) == picked})
-        template = templates[int(rng.integers(len(templates)))]
+        shares = np.array([SHARES[template] for template in templates])
+        template = templates[int(rng.choice(len(templates), p=shares / shares.sum()))]
         ways = [e for e in left if e.template == template and (e.sight, e.sound, e.time) == picked]
         chosen.append(ways[int(rng.integers(len(ways)))])
         left.remove(chosen[-1])
