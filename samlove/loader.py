@@ -5,6 +5,7 @@ Safe in DataLoader workers, forked or spawned: each maps the files for itself.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ class ExpressionDataset(Dataset):
         dims = {name: first[name].shape[-1] for name in ("audio", "visual", "text")}
         return {**dims, "frames": first["visual"].shape[0]}
 
+    @property
+    def videos(self) -> list[int]:
+        """The video of each item, as its sample's number in the shards."""
+        return [place for place, *_ in self._items]
+
     def __len__(self) -> int:
         return len(self._items)
 
@@ -89,20 +95,52 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-class EpochSampler(Sampler[int]):
-    """The permutation of 0..n-1 that belongs to (seed, epoch), from position `start` on.
+class PoolSampler(Sampler[int]):
+    """The order of the items that belongs to (seed, epoch): each item once, drawn from `pool` videos at a time.
 
-    The position is the whole state of an epoch: taken up at `start`, it gives what is left, each item once.
+    Videos enter the pool in random order; every item left of a video in it is as likely to be drawn next; a video
+    that is used up is replaced. So a video's arrays are wanted for one stretch of the epoch, and read from the disk
+    once if `pool` videos fit in memory. A pool of all videos is a plain permutation, where samples of one video lie
+    far apart.
+
+    The position is the whole state of an epoch: taken up at `start`, it gives what is left. Of what is left, process
+    `rank` of `ranks` gets every ranks-th item, so that the batches of a step are together the same, and the order the
+    same, however many processes and workers read them.
     """
 
-    def __init__(self, n: int, seed: int, epoch: int, start: int = 0) -> None:
-        if not 0 <= start <= n:
-            raise SamloveError(f"expected a position within the epoch of {n} items, found {start}")
-        self.n, self.seed, self.epoch, self.start = n, seed, epoch, start
+    def __init__(
+        self, videos: Sequence[int], pool: int, seed: int, epoch: int, start: int = 0, rank: int = 0, ranks: int = 1
+    ) -> None:
+        """videos: the video of each item, numbers of any kind. start: a position in the order of all processes."""
+        if not 0 <= start <= len(videos):
+            raise SamloveError(f"expected a position within the epoch of {len(videos)} items, found {start}")
+        if pool < 1 or not 0 <= rank < ranks:
+            raise SamloveError(f"expected a pool of 1 video or more and rank < ranks, found {pool}, {rank}, {ranks}")
+        self.videos, self.pool, self.seed, self.epoch = videos, pool, seed, epoch
+        self._mine = slice(start + rank, None, ranks)
 
     def __len__(self) -> int:
-        return self.n - self.start
+        return len(range(len(self.videos))[self._mine])
 
     def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
-        return iter(order[self.start :].tolist())
+        return iter(self._order()[self._mine])
+
+    def _order(self) -> list[int]:
+        random = np.random.default_rng([self.seed, self.epoch])
+        items_of: dict[int, list[int]] = {}
+        for item, video in enumerate(self.videos):
+            items_of.setdefault(video, []).append(item)
+        left = {video: len(items) for video, items in items_of.items()}
+        waiting = iter(random.permutation(list(items_of)).tolist())
+        candidates = [item for video in islice(waiting, self.pool) for item in items_of[video]]
+        order = []
+        for draw in random.random(len(self.videos)).tolist():
+            place = int(draw * len(candidates))
+            order.append(candidates[place])
+            candidates[place] = candidates[-1]
+            candidates.pop()
+            video = self.videos[order[-1]]
+            left[video] -= 1
+            if not left[video]:
+                candidates += [item for entering in islice(waiting, 1) for item in items_of[entering]]
+        return order

@@ -1,6 +1,6 @@
 """Training (sections 3.3 and 4.1): the fusion module and SAM2's two prompted parts, on cached features.
 
-One epoch is a permutation of the expressions by (seed, epoch); what has been consumed of it is the whole position of
+One epoch is an order of all expressions by (seed, epoch); what has been consumed of it is the whole position of
 a run, whatever reads the samples. A run that was interrupted goes on from its state file to the very bits that it
 would have reached uninterrupted, on the CPU; the state is found by a fingerprint of everything the run depends on.
 """
@@ -35,7 +35,7 @@ from stores.fingerprint import fingerprint_id, sha256_file
 SAVE_SECONDS = 300  # at most this much work is lost by a kill that gives no notice
 SELECTED_BY = "J&F"
 # A state left by other code must not be taken up: these files decide what a step does.
-CODE = ("fusion.py", "loss.py", "model.py", "sam2.py", "train.py")
+CODE = ("fusion.py", "loader.py", "loss.py", "model.py", "sam2.py", "train.py")
 
 Batch = dict[str, Any]
 
