@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from samlove.errors import SamloveError
+from samlove.config import Resident
+from samlove.errors import RequestError, SamloveError
 from stores import ShardReader
 
 FEATURES = ("audio", "visual", "text", "sam2")  # the sources whose fingerprints a shard set carries
@@ -29,6 +32,7 @@ class ExpressionDataset(Dataset):
 
     def __init__(self, root: str | Path) -> None:
         self.reader = ShardReader(root)
+        self._held: list[dict[str, Any]] = []  # the samples with tensors for arrays, after `to`
         self._items: list[tuple[int, str, int, int]] = []  # sample, row_id, text, mask (-1: none)
         for place in range(len(self.reader)):
             sample = self.reader[place]
@@ -56,6 +60,13 @@ class ExpressionDataset(Dataset):
         """The video of each item, as its sample's number in the shards."""
         return [place for place, *_ in self._items]
 
+    def to(self, device: torch.device) -> None:
+        """Copy all samples to `device`. Items are tensors there from now on; no worker may then read from a GPU."""
+        self._held = [
+            {name: torch.tensor(v, device=device) if isinstance(v, np.ndarray) else v for name, v in sample.items()}
+            for sample in map(self.reader.__getitem__, range(len(self.reader)))
+        ]
+
     def __len__(self) -> int:
         return len(self._items)
 
@@ -67,16 +78,23 @@ class ExpressionDataset(Dataset):
         row_id str, media_id str.
         """
         place, row_id, text, mask = self._items[i]
-        sample = self.reader[place]
+        sample = self._held[place] if self._held else self.reader[place]
         masks = sample["masks"]
         return {
             **{name: sample[name] for name in _VIDEO_ARRAYS},
             "text": sample["text"][text],
             "text_mask": sample["text_mask"][text],
-            "mask": masks[mask] if mask >= 0 else np.zeros(masks.shape[1:], masks.dtype),
+            "mask": masks[mask] if mask >= 0 else _blank(masks),
             "row_id": row_id,
             "media_id": sample["__key__"],
         }
+
+
+def _blank(masks: Any) -> Any:
+    """A mask without an object, as those of `masks` (m,S,S), of which there may be none."""
+    if isinstance(masks, Tensor):
+        return masks.new_zeros(masks.shape[1:])
+    return np.zeros(masks.shape[1:], masks.dtype)
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -87,12 +105,41 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     batch: dict[str, Any] = {}
     for name, first in items[0].items():
         values = [item[name] for item in items]
-        if isinstance(first, np.ndarray):
-            stacked = torch.from_numpy(np.stack(values))  # (B, ...)
-            batch[name] = stacked if stacked.dtype == torch.bool else stacked.float()
-        else:
+        if isinstance(first, str):
             batch[name] = values
+        else:
+            stacked = torch.stack(values) if isinstance(first, Tensor) else torch.from_numpy(np.stack(values))
+            batch[name] = stacked if stacked.dtype == torch.bool else stacked.float()  # (B, ...)
     return batch
+
+
+def make_resident(sets: Sequence[ExpressionDataset], asked: Resident, device: torch.device) -> Resident:
+    """Hold all shards of `sets` where `asked`; says in one line where that is, and returns it: off, ram or gpu.
+
+    auto is the GPU where they fit into half of its free memory, for the rest is the model's; else RAM, where they fit
+    into 4/5 of what is available; else off: they are read as they are drawn. RAM means the system's page cache, which
+    all processes share and which gives way where memory runs short.
+    Raises RequestError where there is not that room in a place asked for by name.
+    """
+    size = sum(each.reader.nbytes for each in sets)
+    room = {
+        "gpu": torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0,
+        "ram": psutil.virtual_memory().available * 4 // 5,
+    }
+    fitting: list[Resident] = [place for place in ("gpu", "ram") if size <= room[place]]
+    place = (fitting or ["off"])[0] if asked == "auto" else asked
+    found = (
+        f"{size / 1e9:.3g} GB of shards; room for {room['gpu'] / 1e9:.3g} GB on the GPU, {room['ram'] / 1e9:.3g} in RAM"
+    )
+    if place not in (*fitting, "off"):
+        raise RequestError(f"train.yaml: resident: {asked} needs more room ({found}); expected auto, or off")
+    print(f"resident: {place} ({found})", flush=True)
+    for each in sets:
+        if place == "gpu":
+            each.to(device)
+        elif place == "ram":
+            each.reader.preload()
+    return place
 
 
 class PoolSampler(Sampler[int]):

@@ -54,6 +54,7 @@ class Samples:
     val: Items
     collate: Callable[[list], Batch]
     order: Callable[[int], Iterable[int]]  # epoch -> a permutation of the training items, always the same
+    on_gpu: bool = False  # whether items are tensors there already
 
 
 @dataclass
@@ -217,7 +218,9 @@ class Trainer:
         for batch in self._loader(self.samples.val, range(len(self.samples.val))):
             logits, _ = self._forward(self._on_device(batch))
             bins = quantise(upsample(logits, batch["mask"].shape[-1]))
-            scores += [scores_from_bins(b[None], m[None]) for b, m in zip(bins, batch["mask"].numpy() > 0, strict=True)]
+            scores += [
+                scores_from_bins(b[None], m[None]) for b, m in zip(bins, batch["mask"].cpu().numpy() > 0, strict=True)
+            ]
             self._stop_if_asked()
         J = 100 * float(np.mean([s.J for s in scores]))
         F = 100 * float(np.nanmean([s.F for s in scores]))  # NaN where a first frame has no target
@@ -230,8 +233,8 @@ class Trainer:
             items,
             batch_sampler=batches,
             collate_fn=self.samples.collate,
-            num_workers=self.config.workers,
-            pin_memory=self.device.type == "cuda",
+            num_workers=0 if self.samples.on_gpu else self.config.workers,
+            pin_memory=self.device.type == "cuda" and not self.samples.on_gpu,
             generator=torch.Generator(),  # else each pass draws from torch's, which a resumed run makes more of
             worker_init_fn=_leave_interrupts_to_the_trainer,
         )
@@ -334,7 +337,7 @@ def warmup_decay(step: int, total: int, warmup: int) -> float:
 def run_id(origin: Origin) -> str:
     """Stands for everything that the outcome of a run depends on."""
     code = {name: sha256_file(Path(__file__).with_name(name)) for name in CODE}
-    made_by = origin.model_dump(mode="json", exclude={"train": {"workers"}})
+    made_by = origin.model_dump(mode="json", exclude={"train": {"workers", "resident"}})
     return fingerprint_id({"origin": made_by, "code": code, "torch": torch.__version__})
 
 

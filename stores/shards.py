@@ -136,6 +136,7 @@ class ShardReader:
         self.manifest: dict[str, Any] = read_manifest(self.root, REMEDY) if (self.root / NAME).is_file() else {}
         index = self._load_index()
         self._shards: list[Path] = [self.root / shard["name"] for shard in index["shards"]]
+        self.nbytes: int = sum(shard["bytes"] for shard in index["shards"])  # of all tar files
         self._maps: dict[int, mmap.mmap] = {}
         self._samples: list[tuple[str, int, list[_Place]]] = []
         for sample in index["samples"]:
@@ -173,6 +174,14 @@ class ShardReader:
     def keys(self) -> list[str]:
         """All keys, in the order in which they were written."""
         return [key for key, _, _ in self._samples]
+
+    def preload(self) -> None:
+        """Read every shard once from end to end, so that the system's page cache has it, for all processes alike."""
+        buffer = bytearray(1 << 24)
+        for path in self._shards:
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
 
     def __len__(self) -> int:
         return len(self._samples)

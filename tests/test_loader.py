@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from samlove.dataset import resize_mask
 from samlove.errors import RequestError, SamloveError
-from samlove.loader import ExpressionDataset, PoolSampler, collate
+from samlove.loader import ExpressionDataset, PoolSampler, collate, make_resident
 from stores import ShardWriter
 from tests.tiny_pack import PATCHES, ROWS, SIZE, L, N, features_of, make_shards, true_mask
 
@@ -66,6 +66,25 @@ def test_a_batch_may_be_changed_without_harm(dataset):
     assert_equal(collate([dataset[0]]), collate([dataset[0]]))
     np.testing.assert_array_equal(dataset[0]["audio"], features_of("audio", "m_a")["audio"])
     assert dataset[0]["text_mask"].any()
+
+
+def test_held_as_tensors_it_gives_the_same_batches(dataset):
+    held = ExpressionDataset(dataset.reader.root)
+    held.to(torch.device("cpu"))
+    assert all(isinstance(held[i]["mask"], torch.Tensor) for i in range(len(held)))
+    assert_equal(collate([held[i] for i in range(len(held))]), collate([dataset[i] for i in range(len(held))]))
+
+
+@pytest.mark.parametrize(("asked", "place"), [("auto", "ram"), ("ram", "ram"), ("off", "off")])
+def test_residency_says_in_one_line_what_it_is(dataset, capsys, asked, place):
+    assert make_resident([dataset, dataset], asked, torch.device("cpu")) == place
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"resident: {place} (") and f"{2 * dataset.reader.nbytes / 1e9:.3g} GB of shards" in line
+
+
+def test_residency_without_room_is_refused(dataset):
+    with pytest.raises(RequestError, match="resident: gpu needs more room .* 0 GB on the GPU"):
+        make_resident([dataset], "gpu", torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("workers", "method"), [(0, None), (1, "fork"), (2, "fork"), (1, "spawn")])
