@@ -6,7 +6,6 @@ Safe in DataLoader workers, forked or spawned: each maps the files for itself.
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch.utils.data import Dataset, Sampler
 from samlove.config import Resident
 from samlove.errors import RequestError, SamloveError
 from stores import ShardReader
+from stores.remote import AnyPath
 
 FEATURES = ("audio", "visual", "text", "sam2")  # the sources whose fingerprints a shard set carries
 _VIDEO_ARRAYS = ("audio", "audio_valid", "visual", "sam2_image_embed", "sam2_high_res_0", "sam2_high_res_1")
@@ -30,7 +30,7 @@ class ExpressionDataset(Dataset):
     samlove.pack, are torn, or hold no expression.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | AnyPath) -> None:
         self.reader = ShardReader(root)
         self._held: list[dict[str, Any]] = []  # the samples with tensors for arrays, after `to`
         self._items: list[tuple[int, str, int, int]] = []  # sample, row_id, text, mask (-1: none)
