@@ -240,13 +240,14 @@ class Trainer:
         )
 
     def _on_device(self, batch: Batch) -> Batch:
-        """Moved, and without the text columns that are padding in every sample of it."""
+        """Moved, all numbers in float32, and without the text columns that are padding in every sample of it."""
         length = int(batch["text_mask"].any(0).nonzero().max()) + 1
         batch = {**batch, "text": batch["text"][:, :length], "text_mask": batch["text_mask"][:, :length]}
-        return {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in batch.items()
-        }
+        for name, value in batch.items():
+            if isinstance(value, Tensor):
+                moved = value.to(self.device, non_blocking=True)
+                batch[name] = moved if moved.dtype == torch.bool else moved.float()
+        return batch
 
     def _bar(self) -> tqdm:
         samples = len(self.samples.train)

@@ -45,7 +45,7 @@ def test_a_batch_is_what_the_trainer_expects(dataset):
     }
     kinds = {name: value.dtype for name, value in batch.items() if isinstance(value, torch.Tensor)}
     assert kinds.pop("audio_valid") == kinds.pop("text_mask") == torch.bool
-    assert set(kinds.values()) == {torch.float32}
+    assert kinds.pop("mask") == torch.uint8 and set(kinds.values()) == {torch.float16}  # as stored
     assert batch["row_id"] == list(ROWS["row_id"]) and batch["media_id"] == list(ROWS["media_id"])
     for i, row in enumerate(ROWS.itertuples()):
         mask = np.zeros((SIZE, SIZE)) if row.null else resize_mask(true_mask(row.media_id, row.fid), SIZE)
