@@ -6,7 +6,7 @@ from samlove.checkpoint import Origin
 from samlove.config import FusionConfig, Sam2Config, TrainConfig, load
 from samlove.device import default_device
 from samlove.errors import one_line_errors
-from samlove.loader import EpochSampler, ExpressionDataset, collate
+from samlove.loader import ExpressionDataset, PoolSampler, collate, make_resident
 from samlove.sam2_build import checkpoint_path
 from samlove.train import Samples, train
 from stores.fingerprint import check_fingerprint, sha256_file
@@ -34,8 +34,17 @@ def main() -> None:
     wanted = {"weights_sha256": origin.sam2_sha256, "cache_point": sam2.cache_point}
     found = {name: features["sam2"].get(name) for name in wanted}
     check_fingerprint(found, wanted, f"{SHARDS / 'train'}: its SAM2 embeddings", "dvc repro pack")
-    samples = Samples(train_set, val_set, collate, lambda epoch: EpochSampler(len(train_set), config.seed, epoch))
-    train(origin, samples, default_device(), CHECKPOINT, LIVE, SCRATCH)
+    videos = train_set.videos
+    device = default_device()
+    resident = make_resident([train_set, val_set], config.resident, device)
+    samples = Samples(
+        train_set,
+        val_set,
+        collate,
+        order=lambda epoch: PoolSampler(videos, config.pool, config.seed, epoch),
+        on_gpu=resident == "gpu",
+    )
+    train(origin, samples, device, CHECKPOINT, LIVE, SCRATCH)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,14 @@ def bench_metrics() -> None:
     run()
 
 
+@bench.command("loader")
+def bench_loader() -> None:
+    """Shards as the trainer reads them against other formats and a plain read."""
+    from samlove.bench.loader import run
+
+    run()
+
+
 @one_line_errors
 def main() -> None:
     try:

@@ -15,6 +15,7 @@ from samlove.errors import RequestError
 SPLITS = ("train", "val", "test_s", "test_u", "test_n")
 Policy = Literal["drop", "keep", "fail"]
 Dtype = Literal["float16", "float32"]
+Resident = Literal["auto", "off", "ram", "gpu"]
 
 
 class Section(BaseModel):
@@ -118,6 +119,10 @@ class TrainConfig(Section):
     train_mask_decoder: bool = True
     precision: Literal["float32", "bfloat16"] = "float32"
     workers: int = Field(0, ge=0)  # processes that read samples; 0 reads between the steps
+    # Videos whose samples are drawn together, all of which should fit in memory: 1024 are 12 GB at the paper's sizes
+    # (11.4 MB each), and two samples of a step of 16 are of one video once in ten steps.
+    pool: int = Field(1024, gt=0)
+    resident: Resident = "auto"  # where all shards are held while training, if they fit; says what it decided
     loss: LossConfig = LossConfig()
 
 

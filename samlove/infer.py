@@ -282,6 +282,6 @@ def _read(
 
 
 def _as_input(array: np.ndarray) -> Tensor:
-    """As samlove.loader.collate: bool as it is, all else float32."""
+    """As the trainer's: bool as it is, all else float32."""
     tensor = torch.from_numpy(array)
     return tensor if tensor.dtype == torch.bool else tensor.float()

@@ -1,6 +1,6 @@
 """Training (sections 3.3 and 4.1): the fusion module and SAM2's two prompted parts, on cached features.
 
-One epoch is a permutation of the expressions by (seed, epoch); what has been consumed of it is the whole position of
+One epoch is an order of all expressions by (seed, epoch); what has been consumed of it is the whole position of
 a run, whatever reads the samples. A run that was interrupted goes on from its state file to the very bits that it
 would have reached uninterrupted, on the CPU; the state is found by a fingerprint of everything the run depends on.
 """
@@ -35,7 +35,7 @@ from stores.fingerprint import fingerprint_id, sha256_file
 SAVE_SECONDS = 300  # at most this much work is lost by a kill that gives no notice
 SELECTED_BY = "J&F"
 # A state left by other code must not be taken up: these files decide what a step does.
-CODE = ("fusion.py", "loss.py", "model.py", "sam2.py", "train.py")
+CODE = ("fusion.py", "loader.py", "loss.py", "model.py", "sam2.py", "train.py")
 
 Batch = dict[str, Any]
 
@@ -54,6 +54,7 @@ class Samples:
     val: Items
     collate: Callable[[list], Batch]
     order: Callable[[int], Iterable[int]]  # epoch -> a permutation of the training items, always the same
+    on_gpu: bool = False  # whether items are tensors there already
 
 
 @dataclass
@@ -217,7 +218,9 @@ class Trainer:
         for batch in self._loader(self.samples.val, range(len(self.samples.val))):
             logits, _ = self._forward(self._on_device(batch))
             bins = quantise(upsample(logits, batch["mask"].shape[-1]))
-            scores += [scores_from_bins(b[None], m[None]) for b, m in zip(bins, batch["mask"].numpy() > 0, strict=True)]
+            scores += [
+                scores_from_bins(b[None], m[None]) for b, m in zip(bins, batch["mask"].cpu().numpy() > 0, strict=True)
+            ]
             self._stop_if_asked()
         J = 100 * float(np.mean([s.J for s in scores]))
         F = 100 * float(np.nanmean([s.F for s in scores]))  # NaN where a first frame has no target
@@ -230,20 +233,21 @@ class Trainer:
             items,
             batch_sampler=batches,
             collate_fn=self.samples.collate,
-            num_workers=self.config.workers,
-            pin_memory=self.device.type == "cuda",
+            num_workers=0 if self.samples.on_gpu else self.config.workers,
+            pin_memory=self.device.type == "cuda" and not self.samples.on_gpu,
             generator=torch.Generator(),  # else each pass draws from torch's, which a resumed run makes more of
             worker_init_fn=_leave_interrupts_to_the_trainer,
         )
 
     def _on_device(self, batch: Batch) -> Batch:
-        """Moved, and without the text columns that are padding in every sample of it."""
+        """Moved, all numbers in float32, and without the text columns that are padding in every sample of it."""
         length = int(batch["text_mask"].any(0).nonzero().max()) + 1
         batch = {**batch, "text": batch["text"][:, :length], "text_mask": batch["text_mask"][:, :length]}
-        return {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in batch.items()
-        }
+        for name, value in batch.items():
+            if isinstance(value, Tensor):
+                moved = value.to(self.device, non_blocking=True)
+                batch[name] = moved if moved.dtype == torch.bool else moved.float()
+        return batch
 
     def _bar(self) -> tqdm:
         samples = len(self.samples.train)
@@ -334,7 +338,7 @@ def warmup_decay(step: int, total: int, warmup: int) -> float:
 def run_id(origin: Origin) -> str:
     """Stands for everything that the outcome of a run depends on."""
     code = {name: sha256_file(Path(__file__).with_name(name)) for name in CODE}
-    made_by = origin.model_dump(mode="json", exclude={"train": {"workers"}})
+    made_by = origin.model_dump(mode="json", exclude={"train": {"workers", "resident"}})
     return fingerprint_id({"origin": made_by, "code": code, "torch": torch.__version__})
 
 

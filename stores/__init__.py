@@ -3,6 +3,7 @@
 `features`: Zarr v3 store of frozen features, random access, the canonical and shareable form.
 `shards`: WebDataset tar shards with an index, read by mapping files and without copying.
 `predictions`: one HDF5 file of binned masks a split.
+`remote`: stores behind a URL, read through a local cache that processes share.
 `fingerprint`: what made an artefact, and the refusal of an artefact made otherwise.
 """
 

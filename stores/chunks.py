@@ -8,10 +8,11 @@ against zarr itself.
 
 import json
 import mmap
-from pathlib import Path
 
 import google_crc32c
 import numpy as np
+
+from stores.remote import AnyPath
 
 _CODECS = ["bytes", "crc32c"]  # of chunks and of the index
 _CRC = np.dtype("<u4")
@@ -24,7 +25,7 @@ class ShardArray:
     Raises OSError, ValueError, KeyError or TypeError where the files are absent, damaged, or laid out otherwise.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: AnyPath) -> None:
         meta = json.loads((folder / "zarr.json").read_text())
         (codec,) = meta["codecs"]
         sharding = codec["configuration"]
@@ -38,7 +39,7 @@ class ShardArray:
         self._dtype = dtype.newbyteorder("<")
         self._chunk = tuple(chunk[1:])
         self._per_key = shard[1] // chunk[1] if len(shard) > 1 else 1
-        with open(folder.joinpath("c", *["0"] * len(shard)), "rb") as file:
+        with folder.joinpath("c", *["0"] * len(shard)).open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         size = shard[0] * self._per_key * 2 * _PLACE.itemsize
         index = self._checked(len(self._map) - size - _CRC.itemsize, size + _CRC.itemsize, "index")

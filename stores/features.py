@@ -29,6 +29,7 @@ from samlove.errors import RequestError, SamloveError
 from stores.chunks import ShardArray
 from stores.fingerprint import fingerprint_id
 from stores.manifest import NAME, SCHEMA, read_manifest, replace_folder, write_json
+from stores.remote import AnyPath, as_path, keep_open
 
 Arrays = dict[str, np.ndarray]
 DTYPES = ("bool", "uint8", "int32", "int64", "float16", "float32")  # what a feature may be
@@ -47,7 +48,7 @@ def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.zarr"
 
 
-def _attributes(shard: Path) -> dict[str, Any]:
+def _attributes(shard: AnyPath) -> dict[str, Any]:
     """The attributes of a shard's group; SamloveError where it is absent or torn."""
     try:
         return json.loads((shard / "zarr.json").read_text())["attributes"]
@@ -57,10 +58,13 @@ def _attributes(shard: Path) -> dict[str, Any]:
 
 
 class FeatureStore:
-    """A published store, read only. Opened files belong to one process: a copy in another opens its own."""
+    """A published store, read only. Opened files belong to one process: a copy in another opens its own.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    path: a folder, or a URL (see stores.remote).
+    """
+
+    def __init__(self, path: str | AnyPath) -> None:
+        self.path = as_path(path)
         self.manifest: dict[str, Any] = read_manifest(self.path, "run the stage that makes it, or dvc pull")
         self._place: dict[str, tuple[str, int]] = {}  # key -> shard, row in it
         for shard in self.manifest["shards"]:
@@ -74,7 +78,7 @@ class FeatureStore:
         self._opened: dict[str, dict[str, ShardArray]] = {}
 
     @classmethod
-    def open(cls, path: str | Path) -> "FeatureStore":
+    def open(cls, path: str | AnyPath) -> "FeatureStore":
         """Open the store below `path`; RequestError where there is none, SamloveError where it is damaged."""
         return cls(path)
 
@@ -94,12 +98,13 @@ class FeatureStore:
     @property
     def failures(self) -> list[Failure]:
         """The failure ledger."""
-        with open(self.path / FAILURES, newline="", encoding="utf-8") as file:
+        with (self.path / FAILURES).open("r", newline="", encoding="utf-8") as file:
             return [Failure(**row) for row in csv.DictReader(file)]
 
     def _arrays(self, shard: str) -> dict[str, ShardArray]:
         if shard not in self._opened:
             self._opened[shard] = {name: ShardArray(self.path / shard / name) for name in self.manifest["arrays"]}
+            keep_open(self._opened, self.path)
         return self._opened[shard]
 
     def read(self, key: str, rows: slice | None = None) -> Arrays:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from samlove.errors import RequestError, SamloveError
+from stores.remote import AnyPath
 
 ABSENT = "absent"  # how a field that one side lacks is shown
 
@@ -54,7 +55,7 @@ def fingerprint_id(fingerprint: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(fingerprint).encode()).hexdigest()[:12]
 
 
-def check_fingerprint(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str | Path, remedy: str) -> None:
+def check_fingerprint(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str | AnyPath, remedy: str) -> None:
     """Raise SamloveError naming every field that differs, both values, and the command that mends it."""
     found, wanted = json.loads(canonical_json(found)), json.loads(canonical_json(wanted))  # tuples compare as lists
     differing = [k for k in sorted({*found, *wanted}) if found.get(k, ABSENT) != wanted.get(k, ABSENT)]

@@ -8,6 +8,7 @@ from typing import Any
 
 from samlove.errors import RequestError, SamloveError
 from stores.fingerprint import canonical_json
+from stores.remote import AnyPath
 
 SCHEMA = 1  # version of the layouts in this package
 NAME = "manifest.json"
@@ -19,7 +20,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def read_manifest(folder: Path, remedy: str) -> dict[str, Any]:
+def read_manifest(folder: AnyPath, remedy: str) -> dict[str, Any]:
     """The manifest of the artefact in `folder`.
 
     Raises RequestError where there is none, SamloveError where it is torn or of another schema.

@@ -21,6 +21,7 @@ import numpy as np
 
 from samlove.errors import RequestError, SamloveError
 from stores.manifest import NAME, SCHEMA, read_manifest, replace_folder, write_json
+from stores.remote import AnyPath, as_path, keep_open
 from stores.tar import ESCAPED, KINDS, check_name, check_place, escape_key, scan_tar
 
 INDEX = "index.json"
@@ -109,10 +110,11 @@ def _member(where: str, name: str, value: object) -> tuple[str, bytes]:
     return f"{name}.npy", stream.getvalue()
 
 
-def build_index(root: str | Path) -> dict[str, Any]:
+def build_index(root: str | AnyPath) -> dict[str, Any]:
     """The index of the tar files in a folder, read from their headers; SamloveError on what must not be read."""
     shards, samples, seen = [], [], set()
-    for number, path in enumerate(sorted(Path(root).glob("*.tar"))):
+    tars: list[AnyPath] = [*as_path(root).glob("*.tar")]
+    for number, path in enumerate(sorted(tars, key=lambda tar: tar.name)):
         shards.append({"name": path.name, "bytes": path.stat().st_size})
         for sample in scan_tar(path):
             if sample["key"] in seen:
@@ -125,17 +127,19 @@ def build_index(root: str | Path) -> dict[str, Any]:
 class ShardReader:
     """Map-style reader of a folder of tar shards; arrays are read-only views on the mapped files.
 
+    root: a folder, or a URL (see stores.remote).
     Files are mapped at first use, by each process for itself: safe in workers, forked or spawned.
     `manifest` is {} for shards that another tool wrote.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+    def __init__(self, root: str | AnyPath) -> None:
+        self.root = as_path(root)
         if not any(self.root.glob("*.tar")) and not (self.root / INDEX).is_file():
             raise RequestError(f"{self.root}: expected a folder with .tar shards; {REMEDY}")
         self.manifest: dict[str, Any] = read_manifest(self.root, REMEDY) if (self.root / NAME).is_file() else {}
         index = self._load_index()
-        self._shards: list[Path] = [self.root / shard["name"] for shard in index["shards"]]
+        self._shards: list[AnyPath] = [self.root / shard["name"] for shard in index["shards"]]
+        self.nbytes: int = sum(shard["bytes"] for shard in index["shards"])  # of all tar files
         self._maps: dict[int, mmap.mmap] = {}
         self._samples: list[tuple[str, int, list[_Place]]] = []
         for sample in index["samples"]:
@@ -174,6 +178,13 @@ class ShardReader:
         """All keys, in the order in which they were written."""
         return [key for key, _, _ in self._samples]
 
+    def preload(self) -> None:
+        """Read every shard once from end to end, so that the system's page cache has it, for all processes alike."""
+        for path in self._shards:
+            with path.open("rb") as file:
+                while file.read(1 << 24):
+                    pass
+
     def __len__(self) -> int:
         return len(self._samples)
 
@@ -182,6 +193,7 @@ class ShardReader:
         key, shard, places = self._samples[i]
         if shard not in self._maps:
             self._maps[shard] = self._map(shard)
+            keep_open(self._maps, self.root)
         mapped = self._maps[shard]
         sample: dict[str, Any] = {"__key__": key}
         for name, dtype, shape, offset, order in places:
@@ -194,7 +206,7 @@ class ShardReader:
     def _map(self, shard: int) -> mmap.mmap:
         path = self._shards[shard]
         try:
-            with open(path, "rb") as file:
+            with path.open("rb") as file:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise SamloveError(f"{path}: cannot be mapped ({error}); {REMEDY}") from None

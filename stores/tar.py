@@ -8,13 +8,14 @@ Reading trusts nothing: pickles, object arrays, names that leave the folder and 
 import re
 import tarfile
 import tokenize
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from pathlib import PurePosixPath
+from typing import IO, Any
 from urllib.parse import quote, unquote
 
 import numpy as np
 
 from samlove.errors import SamloveError
+from stores.remote import AnyPath
 
 ESCAPED = "percent-encoded keys"  # comment of tar files whose keys `escape_key` wrote
 BLOCK = 512  # bytes; a tar's unit, so that every member's data is aligned to it
@@ -41,7 +42,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def scan_tar(path: Path) -> list[dict[str, Any]]:
+def scan_tar(path: AnyPath) -> list[dict[str, Any]]:
     """The samples of one tar, in order: {"key": str, "members": {name: place}}.
 
     A place is {"offset", "dtype", "shape", "order"} of an array's first byte or {"offset", "size"} of a JSON text.
@@ -49,7 +50,7 @@ def scan_tar(path: Path) -> list[dict[str, Any]]:
     """
     samples: list[dict[str, Any]] = []
     seen: set[str] = set()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - BLOCK))
         if size < 2 * BLOCK or size % BLOCK or any(file.read()):
@@ -78,7 +79,7 @@ def scan_tar(path: Path) -> list[dict[str, Any]]:
     return samples
 
 
-def _split(path: Path, member: tarfile.TarInfo, size: int) -> tuple[str, str, str]:
+def _split(path: AnyPath, member: tarfile.TarInfo, size: int) -> tuple[str, str, str]:
     """Key, name and extension of a member that may be read."""
     parts = PurePosixPath(member.name)
     match = _MEMBER.fullmatch(member.name)
@@ -95,7 +96,7 @@ def _split(path: Path, member: tarfile.TarInfo, size: int) -> tuple[str, str, st
     return key, name or kind, kind
 
 
-def _npy(file: BinaryIO, member: tarfile.TarInfo, where: str) -> dict[str, Any]:
+def _npy(file: IO[Any], member: tarfile.TarInfo, where: str) -> dict[str, Any]:
     """Where an npy member's array lies; its header is parsed as a literal, never evaluated."""
     file.seek(member.offset_data)
     try:

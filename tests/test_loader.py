@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from samlove.dataset import resize_mask
 from samlove.errors import RequestError, SamloveError
-from samlove.loader import EpochSampler, ExpressionDataset, collate
+from samlove.loader import ExpressionDataset, PoolSampler, collate, make_resident
 from stores import ShardWriter
 from tests.tiny_pack import PATCHES, ROWS, SIZE, L, N, features_of, make_shards, true_mask
 
@@ -45,7 +45,7 @@ def test_a_batch_is_what_the_trainer_expects(dataset):
     }
     kinds = {name: value.dtype for name, value in batch.items() if isinstance(value, torch.Tensor)}
     assert kinds.pop("audio_valid") == kinds.pop("text_mask") == torch.bool
-    assert set(kinds.values()) == {torch.float32}
+    assert kinds.pop("mask") == torch.uint8 and set(kinds.values()) == {torch.float16}  # as stored
     assert batch["row_id"] == list(ROWS["row_id"]) and batch["media_id"] == list(ROWS["media_id"])
     for i, row in enumerate(ROWS.itertuples()):
         mask = np.zeros((SIZE, SIZE)) if row.null else resize_mask(true_mask(row.media_id, row.fid), SIZE)
@@ -68,9 +68,28 @@ def test_a_batch_may_be_changed_without_harm(dataset):
     assert dataset[0]["text_mask"].any()
 
 
+def test_held_as_tensors_it_gives_the_same_batches(dataset):
+    held = ExpressionDataset(dataset.reader.root)
+    held.to(torch.device("cpu"))
+    assert all(isinstance(held[i]["mask"], torch.Tensor) for i in range(len(held)))
+    assert_equal(collate([held[i] for i in range(len(held))]), collate([dataset[i] for i in range(len(held))]))
+
+
+@pytest.mark.parametrize(("asked", "place"), [("auto", "ram"), ("ram", "ram"), ("off", "off")])
+def test_residency_says_in_one_line_what_it_is(dataset, capsys, asked, place):
+    assert make_resident([dataset, dataset], asked, torch.device("cpu")) == place
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"resident: {place} (") and f"{2 * dataset.reader.nbytes / 1e9:.3g} GB of shards" in line
+
+
+def test_residency_without_room_is_refused(dataset):
+    with pytest.raises(RequestError, match="resident: gpu needs more room .* 0 GB on the GPU"):
+        make_resident([dataset], "gpu", torch.device("cpu"))
+
+
 @pytest.mark.parametrize(("workers", "method"), [(0, None), (1, "fork"), (2, "fork"), (1, "spawn")])
 def test_workers_change_nothing(dataset, workers, method):
-    order = EpochSampler(len(dataset), seed=3, epoch=1)
+    order = PoolSampler(dataset.videos, pool=2, seed=3, epoch=1)
     collate([dataset[0]])  # the files are mapped before the workers start
     context = {"multiprocessing_context": method} if workers else {}
     loader = DataLoader(dataset, 4, sampler=order, collate_fn=collate, num_workers=workers, **context)
@@ -79,29 +98,97 @@ def test_workers_change_nothing(dataset, workers, method):
         assert_equal(batch, collate([dataset[i] for i in expected[start : start + 4]]))
 
 
-def test_an_epoch_has_each_item_once_in_an_order_of_its_own():
-    orders = {(seed, epoch): list(EpochSampler(100, seed, epoch)) for seed in range(3) for epoch in range(3)}
-    assert all(sorted(order) == list(range(100)) for order in orders.values())
+VIDEOS = [video for video in range(30) for _ in range(1 + video % 6)]  # the video of each of 105 items
+pools = pytest.mark.parametrize("pool", [1, 4, 30, 1000])
+
+
+@pools
+def test_an_epoch_has_each_item_once_in_an_order_of_its_own(pool):
+    orders = {(seed, epoch): list(PoolSampler(VIDEOS, pool, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    assert all(sorted(order) == list(range(105)) for order in orders.values())
     assert len({tuple(order) for order in orders.values()}) == 9
-    assert list(EpochSampler(100, 1, 2)) == orders[1, 2]
-    sampler = EpochSampler(100, 1, 2)
-    assert list(sampler) == list(sampler)
+    sampler = PoolSampler(VIDEOS, pool, 1, 2)
+    assert list(sampler) == list(sampler) == orders[1, 2]
 
 
-@pytest.mark.parametrize("start", [0, 1, 37, 100])
-def test_an_epoch_taken_up_again_goes_on_where_it_was(start):
-    rest = EpochSampler(100, 1, 2, start)
-    assert list(rest) == list(EpochSampler(100, 1, 2))[start:]
-    assert len(rest) == 100 - start
+def most_open(order: list[int]) -> int:
+    """The most videos that some, but not all items of have been drawn, at any time."""
+    drawn = [VIDEOS[item] for item in order]
+    first = {video: drawn.index(video) for video in drawn}
+    last = {video: place for place, video in enumerate(drawn)}
+    return max(sum(first[v] <= place <= last[v] for v in first) for place in range(len(drawn)))
+
+
+@pools
+def test_no_more_videos_than_the_pool_holds_are_open_at_once(pool):
+    assert all(most_open(list(PoolSampler(VIDEOS, pool, 0, epoch))) <= pool for epoch in range(20))
+
+
+@pytest.mark.parametrize("pool", [30, 1000])
+def test_a_pool_of_all_videos_is_a_plain_permutation(pool):
+    """Each item comes at each place alike: the mean place of every item is the middle, as far as 400 epochs can say."""
+    places = np.array([np.argsort(list(PoolSampler(VIDEOS, pool, 0, epoch))) for epoch in range(400)])
+    deviation = np.sqrt((105**2 - 1) / 12 / 400)
+    assert np.abs(places.mean(0) - 52).max() < 4.5 * deviation
+    assert np.abs(places[:, 1:] - places[:, :-1]).mean() == pytest.approx(106 / 3, rel=0.03)  # neighbours lie apart
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (0, 3), (2, 3), (4, 5)])
+@pytest.mark.parametrize("start", [0, 1, 37, 104, 105])
+def test_a_rank_gets_its_share_of_what_is_left(start, rank, ranks):
+    share = PoolSampler(VIDEOS, 4, 1, 2, start, rank, ranks)
+    assert list(share) == list(PoolSampler(VIDEOS, 4, 1, 2))[start:][rank::ranks]
+    assert len(share) == len(list(share))
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return len(VIDEOS)
+
+    def __getitem__(self, i: int) -> int:
+        return i
+
+
+def steps(start: int, ranks: int, workers: int, count: int | None = None, batch: int = 12) -> list[int]:
+    """The items of `count` steps of `batch`, each shared by `ranks` processes that have `workers` workers each."""
+    loaders = [
+        DataLoader(
+            Numbers(), batch // ranks, sampler=PoolSampler(VIDEOS, 4, 5, 6, start, r, ranks), num_workers=workers
+        )
+        for r in range(ranks)
+    ]
+    shares = [torch.cat(list(loader)[:count]).tolist() for loader in loaders]
+    longest = max(map(len, shares))
+    return [share[place] for place in range(longest) for share in shares if place < len(share)]
+
+
+def test_resumed_with_other_ranks_and_workers_the_order_is_the_uninterrupted_one():
+    whole = list(PoolSampler(VIDEOS, 4, 5, 6))
+    assert steps(0, 1, 0) == whole
+    first = steps(0, ranks=2, workers=1, count=3)
+    second = steps(len(first), ranks=3, workers=2, count=2)
+    third = steps(len(first + second), ranks=1, workers=0, count=1)
+    rest = steps(len(first + second + third), ranks=4, workers=1)
+    assert len(first) == 36 and len(second) == 24 and len(third) == 12
+    assert first + second + third + rest == whole
 
 
 def test_the_order_is_the_same_on_every_machine():
-    assert list(EpochSampler(8, 0, 0)) == [2, 4, 3, 6, 5, 0, 1, 7]
+    assert list(PoolSampler([0, 0, 0, 1, 1, 2, 3, 3], 2, 0, 0)) == [5, 2, 3, 1, 0, 7, 6, 4]
 
 
-def test_a_position_outside_the_epoch_is_refused():
-    with pytest.raises(SamloveError, match="found 101"):
-        EpochSampler(100, 0, 0, 101)
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"start": 106}, "105 items, found 106"),
+        ({"start": -1}, "found -1"),
+        ({"pool": 0}, "pool of 1"),
+        ({"rank": 2, "ranks": 2}, "rank < ranks"),
+    ],
+)
+def test_a_place_outside_the_epoch_is_refused(changes, match):
+    with pytest.raises(SamloveError, match=match):
+        PoolSampler(**{"videos": VIDEOS, "pool": 4, "seed": 0, "epoch": 0, **changes})
 
 
 def test_shards_that_are_not_packs_are_refused(tmp_path):

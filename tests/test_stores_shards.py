@@ -4,6 +4,7 @@ import io
 import json
 import mmap
 import pickle
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -238,6 +239,18 @@ def test_an_index_that_lies_is_refused(tmp_path, change):
     index["samples"][0]["members"]["embed"].update(change)
     path.write_text(json.dumps(index))
     with pytest.raises(SamloveError, match="embed"):
+        ShardReader(tmp_path / "s")
+
+
+@pytest.mark.parametrize("name", ["../away.tar", "/etc/passwd", "sub/shard.tar"])
+def test_an_index_that_leads_elsewhere_is_refused(tmp_path, name):
+    write(tmp_path / "s", SAMPLES)
+    shutil.copy(tmp_path / "s" / "shard-00001.tar", tmp_path / "away.tar")
+    path = tmp_path / "s" / "index.json"
+    index = json.loads(path.read_text())
+    index["shards"][1]["name"] = name
+    path.write_text(json.dumps(index))
+    with pytest.raises(SamloveError, match="torn, missing or not of this set"):
         ShardReader(tmp_path / "s")
 
 

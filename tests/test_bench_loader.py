@@ -1,0 +1,38 @@
+"""The loader's benchmark: every format gives back the same bytes, and what is printed is what is returned."""
+
+import json
+
+import numpy as np
+import pytest
+
+from samlove.bench.loader import FORMATS, SHAPES, make_samples, run
+
+SAMPLES = make_samples(3)
+
+
+@pytest.mark.parametrize("make", FORMATS, ids=lambda make: make.__name__)
+def test_every_format_reads_what_was_written(tmp_path, make):
+    try:
+        read = make(SAMPLES, tmp_path)
+    except ImportError:
+        pytest.skip("not installed")
+    for _ in range(2):  # a pass can be repeated
+        found = list(read())
+        assert len(found) == 3
+        for sample, expected in zip(found, SAMPLES, strict=True):
+            if list(sample) == ["all"]:
+                sample = {"all": np.asarray(sample["all"])}
+                expected = {"all": np.concatenate([expected[name].ravel() for name in SHAPES])}
+            assert set(sample) == set(expected)
+            for name, array in expected.items():
+                np.testing.assert_array_equal(np.asarray(sample[name]), array)
+
+
+def test_a_run_prints_a_line_a_format_and_one_json_object(capsys):
+    result = run(videos=2, rounds=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1]) == result
+    assert {"shards", "plain_read", "webdataset", "safetensors", "zarr"} <= set(result["gb_per_s"])
+    assert set(result["shards_over"]) == set(result["gb_per_s"]) - {"shards"}
+    for name in ("litdata", *result["gb_per_s"]):  # what is not installed is said to be left out
+        assert any(line.strip().startswith(name) for line in lines[:-1])

@@ -1,0 +1,253 @@
+"""Stores behind a URL: the same arrays as from the folder, through a cache that keeps its bound and what is in use."""
+
+import multiprocessing
+import os
+import pickle
+import random
+import shutil
+import signal
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from samlove.errors import RequestError, SamloveError
+from stores import FeatureStore, FeatureStoreWriter, ShardReader, ShardWriter
+from stores.remote import OPEN, Cache, RemotePath, as_path
+
+VALUES = 4096  # of each array, so that a shard is a little more than 16 kB
+SHARDS = 12
+
+
+def array(number: int) -> np.ndarray:
+    return np.random.default_rng(number).standard_normal(VALUES).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """SHARDS tar files of one sample each."""
+    root = tmp_path_factory.mktemp("bucket") / "shards"
+    with ShardWriter(root, samples_per_shard=1, fingerprint={"made": "here"}) as writer:
+        for number in range(SHARDS):
+            writer.write(f"k.{number}", {"x": array(number), "rows": [number]})
+    return root
+
+
+@pytest.fixture(scope="module")
+def size(shards) -> int:
+    return (shards / "shard-00000.tar").stat().st_size
+
+
+def remote(root: Path, cache: Path, limit: int = 10**9) -> RemotePath:
+    path = as_path(f"file://{root}", Cache(cache, limit))
+    assert isinstance(path, RemotePath)
+    return path
+
+
+def held(cache: Path) -> int:
+    """Bytes in a cache."""
+    return sum(path.stat().st_size for path in cache.iterdir())
+
+
+def assert_all(reader: ShardReader, order=range(SHARDS)) -> None:
+    for number in order:
+        sample = reader[number]
+        assert sample["__key__"] == f"k.{number}" and sample["rows"] == [number]
+        np.testing.assert_array_equal(sample["x"], array(number))
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_shards_are_the_same_from_a_url(shards, tmp_path, with_index):
+    root = shutil.copytree(shards, tmp_path / "copy")
+    if not with_index:
+        (root / "index.json").unlink()
+    reader = ShardReader(remote(root, tmp_path / "cache"))
+    assert reader.manifest == ShardReader(root).manifest and reader.keys() == ShardReader(root).keys()
+    assert_all(reader)
+    reader.preload()
+
+
+def test_what_is_cached_is_not_fetched_again(shards, tmp_path):
+    root = shutil.copytree(shards, tmp_path / "copy")
+    assert_all(ShardReader(remote(root, tmp_path / "cache")))
+    path = remote(root, tmp_path / "cache")
+    assert path.folder.files  # listed, now nothing is left to fetch
+    shutil.rmtree(root)
+    assert_all(ShardReader(path))
+
+
+def test_a_changed_file_is_another(shards, tmp_path):
+    root = shutil.copytree(shards, tmp_path / "copy")
+    ShardReader(remote(root, tmp_path / "cache"))
+    shutil.rmtree(root)
+    with ShardWriter(root) as writer:
+        writer.write("new", {"x": np.zeros(3)})
+    assert ShardReader(remote(root, tmp_path / "cache")).keys() == ["new"]
+
+
+def test_a_feature_store_is_the_same_from_a_url(tmp_path):
+    keys = [f"key {number}" for number in range(2 * (OPEN + 2))]
+    writer = FeatureStoreWriter(tmp_path / "store", tmp_path / "scratch", {"made": "here"}, keys, 2, chunk_rows=2)
+    for number, planned in writer.todo():
+        writer.write_shard(number, {key: {"a": array(keys.index(key)).reshape(4, -1)} for key in planned})
+    writer.publish()
+    store = FeatureStore.open(remote(tmp_path / "store", tmp_path / "cache"))
+    assert store.keys() == keys and store.failures == []
+    for number, key in enumerate(keys):
+        np.testing.assert_array_equal(store.read(key)["a"], array(number).reshape(4, -1))
+        np.testing.assert_array_equal(store.read(key, slice(1, 2))["a"], array(number).reshape(4, -1)[1:2])
+    assert len(store._opened) == OPEN
+
+
+def test_over_http_in_forked_workers(shards, tmp_path):
+    """A service behind a connection, whose threads do not survive a fork."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(shards.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/shards"
+        reader = ShardReader(as_path(url, Cache(tmp_path / "cache", 10**9)))
+        assert_all(reader, [0, 1])
+        context = multiprocessing.get_context("fork")
+        others = [context.Process(target=assert_all, args=(reader,)) for _ in range(2)]
+        for process in others:
+            process.start()
+        for process in others:
+            process.join()
+        assert [process.exitcode for process in others] == [0, 0]
+        assert_all(reader)
+        server.shutdown()
+
+
+def test_the_least_recently_used_is_dropped_and_the_bound_kept(shards, size, tmp_path):
+    root = shutil.copytree(shards, tmp_path / "copy")
+    path = remote(root, tmp_path / "cache", 4 * size)
+    for number in (0, 1, 2, 3, 0, 4, 5):
+        path.joinpath(f"shard-0000{number}.tar").open().close()
+        assert held(tmp_path / "cache") <= 4 * size
+    shutil.rmtree(root)
+    for number in (0, 3, 4, 5):
+        path.joinpath(f"shard-0000{number}.tar").open().close()
+    for number in (1, 2):
+        with pytest.raises(SamloveError, match="cannot be fetched"):
+            path.joinpath(f"shard-0000{number}.tar").open()
+
+
+def test_a_file_in_use_is_not_dropped(shards, size, tmp_path):
+    path = remote(shards, tmp_path / "cache", 2 * size)
+    first, second = (path.joinpath(f"shard-0000{number}.tar").open() for number in range(2))
+    with pytest.raises(SamloveError, match=f"found {2 * size} in use; set STORES_CACHE_GB"):
+        path.joinpath("shard-00002.tar").open()
+    second.close()
+    path.joinpath("shard-00002.tar").open().close()
+    assert held(tmp_path / "cache") == 2 * size
+    assert first.read() == (shards / "shard-00000.tar").read_bytes()
+
+
+def test_views_keep_their_shard_in_the_cache(shards, tmp_path):
+    """A view outlives the reader's own map; the shard stays locked, and comes from the cache without its source."""
+    root = shutil.copytree(shards, tmp_path / "copy")
+    room = sum(p.stat().st_size for p in root.glob("*.json")) + (OPEN + 1) * (root / "shard-00000.tar").stat().st_size
+    reader = ShardReader(remote(root, tmp_path / "cache", room))
+    view = reader[0]["x"]
+    assert_all(reader, range(1, OPEN + 1))
+    with pytest.raises(SamloveError, match="in use"):
+        reader[OPEN + 1]
+    np.testing.assert_array_equal(view, array(0))
+    del view
+    assert_all(reader)
+
+
+def read_at_random(reader: ShardReader, seed: int) -> None:
+    order = [number for _ in range(6) for number in range(SHARDS)]
+    random.Random(seed).shuffle(order)
+    for number in order:
+        assert_all(reader, [number])
+        reader._maps.clear()
+        assert isinstance(reader.root, RemotePath)
+        cache = reader.root.folder.cache
+        with cache._locked("room"):  # else what is dropped while it is counted is counted too
+            assert held(cache.folder) <= cache.limit
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_share_a_cache_smaller_than_the_set(shards, size, tmp_path, method):
+    context = multiprocessing.get_context(method)
+    reader = ShardReader(remote(shards, tmp_path / "cache", 7 * size))
+    assert_all(reader, [0])  # something is open before a fork
+    others = [context.Process(target=read_at_random, args=(reader, seed)) for seed in range(4)]
+    for process in others:
+        process.start()
+    for process in others:
+        process.join()
+    assert [process.exitcode for process in others] == [0] * 4
+
+
+def test_killed_processes_leave_a_cache_that_works_and_keeps_its_bound(shards, size, tmp_path):
+    context = multiprocessing.get_context("fork")
+    reader = ShardReader(remote(shards, tmp_path / "cache", 6 * size))
+    for seed in range(10):
+        process = context.Process(target=read_at_random, args=(reader, seed))
+        process.start()
+        process.join(0.005 * (seed + 1))
+        assert process.pid
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    read_at_random(reader, 99)
+
+
+def test_a_half_fetched_file_is_fetched_anew(shards, size, tmp_path):
+    reader = remote(shards, tmp_path / "cache").joinpath("shard-00000.tar")
+    reader.open().close()
+    (cached,) = (p for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock")
+    cached.rename(cached.with_suffix(".partial"))  # as a process that is killed leaves it
+    cached.with_suffix(".partial").write_bytes(b"half")
+    assert reader.open().read() == (shards / "shard-00000.tar").read_bytes()
+    assert held(tmp_path / "cache") == size
+
+
+def test_a_file_that_shrinks_or_vanishes_is_named_and_leaves_nothing(shards, tmp_path):
+    root = shutil.copytree(shards, tmp_path / "copy")
+    path = remote(root, tmp_path / "cache")
+    assert path.folder.files
+    tar = root / "shard-00003.tar"
+    tar.write_bytes(tar.read_bytes()[:-512])
+    with pytest.raises(SamloveError, match=r"shard-00003\.tar: expected \d+ bytes as listed, found \d+"):
+        path.joinpath(tar.name).open()
+    tar.unlink()
+    with pytest.raises(SamloveError, match=r"shard-00003\.tar: cannot be fetched \(FileNotFoundError"):
+        path.joinpath(tar.name).open()
+    assert held(tmp_path / "cache") == 0
+
+
+def test_a_file_larger_than_the_cache_is_refused(shards, size, tmp_path):
+    with pytest.raises(SamloveError, match=f"expected room in a cache of {size - 1} bytes"):
+        remote(shards, tmp_path / "cache", size - 1).joinpath("shard-00000.tar").open()
+
+
+def test_a_place_without_a_store_is_refused(tmp_path):
+    with pytest.raises(RequestError, match=r"file://.*nothing: expected a folder with \.tar shards"):
+        ShardReader(remote(tmp_path / "nothing", tmp_path / "cache"))
+    with pytest.raises(RequestError, match="manifest.json: no such file"):
+        FeatureStore.open(remote(tmp_path / "nothing", tmp_path / "cache"))
+    with pytest.raises(SamloveError, match="nowhere://x: cannot be fetched"):
+        ShardReader(as_path("nowhere://x", Cache(tmp_path, 1)))
+
+
+def test_the_environment_names_the_cache(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("STORES_CACHE", str(tmp_path / "named"))
+    monkeypatch.setenv("STORES_CACHE_GB", "0.5")
+    assert Cache.of_environment() == Cache(tmp_path / "named", 500_000_000)
+    assert_all(ShardReader(f"file://{shards}"))
+    assert held(tmp_path / "named") > 0
+    monkeypatch.setenv("STORES_CACHE_GB", "much")
+    with pytest.raises(RequestError, match="expected a number, found 'much'"):
+        ShardReader(f"file://{shards}")
+
+
+def test_a_reader_can_be_sent_to_another_process(shards, tmp_path):
+    reader = ShardReader(remote(shards, tmp_path / "cache"))
+    assert_all(reader, [1])
+    assert_all(pickle.loads(pickle.dumps(reader)))
