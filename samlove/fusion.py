@@ -15,10 +15,7 @@ What the paper leaves open, and how it is decided here:
 - **Towards SAM2.** LayerNorm (pre-norm blocks leave the residual stream unnormalised), then Linear, ReLU, Linear, the
   shape of Eq. 1. Only the first [seg] prompts (section 4.4).
 - **Initialisation.** Tokens and times: truncated normal of 0.02. Linear layers: Xavier, as ViT does, so that narrow
-  models start at the same scale as wide ones. Two of them start alike: keys like queries, so that tokens attend to
-  their like from the first step, and projections of equally wide features like each other, so that what encoders
-  trained together (CLIP) say alike is alike. With encoders that were not, this costs nothing; with the micro
-  profile's, the word for a thing finds the patches that show it after a third of the samples (`docs/benchmarks.md`).
+  models start at the same scale as wide ones.
 """
 
 import torch
@@ -112,12 +109,6 @@ class Fusion(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for block in self.blocks:
-            queries, keys, _ = block.get_submodule("qkv").weight.chunk(3)
-            keys.copy_(queries)
-        for other in (self.project_audio, self.project_text):
-            if other[0].weight.shape == self.project_visual[0].weight.shape:
-                other.load_state_dict(self.project_visual.state_dict())
 
     @property
     def prompt_bias(self) -> Tensor:

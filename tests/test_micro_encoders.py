@@ -14,7 +14,15 @@ from samlove.encoders.roberta import RobertaEncoder
 from samlove.encoders.vggish import build_vggish
 from samlove.encoders.vit import build_vit
 from samlove.micro import code
-from samlove.micro.pretrain_encoders import Examples, make_roberta, patches, said_sentences, sight_loss, sound_loss, voices
+from samlove.micro.pretrain_encoders import (
+    Examples,
+    make_roberta,
+    patches,
+    said_sentences,
+    sight_loss,
+    sound_loss,
+    voices,
+)
 from samlove.synth.scene import SEEN, sample_scene
 
 FRESH = 77  # a seed of scenes that no training drew

@@ -27,14 +27,21 @@ def random_scene(rng: np.random.Generator, strange: float = STRANGE) -> Scene:
     for thing in scene.things:
         if rng.random() < strange:
             red, green, blue = (int(c) for c in rng.integers(0, 256, 3))
-            timbre = f"strange{int(rng.integers(64))}"
-            if timbre not in TIMBRES:
-                weights = tuple(rng.uniform(0, 1, int(rng.integers(1, 9))))
-                TIMBRES[timbre] = (weights, float(rng.choice([0, rng.uniform(2, 14)])), float(rng.uniform(0, 0.4)))
-            look = {"colour": "strange", "rgb": (red, green, blue), "outline": random_outline(rng), "hole": 0.0}
-            thing = replace(thing, category=timbre, **look)
+            timbre = _strange_timbre(int(rng.integers(64)))
+            thing = replace(thing, category=timbre, outline=random_outline(rng), hole=0.0)
+            thing = replace(thing, colour="strange", rgb=(red, green, blue))
         things.append(thing)
     return replace(scene, things=tuple(things))
+
+
+def _strange_timbre(number: int) -> str:
+    """One of 64 timbres that are no category's; each is always the same, and drawn from nothing but its number."""
+    name = f"strange{number}"
+    if name not in TIMBRES:
+        rng = np.random.default_rng(number)
+        weights = tuple(rng.uniform(0, 1, int(rng.integers(1, 9))))
+        TIMBRES[name] = (weights, float(rng.choice([0, rng.uniform(2, 14)])), float(rng.uniform(0, 0.4)))
+    return name
 
 
 @dataclass(frozen=True)

@@ -68,13 +68,13 @@ def patches(rng: np.random.Generator, size: int = 128, seconds: int = 3) -> Iter
     for t in rng.choice(SECONDS, seconds, replace=False):
         picture, masks = render(scene, int(t), (size, size), behind)
         cover = masks.reshape(len(masks), GRID, side, GRID, side).mean(axis=(2, 4)).reshape(len(masks), -1)  # (K, 16)
-        owner, most = cover.argmax(axis=0), cover.max(axis=0)
+        owner, most = np.argmax(cover, axis=0), np.max(cover, axis=0)
         there = most >= BARELY
         things = code.sight(scene, int(t))  # (K, WIDTH)
         said = things[owner] * there[:, None]
         said[:, code.COVER] = 2 * most
         cls = np.zeros(code.WIDTH, dtype=np.float32)
-        visible = masks.reshape(len(masks), -1).any(axis=1)
+        visible = np.any(masks.reshape(len(masks), -1), axis=1)
         cls[code.SEEN_OF] = (things[:, code.SEEN_OF] * visible[:, None]).max(axis=0)
         named = {name: values[owner] for name, values in numbers.items()}
         yield {"picture": picture, "patches": said, "cls": cls, "there": there, **named}

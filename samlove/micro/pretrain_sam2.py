@@ -237,8 +237,10 @@ def make_batch(rng: np.random.Generator, pool: ClipPool, count: int, length: int
         truth[rng.random(len(truth)) < 0.05] = False
     images = images_tensor(np.stack([clip.frames for clip in clips]))
     if kind == "code":
-        there = truth[:, 0].any((1, 2))
-        codes = [describe(rng, clips[c], k) if t else absent(rng, clips[c]) for (c, k), t in zip(chosen, there, strict=True)]
+        codes = [
+            describe(rng, clips[c], k) if mask[0].any() else absent(rng, clips[c])
+            for (c, k), mask in zip(chosen, truth, strict=True)
+        ]
         prompt = Prompt(token=torch.from_numpy(np.stack(codes))[:, None])
         return Batch(images, clip_of, prompt, torch.from_numpy(truth).float(), clips)
     prompt = make_prompt(rng, kind, truth[:, 0], np.stack([~clips[c].masks[:, 0].any(0) for c in clip_of]))
@@ -263,7 +265,7 @@ def jaccard(logits: Tensor, truth: Tensor) -> Tensor:
 def evaluate(model: SAM2Base, count: int, seed: int) -> dict[str, float]:
     """Mean J on `count` clips of SECONDS frames at SIDE pixels, one target each, that no training sees.
 
-    Keys: KIND_J0 on frame 0 and KIND_J on the frames after it, from a point, a box, the true mask of frame 0 and a code;
+    Keys: KIND_J0 on frame 0 and KIND_J on the frames after it, from a code, a point, a box and the true mask;
     mask_last on the last frame; copy_J of the true mask of frame 0 copied; absent, the part of the frames without the
     target, and absent_found, the part of these where the object score says so (true mask).
     """
@@ -338,7 +340,9 @@ def pretrain(out: Path, minutes: float, seed: int, weights: Path | None = None, 
     model.image_encoder.register_forward_hook(lambda module, inputs, output: seen.append(output["vision_features"]))
     parameters: list[Tensor] = list(model.parameters())
     mean_parameters: list[Tensor] = list(mean.parameters())
-    optimiser = torch.optim.AdamW([*parameters, *namer.parameters()], lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
+    optimiser = torch.optim.AdamW(
+        [*parameters, *namer.parameters()], lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.02, fused=True
+    )
     step, spent = 0, 0.0
     if (checkpoint := out / "checkpoint.pt").is_file():
         state = torch.load(checkpoint, weights_only=True)
@@ -383,7 +387,9 @@ def pretrain(out: Path, minutes: float, seed: int, weights: Path | None = None, 
             scored = spent
         if spent - saved > CHECKPOINT_EVERY:
             state = {"model": model.state_dict(), "mean": mean.state_dict(), "optimiser": optimiser.state_dict()}
-            torch.save(state | {"namer": namer.state_dict(), "step": step, "spent": spent}, checkpoint.with_suffix(".partial"))
+            torch.save(
+                state | {"namer": namer.state_dict(), "step": step, "spent": spent}, checkpoint.with_suffix(".partial")
+            )
             checkpoint.with_suffix(".partial").replace(checkpoint)
             export(mean, out / "sam2.safetensors")
             saved = spent

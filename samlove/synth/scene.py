@@ -5,7 +5,7 @@ A `Scene` is the ground truth that pictures (`render`), sound (`samlove.synth.vo
 radii fractions of its shorter side, times whole seconds: frame t shows second t.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
