@@ -12,6 +12,7 @@ import typer
 
 from samlove.config import DatasetConfig, load
 from samlove.errors import RequestError, one_line_errors
+from samlove.store_cli import store
 
 UsageError = cast(type[Exception], typer.BadParameter.__base__)  # click's or, in newer versions, typer's copy of it
 PROFILE = Path("configs/profile.yaml")
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure; the last line printed is one JSON object.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(store, name="store")
 
 
 class Scale(StrEnum):
