@@ -74,11 +74,27 @@ def doctor() -> None:
 
     Data set, weights, disk, GPU memory, each with how to get it; exit status 1 where one is lacking.
     """
-    from samlove.doctor import examine, read_choices, render
+    from samlove.doctor import examine, render
+    from samlove.sizes import read_choices
 
     findings = examine(read_choices())
     print(render(findings))
     if any(finding.lacking for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    calibrate: Annotated[bool, typer.Option(help="Time the encoders on a few items of the dataset.")] = True,
+) -> None:
+    """Say how many items, files and GiB the active profile will make, and how long its features take here.
+
+    Computed from the configuration and the index or, before there is one, metadata.csv; before anything has run.
+    Exit status 1 where the disk has too little room for it.
+    """
+    from pipelines.plan import run
+
+    if not run(calibrate):
         raise typer.Exit(1)
 
 
