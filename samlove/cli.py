@@ -12,6 +12,7 @@ import typer
 
 from samlove.config import DatasetConfig, load
 from samlove.errors import RequestError, one_line_errors
+from samlove.store_cli import store
 
 UsageError = cast(type[Exception], typer.BadParameter.__base__)  # click's or, in newer versions, typer's copy of it
 PROFILE = Path("configs/profile.yaml")
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure; the last line printed is one JSON object.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(store, name="store")
 
 
 class Scale(StrEnum):
@@ -72,11 +74,27 @@ def doctor() -> None:
 
     Data set, weights, disk, GPU memory, each with how to get it; exit status 1 where one is lacking.
     """
-    from samlove.doctor import examine, read_choices, render
+    from samlove.doctor import examine, render
+    from samlove.sizes import read_choices
 
     findings = examine(read_choices())
     print(render(findings))
     if any(finding.lacking for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    calibrate: Annotated[bool, typer.Option(help="Time the encoders on a few items of the dataset.")] = True,
+) -> None:
+    """Say how many items, files and GiB the active profile will make, and how long its features take here.
+
+    Computed from the configuration and the index or, before there is one, metadata.csv; before anything has run.
+    Exit status 1 where the disk has too little room for it.
+    """
+    from pipelines.plan import run
+
+    if not run(calibrate):
         raise typer.Exit(1)
 
 

@@ -3,34 +3,14 @@
 Sizes and memory are computed from the configuration, not measured.
 """
 
-import re
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from samlove.config import (
-    AudioConfig,
-    DatasetConfig,
-    FusionConfig,
-    InferConfig,
-    Sam2Config,
-    SynthConfig,
-    TextConfig,
-    TrainConfig,
-    VisualConfig,
-    active_profile,
-    load,
-)
-from samlove.dataset import RefAvsFolder
+from samlove.config import Sam2Config, TextConfig, VisualConfig
+from samlove.sizes import Choices, bytes_there, count, free_bytes, planned, sam2_shape, vit_shape
 
 GB = 10**9
-DATA = Path("data")
-MADE = ("features", "shards", "predictions")  # what takes the room under data/, the dataset aside
-VGGISH_CHANNELS = 128  # of VGGish's last layer, whatever its width
-WIDTHS = {"tiny": 192, "small": 384, "base": 768, "large": 1024, "huge": 1280}  # of ViTs, by timm's names
-BYTES = {"float16": 2, "float32": 4}
 CLIP = "openai/clip-vit-base-patch16"
-TEXT_WIDTH = 768  # DistilRoBERTa's; CLIP's 512 needs less
 CPU_IS_ENOUGH = 4 * GB  # a training that needs less memory than this runs on a CPU in minutes
 MARKERS = 3  # [aud], [vis], [his]
 VGGISH_AT = "https://github.com/harritaylor/torchvggish/releases/download/v0.1/"
@@ -44,47 +24,6 @@ class Finding(NamedTuple):
     found: str
     lacking: bool = False
     remedy: str = ""
-
-
-class Counts(NamedTuple):
-    """How much a dataset holds; the defaults are Ref-AVS's, for when it is not there yet."""
-
-    folders: int = 4001
-    train: int = 2919
-    val: int = 275
-    evaluation: int = 1074  # folders of val and the three test splits
-    texts: int = 5232
-    evaluated_rows: int = 6321  # expressions of val and the three test splits
-
-
-class Choices(NamedTuple):
-    """The sections of a profile that decide what it needs."""
-
-    dataset: DatasetConfig
-    audio: AudioConfig
-    visual: VisualConfig
-    text: TextConfig
-    sam2: Sam2Config
-    fusion: FusionConfig
-    train: TrainConfig
-    infer: InferConfig
-    synth: SynthConfig | None  # None: the dataset is the user's own
-
-
-def read_choices(configs: Path = Path("configs")) -> Choices:
-    """The active profile's choices; raises RequestError where a file of it is wrong."""
-    synth = (configs / active_profile(configs) / "synth.yaml").exists()
-    return Choices(
-        load(DatasetConfig, configs),
-        load(AudioConfig, configs),
-        load(VisualConfig, configs),
-        load(TextConfig, configs),
-        load(Sam2Config, configs),
-        load(FusionConfig, configs),
-        load(TrainConfig, configs),
-        load(InferConfig, configs),
-        load(SynthConfig, configs) if synth else None,
-    )
 
 
 def examine(choices: Choices) -> list[Finding]:
@@ -170,94 +109,15 @@ def _weights(what: str, weights: str, remedy: str) -> Finding:
 # --- disk ------------------------------------------------------------------------------------------------------------
 
 
-def item_bytes(choices: Choices) -> dict[str, int]:
-    """Bytes of one item in each store: audio and visual a media folder, text an expression, sam2 a frame."""
-    dataset, audio, visual, text, sam2, *_ = choices
-    tokens, width = vit_shape(visual)
-    image_size, channels = sam2_shape(sam2)
-    grid = image_size // 16  # of the coarsest of the three levels; the others are 2 and 4 times as fine
-    # After conv_s0/conv_s1 the finer levels have a quarter and an eighth of the channels, before them all.
-    levels = 1 + 4 + 16 if sam2.cache_point == "pre_conv" else 1 + 4 // 4 + 16 // 8
-    return {
-        "audio": dataset.frames * VGGISH_CHANNELS * BYTES[audio.dtype],
-        "visual": dataset.frames * tokens * width * BYTES[visual.dtype],
-        "text": text.max_tokens * TEXT_WIDTH * BYTES[text.dtype],
-        "sam2": levels * channels * grid * grid * BYTES[sam2.dtype],
-    }
-
-
-def needed_bytes(choices: Choices, counts: Counts) -> dict[str, int]:
-    """Bytes of everything the pipeline makes: feature stores, shards, and predictions before their compression."""
-    item, frames = item_bytes(choices), choices.dataset.frames
-    return {
-        "features/audio": item["audio"] * counts.folders,
-        "features/visual": item["visual"] * counts.folders,
-        "features/text": item["text"] * counts.texts,
-        "features/sam2_train": item["sam2"] * counts.train,
-        "features/sam2_eval": item["sam2"] * frames * counts.evaluation,
-        "shards": (item["audio"] + item["visual"] + item["sam2"]) * (counts.train + counts.val),
-        "predictions": counts.evaluated_rows
-        * frames
-        * choices.dataset.mask_size**2
-        * (1 + len(choices.infer.controls)),
-    }
-
-
-def vit_shape(visual: VisualConfig) -> tuple[int, int]:
-    """Tokens of a frame, [cls] included, and their width, as far as timm's name tells (CLIP: as ViT-B/16)."""
-    name = "base_patch16" if visual.encoder == "clip" else visual.model
-    patch = re.search(r"patch(\d+)", name)
-    width = visual.model_args.get("embed_dim", next((w for size, w in WIDTHS.items() if size in name), WIDTHS["base"]))
-    return 1 + (visual.image_size // int(patch[1] if patch else 16)) ** 2, width
-
-
-def sam2_shape(sam2: Sam2Config) -> tuple[int, int]:
-    """SAM2's image size and the channels of its image embedding."""
-    from samlove.sam2_build import read_sam2_config
-
-    model = read_sam2_config(sam2.config).model
-    return int(model.image_size), int(model.image_encoder.neck.d_model)
-
-
 def _examine_disk(choices: Choices) -> Finding:
-    needed = sum(needed_bytes(choices, _count(choices)).values())
-    there = sum(p.stat().st_size for name in MADE for p in (DATA / name).rglob("*") if p.is_file())
-    free = shutil.disk_usage(DATA if DATA.exists() else ".").free
-    found = f"{free / GB:,.1f} GB free; {needed / GB:,.1f} GB needed, {there / GB:,.1f} GB of it there"
+    counts, _ = count(choices)
+    needed = sum(sum(entry.bytes.values()) for entry in planned(choices, counts))
+    there, free = bytes_there(), free_bytes()
+    found = (
+        f"{free / GB:,.1f} GB free; {needed / GB:,.1f} GB needed, {there / GB:,.1f} GB of it there; see: samlove plan"
+    )
     remedy = "make room, or clone this repository onto a bigger disk (data/ and .dvc/cache must share it)"
     return Finding("disk", found, free < needed - there, remedy)
-
-
-def _count(choices: Choices) -> Counts:
-    folder = Path(choices.dataset.root)
-    if (folder / "metadata.csv").exists():
-        from samlove.audit import parse_rows
-
-        rows = parse_rows(RefAvsFolder(folder).metadata())
-        folders = rows.groupby("split")["media_id"].nunique()
-        evaluated = rows["split"].isin(["val", "test_s", "test_u", "test_n"])
-        return Counts(
-            folders=int(rows["media_id"].nunique()),
-            train=int(folders.get("train", 0)),
-            val=int(folders.get("val", 0)),
-            evaluation=int(rows.loc[evaluated, "media_id"].nunique()),
-            texts=int(rows["exp"].nunique()),
-            evaluated_rows=int(evaluated.sum()),
-        )
-    if not choices.synth:
-        return Counts()
-    from samlove.synth.write import SCALES, plan
-
-    clips = plan(choices.synth.seed, SCALES[choices.synth.scale])
-    train = sum(clip.split == "train" for clip in clips)
-    return Counts(
-        folders=len(clips),
-        train=train,
-        val=sum(clip.split == "val" for clip in clips),
-        evaluation=len(clips) - train,
-        texts=len({row.text for clip in clips for row in clip.rows}),
-        evaluated_rows=sum(len(clip.rows) for clip in clips if clip.split != "train"),
-    )
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from samlove import doctor
-from samlove.config import SECTIONS
+from samlove.sizes import read_choices
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,7 +44,7 @@ def select(checkout: Path, profile: str) -> None:
 def test_help_lists_the_commands_without_loading_torch() -> None:
     done = samlove("--help")
     assert done.returncode == 0
-    for command in ("synth", "audit", "doctor", "bench"):
+    for command in ("synth", "audit", "doctor", "plan", "store", "bench"):
         assert f"  {command} " in done.stdout
     loaded = "import sys, samlove.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", loaded], cwd=ROOT).returncode == 0
@@ -132,13 +132,13 @@ def test_doctor_takes_what_is_there(checkout: Path, monkeypatch: pytest.MonkeyPa
         "vid,uid,split,fid,exp\na_0_10000,a_0_10000_dog_1,train,1,the dog\n"
     )
     monkeypatch.chdir(checkout)
-    lacking = {finding.what for finding in doctor.examine(doctor.read_choices()) if finding.lacking}
+    lacking = {finding.what for finding in doctor.examine(read_choices()) if finding.lacking}
     assert lacking <= {"GPU memory"}
 
 
 def test_doctor_finds_the_embedded_profile_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    findings = doctor.examine(doctor.read_choices())
+    findings = doctor.examine(read_choices())
     assert not [finding for finding in findings if finding.lacking]
     assert "dvc repro" in doctor.render(findings)
 
@@ -148,25 +148,3 @@ def test_doctor_refuses_a_wrong_configuration(checkout: Path) -> None:
     done = samlove("doctor", cwd=checkout)
     assert done.returncode == 2
     assert "train.yaml: epochs" in done.stderr
-
-
-def test_sizes_at_the_papers_scale(checkout: Path) -> None:
-    """The table of the design: per item, and in all (fp16)."""
-    select(checkout, "refavs")
-    choices = doctor.read_choices(checkout / "configs")
-    assert doctor.item_bytes(choices) == {
-        "audio": 10 * 128 * 2,
-        "visual": 10 * 197 * 768 * 2,
-        "text": 25 * 768 * 2,
-        "sam2": 2 * (256 * 64**2 + 64 * 128**2 + 32 * 256**2),
-    }
-    gigabytes = {name: round(n / 1e9, 1) for name, n in doctor.needed_bytes(choices, doctor.Counts()).items()}
-    assert gigabytes["features/visual"] == 12.1
-    assert gigabytes["features/sam2_train"] == 24.5
-    assert gigabytes["features/sam2_eval"] == 90.1
-    before_convs = choices._replace(sam2=choices.sam2.model_copy(update={"cache_point": "pre_conv"}))
-    assert doctor.item_bytes(before_convs)["sam2"] == 2 * 256 * (64**2 + 128**2 + 256**2)
-
-
-def test_choices_are_sections() -> None:
-    assert set(doctor.Choices._fields) < set(SECTIONS)

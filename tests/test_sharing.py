@@ -1,0 +1,158 @@
+"""Two people, one store: what one computes and pushes, others pull and train on; with linked caches, nothing edited.
+
+The real pipeline on the smallest LAVS-synth, run by DVC in clones of one repository with a folder as remote.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.plan import PER_SHARD
+from samlove.sizes import count, planned, read_choices
+from tests.stage_code import ROOT
+from tests.test_graph import FEATURES
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+COPIED = ("dvc.yaml", "configs", "pipelines", "samlove", "stores", "weights", ".dvc/config", ".dvcignore", ".gitignore")
+SMALL = {
+    "synth": {"scale": "small"},
+    "train": {"epochs": 1, "warmup_steps": 1},
+    "infer": {"controls": []},
+}
+
+
+def run(folder: Path, *command: str) -> str:
+    """What the command printed; one thread, as the tests beside it want the other cores."""
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        **{f"GIT_{who}_{what}": "test@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
+    }
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+class Clone:
+    """A clone of the team's repository, with the team's remote and a cache of its own."""
+
+    def __init__(self, root: Path, team: Path, link: str):
+        self.root = root
+        run(team, "git", "clone", "--quiet", str(team / "repository"), str(root))
+        run(root, "dvc", "config", "--local", "cache.type", link)
+        run(root, "dvc", "remote", "add", "--local", "--default", "team", str(team / "remote"))
+
+    def repro(self, *arguments: str) -> set[str]:
+        """The stages that `dvc repro` ran."""
+        printed = run(self.root, "dvc", "repro", *arguments)
+        return {name.split(":")[-1] for name in re.findall(r"^Running stage '(.*)':", printed, re.MULTILINE)}
+
+    def edit(self, section: str, **values: object) -> None:
+        path = self.root / "configs" / "micro" / f"{section}.yaml"
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | values))
+
+    def cached(self) -> dict[str, str]:
+        """Name of each file in the cache -> MD5 of what it holds."""
+        files = self.root / ".dvc" / "cache" / "files" / "md5"
+        return {
+            path.parent.name + path.name.removesuffix(".dir"): hashlib.md5(path.read_bytes()).hexdigest()
+            for path in files.glob("??/*")
+        }
+
+    def stored(self) -> list[Path]:
+        return [p for name in ("features", "shards") for p in (self.root / "data" / name).rglob("*") if p.is_file()]
+
+
+def assert_untouched(clone: Clone) -> None:
+    """Every file of the cache is what its name, the hash of its content, says: nobody wrote through a link."""
+    cached = clone.cached()
+    assert cached and {name: found for name, found in cached.items() if name != found} == {}
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the team's repository and remote."""
+    folder = tmp_path_factory.mktemp("team")
+    (folder / "remote").mkdir()
+    repository = folder / "repository"
+    for name in COPIED:
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, repository / name, ignore=shutil.ignore_patterns("__pycache__", "dvc.lock"))
+        else:
+            shutil.copy(ROOT / name, repository / name)
+    for section, values in SMALL.items():
+        path = repository / "configs" / "micro" / f"{section}.yaml"
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | values))
+    run(repository, "git", "init", "--quiet")
+    run(repository, "git", "config", "receive.denyCurrentBranch", "updateInstead")
+    run(repository, "git", "add", "--all")
+    run(repository, "git", "commit", "--quiet", "--message", "as released")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(team: Path, tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """Whoever computes: hard links to the cache; everything up to the shards, pushed."""
+    clone = Clone(tmp_path_factory.mktemp("first") / "clone", team, "hardlink")
+    assert clone.repro("pack") == {"synth", "index", *FEATURES, "pack"}
+    run(clone.root, "git", "add", "--all")
+    run(clone.root, "git", "commit", "--quiet", "--message", "features")
+    run(clone.root, "git", "push", "--quiet")
+    run(clone.root, "dvc", "push")
+    return clone
+
+
+def test_features_alone_are_pulled_trained_on_and_not_computed(first: Clone, team: Path, tmp_path: Path) -> None:
+    second = Clone(tmp_path / "second", team, "symlink")
+    run(second.root, "dvc", "pull", *FEATURES)
+    assert {p.name for p in (second.root / "data").iterdir()} == {"features"}
+    assert all(path.is_symlink() for path in second.stored())
+    pulled = second.cached()
+    assert second.repro("train") == {"synth", "index", "pack", "train"}
+    second.edit("fusion", blocks=1)
+    assert second.repro("evaluate") == {
+        "train",
+        *(f"infer@{s}" for s in ("val", "test_s", "test_u", "test_n")),
+        "evaluate",
+    }
+    assert_untouched(second)
+    assert pulled.items() <= second.cached().items()
+
+
+def test_shards_alone_are_enough_to_train(first: Clone, team: Path, tmp_path: Path) -> None:
+    third = Clone(tmp_path / "third", team, "symlink")
+    run(third.root, "dvc", "pull", "pack")
+    assert third.repro("--allow-missing", "train") == {"train"}
+    assert {p.name for p in (third.root / "data").iterdir() if p.name[0] != "."} == {"shards", "dvclive", "model"}
+    assert_untouched(third)
+
+
+def test_no_stage_edits_a_file_that_is_hard_linked_to_the_cache(first: Clone) -> None:
+    assert all(path.stat().st_nlink > 1 for path in first.stored())
+    before = first.cached()
+    first.edit("text", max_tokens=24)
+    assert first.repro("pack") == {"text", "pack"}
+    assert first.repro("--force", "--single-item", "sam2@train", "audio") == {"sam2@train", "audio"}
+    assert_untouched(first)
+    assert before.items() <= first.cached().items()
+
+
+def test_the_plan_was_right(first: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(first.root)
+    choices = read_choices()
+    counts, source = count(choices)
+    assert source == "data/index/expressions.parquet"
+    for entry in planned(choices, counts):
+        if entry.path.split("/")[1] in PER_SHARD:
+            arrays = sum(p.stat().st_size for p in (Path("data") / entry.path).rglob("c/**/*") if p.is_file())
+            assert arrays == pytest.approx(sum(entry.bytes.values()), rel=0.02)

@@ -1,0 +1,139 @@
+"""Export to HDF5 and import: equal to the last bit, and nothing from a damaged or hostile file."""
+
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from samlove.errors import RequestError, SamloveError
+from stores import Failure, FeatureStore, FeatureStoreWriter, export_store, import_store
+from tests.test_stores_contract import KEYS, tree
+
+STORABLE = ("bool", "uint8", "int32", "int64", "float16", "float32")
+
+
+def make_item(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    items = {name: (rng.standard_normal((3, 5, 2)) * 3).astype(name) for name in STORABLE}
+    return {**items, "zeros": np.zeros((3, 4), np.float16), "scalar": np.array(seed, np.int64)}
+
+
+def make_store(root: Path, keys: list[str], failed: tuple[str, ...] = (), chunk_rows: int | None = 2) -> FeatureStore:
+    writer = FeatureStoreWriter(root / "store", root / "scratch", {"encoder": "ä"}, keys, 2, chunk_rows)
+    for number, planned in writer.todo():
+        writer.write_shard(number, {key: make_item(keys.index(key)) for key in planned if key not in failed})
+    writer.publish([Failure(key, "audio", "torn") for key in failed])
+    shutil.rmtree(root / "scratch")
+    return FeatureStore.open(root / "store")
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 1, 2])
+@pytest.mark.parametrize(("count", "failed"), [(0, ()), (1, ()), (len(KEYS), ()), (5, KEYS[1:4]), (2, KEYS[:2])])
+def test_there_and_back_is_the_same_to_the_last_bit(tmp_path, count, failed, chunk_rows):
+    make_store(tmp_path, KEYS[:count], tuple(failed), chunk_rows)
+    assert export_store(tmp_path / "store", tmp_path / "one.h5") == count - len(failed)
+    assert import_store(tmp_path / "one.h5", tmp_path / "back") == count - len(failed)
+    assert tree(tmp_path / "back") == tree(tmp_path / "store")
+    assert {p.name for p in tmp_path.iterdir()} == {"store", "one.h5", "back"}
+
+
+def test_other_programs_find_keys_and_arrays(tmp_path):
+    make_store(tmp_path, KEYS)
+    export_store(tmp_path / "store", tmp_path / "one.h5")
+    with h5py.File(tmp_path / "one.h5") as file:
+        assert list(file["keys"].asstr()) == KEYS
+        for place in range(len(KEYS)):
+            for name, value in make_item(place).items():
+                assert file["arrays"][name].dtype == value.dtype
+                np.testing.assert_array_equal(file["arrays"][name][place], value)
+
+
+def test_nothing_is_written_over(tmp_path):
+    make_store(tmp_path, KEYS[:2])
+    export_store(tmp_path / "store", tmp_path / "one.h5")
+    before = (tmp_path / "one.h5").read_bytes()
+    with pytest.raises(RequestError, match=r"one\.h5: exists"):
+        export_store(tmp_path / "store", tmp_path / "one.h5")
+    with pytest.raises(RequestError, match="store: exists"):
+        import_store(tmp_path / "one.h5", tmp_path / "store")
+    assert (tmp_path / "one.h5").read_bytes() == before
+
+
+def test_what_is_not_there_is_a_request_error(tmp_path):
+    with pytest.raises(RequestError, match="nowhere"):
+        export_store(tmp_path / "nowhere", tmp_path / "one.h5")
+    with pytest.raises(RequestError, match=r"none\.h5: no such file"):
+        import_store(tmp_path / "none.h5", tmp_path / "store")
+
+
+def test_a_damaged_item_is_not_exported(tmp_path):
+    store = make_store(tmp_path, KEYS[:4])
+    data = next(p for p in (store.path / "shard-00001.zarr" / "float32" / "c").rglob("*") if p.is_file())
+    whole = data.read_bytes()
+    for damage in (whole[:-8], bytes([whole[0] ^ 1]) + whole[1:], None):
+        data.unlink()
+        if damage is not None:
+            data.write_bytes(damage)
+        with pytest.raises(SamloveError, match="shard-00001"):
+            export_store(store.path, tmp_path / "one.h5")
+        assert {p.name for p in tmp_path.iterdir()} == {"store"}
+
+
+def test_a_flipped_bit_or_a_missing_end_is_found_on_import(tmp_path):
+    make_store(tmp_path, KEYS)
+    file = tmp_path / "one.h5"
+    export_store(tmp_path / "store", file)
+    whole = file.read_bytes()
+    place = whole.index(make_item(3)["float32"][:1].tobytes())
+    for damage in (
+        whole[: place + 5] + bytes([whole[place + 5] ^ 16]) + whole[place + 6 :],
+        whole[: len(whole) // 2],
+        b"not HDF5",
+        b"",
+    ):
+        file.write_bytes(damage)
+        with pytest.raises(SamloveError, match=r"one\.h5"):
+            import_store(file, tmp_path / "back")
+        assert {p.name for p in tmp_path.iterdir()} == {"store", "one.h5"}
+
+
+@pytest.mark.parametrize(
+    "part", ["keys", "files/manifest.json", "arrays/bool", "files/shard-00000.zarr/bool/zarr.json"]
+)
+def test_a_file_that_lacks_a_part_is_refused(tmp_path, part):
+    make_store(tmp_path, KEYS)
+    export_store(tmp_path / "store", tmp_path / "one.h5")
+    with h5py.File(tmp_path / "one.h5", "a") as file:
+        del file[part]
+    with pytest.raises(SamloveError, match=r"one\.h5"):
+        import_store(tmp_path / "one.h5", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_name_that_leaves_the_folder_is_refused(tmp_path):
+    make_store(tmp_path, KEYS)
+    export_store(tmp_path / "store", tmp_path / "one.h5")
+    with h5py.File(tmp_path / "one.h5", "a") as file:
+        file["files"].create_group("..")["evil"] = np.zeros(3, np.uint8)
+    with pytest.raises(SamloveError, match="leaves the folder"):
+        import_store(tmp_path / "one.h5", tmp_path / "deep" / "back")
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_a_manifest_that_names_another_folder_writes_nothing_there(tmp_path):
+    make_store(tmp_path, KEYS)
+    export_store(tmp_path / "store", tmp_path / "one.h5")
+    before = tree(tmp_path / "store")
+    with h5py.File(tmp_path / "one.h5", "a") as file:
+        manifest = json.loads(file["files/manifest.json"][()].tobytes())
+        for shard in manifest["shards"]:
+            shard["name"] = f"../store/{shard['name']}"
+        del file["files/manifest.json"]
+        file["files/manifest.json"] = np.frombuffer(json.dumps(manifest).encode(), np.uint8)
+        file["arrays/float32"][:] = 7
+    with pytest.raises(SamloveError, match="leaves the folder"):
+        import_store(tmp_path / "one.h5", tmp_path / "back")
+    assert tree(tmp_path / "store") == before
