@@ -128,6 +128,7 @@ class TrainConfig(Section):
 
 class InferConfig(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
+    absent: Literal["track", "empty"] = "track"  # what becomes of an object that SAM2 finds absent on frame 0
     controls: list[Literal["swapped_audio", "permuted_text", "true_mask"]] = []
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from sam2.modeling.sam2_base import NO_OBJ_SCORE
 from torch import Tensor
 from tqdm import tqdm
 
@@ -125,6 +126,7 @@ def infer(
         "sam2_sha256": header.sam2_sha256,
         "features": sources.fingerprints,
         "precision": config.precision,
+        "absent": config.absent,
         "mask_size": mask_size,
     }
     kept = scratch / fingerprint_id({**made_by, "videos": videos, "code": _code_sha256()})
@@ -135,7 +137,7 @@ def infer(
         for media_id, embeds, inputs in _read_ahead(todo, sources, folder):
             assert model is not None
             for variant, given in inputs.items():
-                bins = quantise(predict(model, embeds, given, mask_size, config.precision))
+                bins = quantise(predict(model, embeds, given, mask_size, config))
                 with PredictionWriter(kept / media_id / f"{variant}.h5", frames, mask_size, EDGES) as writer:
                     writer.write(given.row_ids, bins)
             bar.update()
@@ -154,16 +156,22 @@ def infer(
 
 
 @torch.no_grad()
-def predict(model: SamLove, embeds: dict[str, Tensor], given: Inputs, mask_size: int, precision: str) -> Tensor:
+def predict(model: SamLove, embeds: dict[str, Tensor], given: Inputs, mask_size: int, config: InferConfig) -> Tensor:
     """Mask logits (B, T, S, S) float32 of one job.
 
     embeds: sam2_image_embed (T, C, h, w) and its finer levels, on any device. The model is in evaluation mode.
+    An object that SAM2 finds absent on frame 0 is tracked all the same, as the official predictor does ("track"): it
+    may yet appear. But a memory of nothing may drift onto anything; where expressions may refer to nothing, and the
+    object score was trained to say so, "empty" keeps what was absent on frame 0 absent throughout.
     """
     device = model.sam2.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         if given.masks is None:
             token = model.token({name: array.to(device) for name, array in given.fusion.items()})
-            logits = model.sam2.track(embeds, token=token)
+            logits = model.sam2.track(embeds, token=token)  # (B, T, 4h, 4w)
+            if config.absent == "empty":
+                absent = (logits[:, 0] == NO_OBJ_SCORE).flatten(1).all(1)
+                logits[absent] = NO_OBJ_SCORE
         else:
             logits = model.sam2.track(embeds, masks=given.masks)[given.objects]
     size = (mask_size, mask_size)

@@ -72,7 +72,7 @@ class Run:
             writer.write_shard(number, {key: items[key] for key in shard if key in items})
         writer.publish(failures)
 
-    def save_checkpoint(self, seed: int = 0) -> None:
+    def save_checkpoint(self, seed: int = 0, present: float = 10) -> None:
         sam2 = write_sam2(self.root / "sam2.safetensors")
         features = {name: {"encoder": name, "weights": "a"} for name in ("audio", "visual", "text", "sam2")}
         made_by = dict(origin(sam2)) | {
@@ -83,18 +83,20 @@ class Run:
         model = Origin(**made_by).build()
         for parameter in model.fusion.head.parameters():
             parameter.data *= 3  # tokens that make a difference
-        model.sam2.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.data.fill_(10)  # an absent object has no mask
+        model.sam2.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.data.fill_(present)  # an absent object has no mask
         model.sam2.set_trainable(True, True)
         save_checkpoint(self.checkpoint, model, Header(**made_by, epoch=1, validation={"J&F": 0.0}))
 
-    def infer(self, controls: list = CONTROLS, rows: pd.DataFrame | None = None) -> dict[str, int]:
+    def infer(
+        self, controls: list = CONTROLS, rows: pd.DataFrame | None = None, absent: str = "track"
+    ) -> dict[str, int]:
         return infer(
             "test_s",
             self.rows if rows is None else rows,
             self.checkpoint,
             self.features,
             self.folder,
-            InferConfig(controls=controls),
+            InferConfig(controls=controls, absent=absent),
             SIZE,
             self.out,
             self.scratch,
@@ -156,6 +158,20 @@ def _logits(run: Run, model, media_id: str, texts: list[str]) -> torch.Tensor:
     with torch.no_grad():
         logits = model.sam2.track(embeds, token=model.token(batch))
     return torch.nn.functional.interpolate(logits, size=(SIZE, SIZE), mode="bilinear")
+
+
+def test_what_is_absent_on_the_first_frame_stays_away_if_so_asked(run):
+    for present in np.arange(-1, 1, 0.1):  # until some object is absent on frame 0 and found later
+        run.save_checkpoint(present=float(present))
+        run.infer(controls=[])
+        tracked = run.bins()
+        late = [row for row, bins in tracked.items() if not bins[0].any() and bins.any()]
+        if late:
+            break
+    assert late
+    run.infer(controls=[], absent="empty")
+    for row, bins in run.bins().items():
+        np.testing.assert_array_equal(bins, tracked[row] if tracked[row][0].any() else 0)
 
 
 def test_rows_do_not_depend_on_their_company(run):

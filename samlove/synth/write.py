@@ -39,7 +39,7 @@ class Scale:
 
 SCALES = {
     "small": Scale({"train": 12, "val": 4, "test_s": 6, "test_u": 6, "test_n": 4}, 96, 4, 4),
-    "demo": Scale({"train": 1000, "val": 24, "test_s": 28, "test_u": 28, "test_n": 28}, 128, 6, 8),
+    "demo": Scale({"train": 1000, "val": 16, "test_s": 24, "test_u": 24, "test_n": 24}, 128, 6, 8),
     "large": Scale({"train": 2767, "val": 257, "test_s": 273, "test_u": 269, "test_n": 257}, 480, 6, 6),
 }
 NULL_SHARE = {"train": 0.25, "val": 0.2}  # of the clips, with a null reference folder beside them
