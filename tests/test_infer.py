@@ -83,7 +83,9 @@ class Run:
         model = Origin(**made_by).build()
         for parameter in model.fusion.head.parameters():
             parameter.data *= 3  # tokens that make a difference
-        model.sam2.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.data.fill_(present)  # an absent object has no mask
+        model.sam2.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.data.fill_(
+            present
+        )  # an absent object has no mask
         model.sam2.set_trainable(True, True)
         save_checkpoint(self.checkpoint, model, Header(**made_by, epoch=1, validation={"J&F": 0.0}))
 
