@@ -12,6 +12,7 @@ import typer
 
 from samlove.config import DatasetConfig, load
 from samlove.errors import RequestError, one_line_errors
+from samlove.store_cli import store
 
 UsageError = cast(type[Exception], typer.BadParameter.__base__)  # click's or, in newer versions, typer's copy of it
 PROFILE = Path("configs/profile.yaml")
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure; the last line printed is one JSON object.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(store, name="store")
 
 
 class Scale(StrEnum):
@@ -86,6 +88,17 @@ def bench_metrics() -> None:
     from samlove.bench.metrics import run
 
     run()
+
+
+@bench.command("extract")
+def bench_extract(
+    profile: Annotated[str, typer.Option(help="Whose architectures, configs/PROFILE; weights are random.")] = "micro",
+    items: Annotated[int, typer.Option(min=1, help="Clips for ViT, frames for SAM 2.")] = 64,
+) -> None:
+    """A feature stage, reading and writing included, against its encoder alone."""
+    from samlove.bench.extract import run
+
+    run(profile, items)
 
 
 @one_line_errors

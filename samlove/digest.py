@@ -1,14 +1,18 @@
-"""One line that stands for the content of a folder, or of what one item of a feature store is computed from.
+"""One line that stands for the content of a folder, of what one item of a feature store is computed from, or of code.
 
 The index stage writes one for the data set's media and one for its masks, and later stages depend on these lines:
 DVC then walks the folder, a hundred thousand files in Ref-AVS, for one stage and not for a dozen.
 """
 
+import ast
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+IDLE_MODULES = ("samlove.config", "samlove.device", "samlove.errors")
 
 
 def folder_digest(folder: Path) -> str:
@@ -46,6 +50,33 @@ def _source_id(source: Any) -> str:
                 return ""
             whole.update(digests[part].encode())
     return whole.hexdigest()[:32]
+
+
+def code_digest(cls: type) -> str:
+    """32 hex digits that change with the source of the module of `cls` and of all samlove's modules that it imports.
+
+    But for those that no computed value comes from.
+    """
+    digests: dict[str, str] = {}
+    todo = [cls.__module__]
+    while todo:
+        name = todo.pop()
+        spec = find_spec(name)
+        if name in digests or spec is None or spec.origin is None:
+            continue
+        source = Path(spec.origin).read_bytes()
+        digests[name] = hashlib.sha256(source).hexdigest()
+        todo += (n for n in _imported(source) if n.startswith("samlove.") and n not in IDLE_MODULES)
+    return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()[:32]
+
+
+def _imported(source: bytes) -> Iterator[str]:
+    """Names that may be modules."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
 
 
 def _file_digest(path: Path) -> str:

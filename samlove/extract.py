@@ -5,10 +5,11 @@ finished shard stays in scratch, so a stopped run takes up where it was; the sto
 read becomes a row of the failure ledger and the rest goes on.
 
 Incremental: each row is kept with the content hash of what it was computed from. A row of the store made before, or
-of a stopped run, is reused where that hash and the fingerprint are still the same: media that were added go into
-shards of their own, changed and failed ones are computed and put into their shard, removed ones are left out, and all
-other shards are hard links to the files that were there. DVC removes a stage's outs before it runs the stage, so
-links to the published files are kept in scratch/last; removing the scratch folder is always safe and costs but time.
+of a stopped run, is reused where that hash, the fingerprint and the encoder's code are still the same: media that were
+added go into shards of their own, changed and failed ones are computed and put into their shard, removed ones are left
+out, and all other shards are hard links to the files that were there. DVC removes a stage's outs before it runs the
+stage, so links to the published files are kept in scratch/last; removing the scratch folder is always safe and costs
+but time.
 """
 
 import shutil
@@ -23,7 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from samlove.digest import source_ids
+from samlove.digest import code_digest, source_ids
 from samlove.encoders.base import Arrays, Encoder
 from samlove.errors import SamloveError
 from samlove.lock import only_run
@@ -102,6 +103,16 @@ def extract(job: Job) -> Timing:
     """
     if not job.sources:
         raise SamloveError(f"{job.out}: expected items to encode, found none in the index; see: samlove audit")
+    try:
+        return _extract(job)
+    except OSError as error:  # the disk is full, most often
+        raise SamloveError(
+            f"{job.out}: cannot be made: {error}; what is finished stays in {job.scratch}: mend that (free space, "
+            "say) and run the same command again, it computes only what lacks"
+        ) from error
+
+
+def _extract(job: Job) -> Timing:
     with only_run(job.scratch / LOCK, job.out):
         timing = Timing(total=len(job.sources))
         began = time.perf_counter()
@@ -115,11 +126,12 @@ def extract(job: Job) -> Timing:
             shard_size=job.shard_size,
             chunk_rows=job.chunk_rows,
             ids=ids,
+            code=code_digest(type(job.encoder)),
             previous=(job.out, job.scratch / LAST),
         )
         writer.clean()
         todo = writer.todo()
-        timing.shards, timing.shards_written = len(writer.plan()), len(todo)
+        timing.shards = len(writer.plan())
         failures = _compute(job, writer, todo, timing)
         _check_budget(failures, len(job.sources), job.scratch / LEDGER)
         writer.publish(failures, keep=job.scratch / LAST)
@@ -135,7 +147,7 @@ def _compute(job: Job, writer: FeatureStoreWriter, todo: list[tuple[int, list[st
 
     def write(number: int, items: dict[str, Arrays]) -> None:
         began = time.perf_counter()
-        writer.write_shard(number, items)
+        timing.shards_written += writer.write_shard(number, items)
         timing.write_s += time.perf_counter() - began
 
     with (

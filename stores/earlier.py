@@ -79,15 +79,16 @@ class Shard:
 
 
 def published_shards(
-    stores: Iterable[Path], fingerprint: Mapping[str, Any], chunk_rows: int | None
+    stores: Iterable[Path], fingerprint: Mapping[str, Any], code: str, chunk_rows: int | None
 ) -> dict[int, Shard]:
-    """The usable shards, by number, of the first of `stores` that is there and has this fingerprint."""
+    """The usable shards, by number, of the first of `stores` that is there, of this fingerprint and code."""
     for store in stores:
         try:
             manifest = read_manifest(store, "")
             names = {int(s["name"].removeprefix("shard-").removesuffix(".zarr")): s["name"] for s in manifest["shards"]}
             listed: Files = manifest["files"]
-            if canonical_json(manifest["fingerprint"]) != canonical_json(json.loads(canonical_json(fingerprint))):
+            made = canonical_json(manifest["fingerprint"])
+            if made != canonical_json(fingerprint) or manifest["code"] != code:
                 continue
         except (SamloveError, KeyError, ValueError, TypeError):  # none, or of an older version
             continue

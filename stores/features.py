@@ -1,6 +1,6 @@
 """The feature store: a folder of Zarr v3 groups, one a shard, beside a manifest and a failure ledger.
 
-    PATH/manifest.json          schema, fingerprint, arrays {name: {shape, dtype}}, number of keys, shards, files
+    PATH/manifest.json          schema, fingerprint, code, arrays {name: {shape, dtype}}, number of keys, shards, files
     PATH/failures.csv           key,stage,error of every item that could not be computed
     PATH/shard-00000.zarr/      group; its attributes list the shard's keys and their ids; one array a feature
 
@@ -81,6 +81,15 @@ class FeatureStore:
         """All keys, shard by shard: in a store made at once the order in which they were asked for."""
         return list(self._place)
 
+    def keys_of(self, shard: str) -> list[str]:
+        """The keys that lie in one shard, by its name."""
+        return [key for key, (name, _) in self._place.items() if name == shard]
+
+    def id_of(self, key: str) -> str:
+        """What stands for the content that a row was computed from; empty where that was not recorded."""
+        shard, row = self._place[key]
+        return dict(enumerate(shard_attributes(self.path / shard).get("ids", []))).get(row, "")
+
     def __len__(self) -> int:
         return len(self._place)
 
@@ -124,7 +133,8 @@ class FeatureStoreWriter:
     keys: all items, in order; those that lie in no shard yet fill new ones, `shard_size` each.
     chunk_rows: rows of axis 0 that are read together; None keeps an item in one chunk.
     ids: what stands for the content of each key's source; a row is reused where it is the same.
-    previous: stores to take rows and shards from, the first that is there and has this fingerprint.
+    code: what stands for the code that computes the rows; one of other code is never reused.
+    previous: stores to take rows and shards from: the first that is there, of this fingerprint and code.
     """
 
     path: Path
@@ -134,6 +144,7 @@ class FeatureStoreWriter:
     shard_size: int
     chunk_rows: int | None = None
     ids: Mapping[str, str] = field(default_factory=dict)
+    code: str = ""
     previous: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
@@ -146,8 +157,8 @@ class FeatureStoreWriter:
 
     @property
     def staging(self) -> Path:
-        """Where finished shards wait for publication: one folder a fingerprint."""
-        return self.scratch / fingerprint_id(self.fingerprint)
+        """Where finished shards wait for publication: one folder a fingerprint and code."""
+        return self.scratch / fingerprint_id({**self.fingerprint, "code": self.code})
 
     @property
     def _records(self) -> Path:
@@ -164,7 +175,7 @@ class FeatureStoreWriter:
 
     @cached_property
     def _published(self) -> dict[int, Shard]:
-        return published_shards(self.previous, self.fingerprint, self.chunk_rows)
+        return published_shards(self.previous, self.fingerprint, self.code, self.chunk_rows)
 
     def _staged(self, name: str) -> Shard | None:
         """A shard that this run or a stopped one finished."""
@@ -201,14 +212,14 @@ class FeatureStoreWriter:
                 todo.append((number, [key for key in planned if key not in kept]))
         return todo
 
-    def write_shard(self, number: int, items: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    def write_shard(self, number: int, items: Mapping[str, Mapping[str, np.ndarray]]) -> bool:
         """Write one shard whole, atomically; {key: {name: array}}, of the keys that `todo` named, failed ones left out.
 
-        Good rows that are there already are kept; where they are all, nothing is written.
+        Good rows that are there already are kept; where they are all, nothing is written, and False returned.
 
         Every item has the same names, shapes and dtypes. Raises SamloveError, naming key and array, where
-        they differ, where a dtype is not storable, where a float is not finite (fp16 overflows to infinity),
-        and where the disk refuses, as when it is full; the shards finished before stay.
+        they differ, where a dtype is not storable, where a float is not finite (fp16 overflows to infinity).
+        An OSError, as where the disk is full, leaves the shards finished before.
         """
         planned = self._plan.get(number, [])
         if unknown := [key for key in items if key not in planned]:
@@ -216,7 +227,7 @@ class FeatureStoreWriter:
         shard = self._shard(number)
         good = shard.good(planned, self.ids) if shard else []
         if shard and not items and len(good) == len(shard.ids):
-            return  # staged, or linked when it is published
+            return False  # staged, or linked when it is published
         rows: dict[str, Mapping[str, np.ndarray]] = {**items}
         if shard:
             rows |= shard.rows([key for key in good if key not in items])
@@ -234,12 +245,10 @@ class FeatureStoreWriter:
             shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
             self._write_group(partial, attributes, {key: rows[key] for key in keys})
             self._finish(partial, list_files(partial))
-        except OSError as error:
+        except OSError:  # the disk is full, most often: leave the room there is
             shutil.rmtree(partial, ignore_errors=True)
-            raise SamloveError(
-                f"{self.path}: shard {number} cannot be written below {self.scratch} ({error.strerror or error}); "
-                "mend that and run the same command again, it computes only what lacks"
-            ) from error
+            raise
+        return True
 
     def _write_group(self, partial: Path, attributes: dict, rows: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         group = zarr.create_group(partial, attributes=attributes)
@@ -328,6 +337,7 @@ class FeatureStoreWriter:
         files[FAILURES] = file_entry(self.staging / FAILURES)
         manifest = {
             "fingerprint": dict(self.fingerprint),
+            "code": self.code,
             "arrays": arrays,
             "keys": sum(shard["keys"] for shard in shards),
             "shards": shards,

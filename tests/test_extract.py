@@ -7,10 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 
 from pipelines import audio, sam2, text, visual
-from samlove.config import Section
 from samlove.dataset import RefAvsFolder
 from samlove.encoders.base import Arrays, to_store
 from samlove.encoders.frames import frame_sources
@@ -152,24 +150,7 @@ def test_nothing_to_encode_is_an_error(tmp_path: Path) -> None:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a profile of small encoders, an index of three clips, and their media."""
     monkeypatch.chdir(tmp_path)
-    sections: dict[str, Section] = {
-        "audio": small.audio_config(tmp_path / "weights"),
-        "visual": small.vit_config(tmp_path / "weights"),
-        "text": small.roberta_config(tmp_path / "weights" / "roberta"),
-        "sam2": small.sam2_config(tmp_path / "weights"),
-    }
-    (tmp_path / "configs" / "small").mkdir(parents=True)
-    (tmp_path / "configs" / "profile.yaml").write_text("profile: small\n")
-    for name, section in sections.items():
-        (tmp_path / "configs" / "small" / f"{name}.yaml").write_text(yaml.safe_dump(section.model_dump()))
-    (tmp_path / "configs" / "small" / "dataset.yaml").write_text("frames: 3\n")
-    folder = RefAvsFolder("data/dataset/small")
-    splits = {"a": "train", "b": "val", "c": "test_s"}
-    for media_id in splits:
-        small.write_clip(folder, media_id, frames=3, seconds=3)
-    (tmp_path / "data" / "index").mkdir()
-    pd.DataFrame({"media_id": list(splits), "split": list(splits.values())}).to_parquet("data/index/videos.parquet")
-    pd.DataFrame({"exp": ["it", "the red star", "it"]}).to_parquet("data/index/expressions.parquet")
+    small.make_project(tmp_path)
     return tmp_path
 
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from samlove.errors import SamloveError
 from samlove.extract import extract
 from samlove.lock import only_run
-from stores import FeatureStore
+from stores import FeatureStore, FeatureStoreWriter
 from stores.earlier import layout
-from tests.test_extract import Numbers, job
+from tests.test_extract import Numbers, Stopped, job
 
 SIZE = 100  # of a shard
 
@@ -124,6 +124,25 @@ def test_the_same_media_under_other_paths_are_the_same(project: Project) -> None
     assert "nothing to compute; 3 of 3 shards were finished before" in str(project.timing)
 
 
+def test_rows_of_other_code_or_another_layout_are_not_reused(project: Project) -> None:
+    def todo(**changes: object) -> int:
+        made = project.store.manifest
+        values = {
+            "path": project.root / "other",
+            "scratch": project.root / "elsewhere",
+            "fingerprint": made["fingerprint"],
+            "keys": project.store.keys(),
+            "shard_size": SIZE,
+            "ids": {key: project.store.id_of(key) for key in project.store.keys()},
+            "code": made["code"],
+            "previous": [project.root / "nowhere", project.root / "numbers"],
+        }
+        return len(FeatureStoreWriter(**{**values, **changes}).todo())  # type: ignore[arg-type]
+
+    assert todo() == 0
+    assert todo(code="other") == todo(fingerprint={}) == todo(chunk_rows=1) == todo(ids={}) == todo(previous=()) == 3
+
+
 def test_linked_files_are_never_edited(project: Project) -> None:
     """DVC may have put links to its cache in place of the store's files."""
     cache = project.root / "cache"
@@ -142,12 +161,6 @@ def test_linked_files_are_never_edited(project: Project) -> None:
 
 
 def test_damage_in_scratch_is_found_and_computed_anew(tmp_path: Path) -> None:
-    class Stopped(Numbers):
-        def encode(self, items: list[float]) -> list:
-            if max(items) >= 200:
-                raise KeyboardInterrupt
-            return super().encode(items)
-
     sources = make_sources(tmp_path / "in", range(250))
     with pytest.raises(KeyboardInterrupt):
         extract(job(Stopped(), sources, tmp_path))
