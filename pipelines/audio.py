@@ -9,7 +9,7 @@ from samlove.dataset import RefAvsFolder
 from samlove.device import default_device
 from samlove.encoders.vggish import VggishEncoder
 from samlove.errors import one_line_errors
-from samlove.extract import extract
+from samlove.extract import Job, extract
 
 INDEX = Path("data/index/videos.parquet")
 OUT = Path("data/features/audio")
@@ -17,13 +17,18 @@ SCRATCH = Path("data/.scratch/audio")
 SHARD, BATCH = 1024, 8  # clips: 2.6 MB a shard; 80 patches a batch
 
 
-@one_line_errors
-def main() -> None:
+def job() -> Job:
+    """All that the stage computes, from the index and the active profile."""
     dataset = load(DatasetConfig)
     encoder = VggishEncoder(load(AudioConfig), dataset.frames, default_device())
     folder = RefAvsFolder(dataset.root)
     sources = {m: folder.audio_path(m) for m in pd.read_parquet(INDEX)["media_id"].unique()}
-    print(f"audio: {extract(encoder, sources, OUT, SCRATCH, SHARD, BATCH)}")
+    return Job(encoder, sources, OUT, SCRATCH, SHARD, BATCH)
+
+
+@one_line_errors
+def main() -> None:
+    print(f"audio: {extract(job())}")
 
 
 if __name__ == "__main__":

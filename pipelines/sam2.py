@@ -15,7 +15,7 @@ from samlove.device import default_device
 from samlove.encoders.frames import frame_sources
 from samlove.encoders.sam2_image import Sam2ImageEncoder
 from samlove.errors import RequestError, one_line_errors
-from samlove.extract import extract
+from samlove.extract import Job, extract
 
 INDEX = Path("data/index/videos.parquet")
 FEATURES = Path("data/features")
@@ -32,11 +32,8 @@ class Sizes(NamedTuple):
 SIZES = {"train": Sizes(128, 8), "eval": Sizes(16, 1)}  # 1.1 and 1.3 GB a shard at the paper's size, post_conv
 
 
-@one_line_errors
-def main() -> None:
-    if len(sys.argv) != 2 or sys.argv[1] not in SIZES:
-        raise RequestError(f"expected one of {', '.join(SIZES)}, found {' '.join(sys.argv[1:]) or 'none'}")
-    group = sys.argv[1]
+def job(group: str) -> Job:
+    """All that the stage computes for `train` or `eval`, from the index and the active profile."""
     dataset = load(DatasetConfig)
     encoder = Sam2ImageEncoder(load(Sam2Config), default_device())
     videos = pd.read_parquet(INDEX)
@@ -44,7 +41,15 @@ def main() -> None:
     frames = 1 if group == "train" else dataset.frames
     sources = frame_sources(RefAvsFolder(dataset.root), media_ids, frames)
     out, scratch = FEATURES / f"sam2_{group}", SCRATCH / f"sam2_{group}"
-    print(f"sam2_{group}: {extract(encoder, sources, out, scratch, *SIZES[group], chunk_rows=1)}")
+    return Job(encoder, sources, out, scratch, *SIZES[group], chunk_rows=1)
+
+
+@one_line_errors
+def main() -> None:
+    if len(sys.argv) != 2 or sys.argv[1] not in SIZES:
+        raise RequestError(f"expected one of {', '.join(SIZES)}, found {' '.join(sys.argv[1:]) or 'none'}")
+    group = sys.argv[1]
+    print(f"sam2_{group}: {extract(job(group))}")
 
 
 if __name__ == "__main__":

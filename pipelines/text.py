@@ -9,7 +9,7 @@ from samlove.device import default_device
 from samlove.encoders.clip_text import ClipTextEncoder
 from samlove.encoders.roberta import RobertaEncoder
 from samlove.errors import one_line_errors
-from samlove.extract import extract
+from samlove.extract import Job, extract
 
 INDEX = Path("data/index/expressions.parquet")
 OUT = Path("data/features/text")
@@ -18,12 +18,17 @@ ENCODERS = {"roberta": RobertaEncoder, "clip": ClipTextEncoder}
 SHARD, BATCH = 1024, 64  # texts: 39 MB a shard at the paper's size
 
 
-@one_line_errors
-def main() -> None:
+def job() -> Job:
+    """All that the stage computes, from the index and the active profile."""
     config = load(TextConfig)
     encoder = ENCODERS[config.encoder](config, default_device())
     sources = {text: text for text in pd.read_parquet(INDEX)["exp"].unique()}  # normalised by the index
-    print(f"text: {extract(encoder, sources, OUT, SCRATCH, SHARD, BATCH)}")
+    return Job(encoder, sources, OUT, SCRATCH, SHARD, BATCH)
+
+
+@one_line_errors
+def main() -> None:
+    print(f"text: {extract(job())}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from samlove.encoders.clip_image import ClipImageEncoder
 from samlove.encoders.frames import frame_sources
 from samlove.encoders.vit import VitEncoder
 from samlove.errors import one_line_errors
-from samlove.extract import extract
+from samlove.extract import Job, extract
 
 INDEX = Path("data/index/videos.parquet")
 OUT = Path("data/features/visual")
@@ -20,13 +20,18 @@ ENCODERS: dict[str, type[VitEncoder] | type[ClipImageEncoder]] = {"vit": VitEnco
 SHARD, BATCH = 128, 4  # clips: 0.4 GB a shard at the paper's size; 40 frames a batch
 
 
-@one_line_errors
-def main() -> None:
+def job() -> Job:
+    """All that the stage computes, from the index and the active profile."""
     config, dataset = load(VisualConfig), load(DatasetConfig)
     encoder = ENCODERS[config.encoder](config, default_device())
     media_ids = pd.read_parquet(INDEX)["media_id"].unique()
     sources = frame_sources(RefAvsFolder(dataset.root), media_ids, dataset.frames)
-    print(f"visual: {extract(encoder, sources, OUT, SCRATCH, SHARD, BATCH)}")
+    return Job(encoder, sources, OUT, SCRATCH, SHARD, BATCH)
+
+
+@one_line_errors
+def main() -> None:
+    print(f"visual: {extract(job())}")
 
 
 if __name__ == "__main__":

@@ -114,6 +114,17 @@ def bench_loader() -> None:
     run()
 
 
+@bench.command("extract")
+def bench_extract(
+    profile: Annotated[str, typer.Option(help="Whose architectures, configs/PROFILE; weights are random.")] = "micro",
+    items: Annotated[int, typer.Option(min=1, help="Clips for ViT, frames for SAM 2.")] = 64,
+) -> None:
+    """A feature stage, reading and writing included, against its encoder alone."""
+    from samlove.bench.extract import run
+
+    run(profile, items)
+
+
 @one_line_errors
 def main() -> None:
     try:

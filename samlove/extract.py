@@ -1,10 +1,17 @@
 """The runner of every feature stage: read, encode, write, shard by shard, into a feature store.
 
-Items are read by threads, ahead of the encoder. A finished shard stays in scratch, so a stopped run takes up where it
-was; the store is published whole. What cannot be read becomes a row of the failure ledger and the rest goes on.
+Items are read by threads ahead of the encoder, and a shard is written by a thread while the next is computed. A
+finished shard stays in scratch, so a stopped run takes up where it was; the store is published whole. What cannot be
+read becomes a row of the failure ledger and the rest goes on.
+
+Incremental: each row is kept with the content hash of what it was computed from. A row of the store made before, or
+of a stopped run, is reused where that hash, the fingerprint and the encoder's code are still the same: media that were
+added go into shards of their own, changed and failed ones are computed and put into their shard, removed ones are left
+out, and all other shards are hard links to the files that were there. DVC removes a stage's outs before it runs the
+stage, so links to the published files are kept in scratch/last; removing the scratch folder is always safe and costs
+but time.
 """
 
-import hashlib
 import shutil
 import time
 from collections import deque
@@ -17,25 +24,49 @@ from typing import Any
 
 from tqdm import tqdm
 
+from samlove.digest import code_digest, source_ids
 from samlove.encoders.base import Arrays, Encoder
 from samlove.errors import SamloveError
+from samlove.lock import only_run
 from stores import FeatureStoreWriter
-from stores.features import Failure
-from stores.manifest import write_json
+from stores.features import Failure, write_failures
 
 # A few bad files among thousands should not cost a night; more than one in a hundred says that something is wrong with
 # the whole, and results would no longer compare. Below a hundred items any failure is too many.
 FAILURE_BUDGET = 0.01
 READERS = 4  # threads: decoding leaves Python's lock, and one encoder seldom outruns four
 SHOWN = 3  # failures named in a message; the ledger has them all
+LAST, LOCK, LEDGER = "last", "lock", "failures.csv"  # in the scratch folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one feature stage computes: every source, {key: what encoder.load takes}, into the store `out`.
+
+    scratch: a folder on the same file system as `out`, outside every DVC out, of this store alone. shard_size,
+    batch_size: items; a batch does not cross shards. chunk_rows: as in FeatureStoreWriter.
+    """
+
+    encoder: Encoder
+    sources: Mapping[str, Any]
+    out: Path
+    scratch: Path
+    shard_size: int
+    batch_size: int
+    chunk_rows: int | None = None
 
 
 @dataclass
 class Timing:
-    """Where a run's time went. read_s is summed over the reading threads; the others are the main thread's."""
+    """Where a run's time went. read_s is summed over the reading threads, write_s is the writing thread's; the others
+    are the main thread's."""
 
+    total: int = 0  # items asked for
     items: int = 0  # computed in this run
+    shards: int = 0  # of the whole store
+    shards_written: int = 0  # in this run
     bytes: int = 0  # of their arrays
+    hash_s: float = 0.0  # of what is to be read
     read_s: float = 0.0
     wait_s: float = 0.0  # the encoder idle, waiting for what is read
     compute_s: float = 0.0  # loading the network included
@@ -51,72 +82,103 @@ class Timing:
         return items / seconds if items > 0 and seconds > 0 else None
 
     def __str__(self) -> str:
+        reused = f"{self.shards - self.shards_written} of {self.shards} shards were finished before"
         if not self.items:
-            return "nothing left to compute"
+            return f"nothing to compute; {reused}"
         rate = f"{self.rate:.1f} items/s after warm-up" if self.rate else "one batch, no rate"
         read = f"read {self.read_s:.1f} s in threads (waited for {self.wait_s:.1f} s)"
         size = f"{self.bytes / self.items / 1e3:,.1f} kB an item"
         return (
-            f"{self.items} items computed, {rate}; {read}, compute {self.compute_s:.1f} s, write {self.write_s:.1f} s; "
-            f"{size}"
+            f"{self.items} of {self.total} items computed, {rate}; hash {self.hash_s:.1f} s, {read}, "
+            f"compute {self.compute_s:.1f} s, write {self.write_s:.1f} s in a thread; {size}; {reused}"
         )
 
 
-def extract(
-    encoder: Encoder,
-    sources: Mapping[str, Any],
-    out: Path,
-    scratch: Path,
-    shard_size: int,
-    batch_size: int,
-    chunk_rows: int | None = None,
-) -> Timing:
-    """Encode all `sources`, {key: what encoder.load takes}, into the feature store `out`; what happened is returned.
+def extract(job: Job) -> Timing:
+    """Make or complete the store of `job`; what happened is returned.
 
-    scratch: a folder on the same file system as `out`, outside every DVC out; what a stopped run left there is used if
-    encoder, keys and files are still the same. shard_size, batch_size: items. chunk_rows: as in FeatureStoreWriter.
-    Raises SamloveError where there is nothing to encode, where a value does not fit the store, and where more than
-    FAILURE_BUDGET of the items cannot be read; then nothing is published, and another run computes only what lacks.
+    Raises SamloveError where another run is at work on it, where there is nothing to encode, where a value does not
+    fit the store, where the disk is full, and where more than FAILURE_BUDGET of the items cannot be read; then nothing
+    is published, what was published before stays, and another run computes only what lacks.
     """
-    stage = out.name
-    if not sources:
-        raise SamloveError(f"{out}: expected items to encode, found none in the index; see: samlove audit")
-    mine = scratch / _identity(sources)
-    for other in scratch.iterdir() if scratch.exists() else ():
-        if other != mine:  # of other files, or of files that have changed since
-            shutil.rmtree(other)
-    writer = FeatureStoreWriter(out, mine, encoder.fingerprint(), list(sources), shard_size, chunk_rows)
-    timing, failures = Timing(), []
-    todo = writer.todo()
-    keys = [key for _, planned in todo for key in planned]
-    with tqdm(total=len(sources), initial=len(sources) - len(keys), desc=stage, unit="item", mininterval=2) as bar:
-        reading = _read_ahead(encoder, {key: sources[key] for key in keys}, 2 * batch_size, timing)
-        for number, planned in todo:
-            items: dict[str, Arrays] = {}
-            for batch in (planned[i : i + batch_size] for i in range(0, len(planned), batch_size)):
-                read, failed = _take(reading, batch, stage, timing)
-                failures += failed
-                items |= _encode(encoder, read, timing)
-                bar.update(len(batch))
-            began = time.perf_counter()
-            writer.write_shard(number, items)
-            timing.write_s += time.perf_counter() - began
-    timing.ended_at = time.perf_counter()
-    _check_budget(failures, len(sources), mine)
-    writer.publish(failures)
-    shutil.rmtree(scratch, ignore_errors=True)
+    if not job.sources:
+        raise SamloveError(f"{job.out}: expected items to encode, found none in the index; see: samlove audit")
+    try:
+        return _extract(job)
+    except OSError as error:  # the disk is full, most often
+        raise SamloveError(
+            f"{job.out}: cannot be made: {error}; what is finished stays in {job.scratch}: mend that (free space, "
+            "say) and run the same command again, it computes only what lacks"
+        ) from error
+
+
+def _extract(job: Job) -> Timing:
+    with only_run(job.scratch / LOCK, job.out):
+        timing = Timing(total=len(job.sources))
+        began = time.perf_counter()
+        ids = source_ids(job.sources)
+        timing.hash_s = time.perf_counter() - began
+        writer = FeatureStoreWriter(
+            path=job.out,
+            scratch=job.scratch,
+            fingerprint=job.encoder.fingerprint(),
+            keys=list(job.sources),
+            shard_size=job.shard_size,
+            chunk_rows=job.chunk_rows,
+            ids=ids,
+            code=code_digest(type(job.encoder)),
+            previous=(job.out, job.scratch / LAST),
+        )
+        writer.clean()
+        todo = writer.todo()
+        timing.shards = len(writer.plan())
+        failures = _compute(job, writer, todo, timing)
+        _check_budget(failures, len(job.sources), job.scratch / LEDGER)
+        writer.publish(failures, keep=job.scratch / LAST)
+        _tidy(job.scratch)
     return timing
 
 
-def _identity(sources: Mapping[str, Any]) -> str:
-    """12 hex digits that change with the keys, the paths, and the size or time of change of any file read."""
-    digest = hashlib.sha256()
-    for key, source in sources.items():
-        digest.update(f"{key}\0".encode())
-        for part in source if isinstance(source, list) else [source]:
-            state = part.stat() if isinstance(part, Path) and part.exists() else None
-            digest.update(f"{part}\0{(state.st_size, state.st_mtime_ns) if state else None}\n".encode())
-    return digest.hexdigest()[:12]
+def _compute(job: Job, writer: FeatureStoreWriter, todo: list[tuple[int, list[str]]], timing: Timing) -> list[Failure]:
+    """Write the shards of `todo`; the items that could not be read."""
+    failures: list[Failure] = []
+    keys = [key for _, lacking in todo for key in lacking]
+    done = len(job.sources) - len(keys)
+
+    def write(number: int, items: dict[str, Arrays]) -> None:
+        began = time.perf_counter()
+        timing.shards_written += writer.write_shard(number, items)
+        timing.write_s += time.perf_counter() - began
+
+    with (
+        tqdm(total=len(job.sources), initial=done, desc=job.out.name, unit="item", mininterval=2) as bar,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        writing: Future | None = None
+        reading = _read_ahead(job.encoder, {key: job.sources[key] for key in keys}, 2 * job.batch_size, timing)
+        for number, lacking in todo:
+            items: dict[str, Arrays] = {}
+            for batch in (lacking[i : i + job.batch_size] for i in range(0, len(lacking), job.batch_size)):
+                read, failed = _take(reading, batch, job.out.name, timing)
+                failures += failed
+                items |= _encode(job.encoder, read, timing)
+                bar.update(len(batch))
+            if writing:
+                writing.result()  # two shards at most are in memory
+            writing = pool.submit(write, number, items)
+        if writing:
+            writing.result()
+    timing.ended_at = time.perf_counter()
+    return failures
+
+
+def _tidy(scratch: Path) -> None:
+    """Remove what other encoders' stopped runs and an earlier ledger left in scratch."""
+    for other in scratch.iterdir():
+        if other.is_dir() and other.name != LAST:
+            shutil.rmtree(other)
+        elif other.name == LEDGER:
+            other.unlink()
 
 
 def _read_ahead(encoder: Encoder, sources: Mapping[str, Any], ahead: int, timing: Timing) -> Iterator[tuple[str, Any]]:
@@ -184,14 +246,13 @@ def _encode(encoder: Encoder, read: dict[str, Any], timing: Timing) -> dict[str,
     return dict(zip(read, arrays, strict=True))
 
 
-def _check_budget(failures: list[Failure], items: int, scratch: Path) -> None:
+def _check_budget(failures: list[Failure], items: int, ledger: Path) -> None:
     """Say which items failed; raise SamloveError where they are more than the budget."""
     if not failures:
         return
     shown = "; ".join(f"{failure.key}: {failure.error}" for failure in failures[:SHOWN])
     if len(failures) > FAILURE_BUDGET * items:
-        ledger = scratch / "failures.json"
-        write_json(ledger, {failure.key: failure.error for failure in failures})
+        write_failures(ledger, failures)
         raise SamloveError(
             f"{len(failures)} of {items} items cannot be read, expected at most {FAILURE_BUDGET:.0%}: {shown}; "
             f"all are in {ledger}; mend them and run the stage again, it computes only what lacks"

@@ -1,15 +1,16 @@
 """The feature store: a folder of Zarr v3 groups, one a shard, beside a manifest and a failure ledger.
 
-    PATH/manifest.json          schema, fingerprint, arrays {name: {shape, dtype}}, number of keys, shards
+    PATH/manifest.json          schema, fingerprint, code, arrays {name: {shape, dtype}}, number of keys, shards, files
     PATH/failures.csv           key,stage,error of every item that could not be computed
-    PATH/shard-00000.zarr/      group; its attributes list the shard's keys; one array a feature
+    PATH/shard-00000.zarr/      group; its attributes list the shard's keys and their ids; one array a feature
 
 An array of a shard is (keys in the shard, *item shape), one Zarr shard (one file) of chunks that hold one
 item each, or `chunk_rows` rows of it. Every chunk ends in its crc32c, so damage is found on reading.
 
-Writing: one shard has one writer. It is computed in SCRATCH/<fingerprint id>/, under a temporary name, and
-renamed when whole; what lies there under its final name is the progress, so a killed run resumes. Publishing
-renames the whole folder to PATH. Published files are never edited.
+Writing: one shard has one writer. It is written to SCRATCH/partial and, when whole, renamed into
+SCRATCH/<fingerprint id>/, its checksums beside that folder; what lies there is the progress, so a killed run resumes.
+Publishing renames the whole folder to PATH. Published files are never edited: what a new store has in common with the
+one before is linked (see stores.earlier).
 """
 
 import csv
@@ -17,7 +18,8 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +29,9 @@ from zarr.codecs import Crc32cCodec
 
 from samlove.errors import RequestError, SamloveError
 from stores.chunks import ShardArray
+from stores.earlier import Shard, layout, link_folder, published_shards, shard_attributes, shard_name
 from stores.fingerprint import fingerprint_id
-from stores.manifest import NAME, SCHEMA, read_manifest, replace_folder, write_json
+from stores.manifest import Files, file_entry, list_files, read_manifest, replace_folder, write_json, write_manifest
 from stores.remote import AnyPath, as_path, keep_open
 
 Arrays = dict[str, np.ndarray]
@@ -44,17 +47,10 @@ class Failure(NamedTuple):
     error: str
 
 
-def _shard_name(number: int) -> str:
-    return f"shard-{number:05d}.zarr"
-
-
-def _attributes(shard: AnyPath) -> dict[str, Any]:
-    """The attributes of a shard's group; SamloveError where it is absent or torn."""
-    try:
-        return json.loads((shard / "zarr.json").read_text())["attributes"]
-    except (OSError, ValueError, KeyError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise SamloveError(f"{shard}: expected a Zarr group with its keys ({reason}); remake the store") from None
+def write_failures(path: Path, failures: Sequence[Failure]) -> None:
+    """Write a failure ledger."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([Failure._fields, *failures])
 
 
 class FeatureStore:
@@ -68,7 +64,7 @@ class FeatureStore:
         self.manifest: dict[str, Any] = read_manifest(self.path, "run the stage that makes it, or dvc pull")
         self._place: dict[str, tuple[str, int]] = {}  # key -> shard, row in it
         for shard in self.manifest["shards"]:
-            keys = _attributes(self.path / shard["name"])["keys"]
+            keys = shard_attributes(self.path / shard["name"])["keys"]
             self._place.update({key: (shard["name"], row) for row, key in enumerate(keys)})
         if len(self._place) != self.manifest["keys"]:
             raise SamloveError(
@@ -86,8 +82,17 @@ class FeatureStore:
         return {**self.__dict__, "_opened": {}}
 
     def keys(self) -> list[str]:
-        """All keys, in the order in which they were planned."""
+        """All keys, shard by shard: in a store made at once the order in which they were asked for."""
         return list(self._place)
+
+    def keys_of(self, shard: str) -> list[str]:
+        """The keys that lie in one shard, by its name."""
+        return [key for key, (name, _) in self._place.items() if name == shard]
+
+    def id_of(self, key: str) -> str:
+        """What stands for the content that a row was computed from; empty where that was not recorded."""
+        shard, row = self._place[key]
+        return dict(enumerate(shard_attributes(self.path / shard).get("ids", []))).get(row, "")
 
     def __len__(self) -> int:
         return len(self._place)
@@ -130,8 +135,11 @@ class FeatureStoreWriter:
     """Fills and publishes one store; holds no open file, so any process may write any of its shards.
 
     path: where the store is published. scratch: a folder on the same file system, outside every DVC out.
-    keys: all items, in order; shard `n` holds keys[n * shard_size : (n + 1) * shard_size].
+    keys: all items, in order; those that lie in no shard yet fill new ones, `shard_size` each.
     chunk_rows: rows of axis 0 that are read together; None keeps an item in one chunk.
+    ids: what stands for the content of each key's source; a row is reused where it is the same.
+    code: what stands for the code that computes the rows; one of other code is never reused.
+    previous: stores to take rows and shards from: the first that is there, of this fingerprint and code.
     """
 
     path: Path
@@ -140,6 +148,9 @@ class FeatureStoreWriter:
     keys: Sequence[str]
     shard_size: int
     chunk_rows: int | None = None
+    ids: Mapping[str, str] = field(default_factory=dict)
+    code: str = ""
+    previous: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
@@ -151,67 +162,128 @@ class FeatureStoreWriter:
 
     @property
     def staging(self) -> Path:
-        """Where finished shards wait for publication: one folder a fingerprint."""
-        return self.scratch / fingerprint_id(self.fingerprint)
+        """Where finished shards wait for publication: one folder a fingerprint and code."""
+        return self.scratch / fingerprint_id({**self.fingerprint, "code": self.code})
+
+    @property
+    def _records(self) -> Path:
+        """The checksums of the shards in staging; not among them, for staging itself is what becomes the store."""
+        return self.staging.with_name(self.staging.name + ".files")
+
+    def clean(self) -> None:
+        """Remove from scratch what a killed run, or a loss of power, left half done; every byte there is read."""
+        shutil.rmtree(self.scratch / "partial", ignore_errors=True)
+        for folder in self.staging.glob("shard-*.zarr"):
+            shard = self._staged(folder.name)
+            if shard is None or not shard.whole():
+                shutil.rmtree(folder)
+
+    @cached_property
+    def _published(self) -> dict[int, Shard]:
+        return published_shards(self.previous, self.fingerprint, self.code, self.chunk_rows)
+
+    def _staged(self, name: str) -> Shard | None:
+        """A shard that this run or a stopped one finished."""
+        try:
+            files: Files = json.loads((self._records / f"{name}.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return Shard.read(self.staging / name, files, self.chunk_rows)
+
+    def _shard(self, number: int) -> Shard | None:
+        """What there is of a shard: as finished in scratch, or else as published before."""
+        return self._staged(shard_name(number)) or self._published.get(number)
+
+    @cached_property
+    def _plan(self) -> dict[int, list[str]]:
+        names = [folder.name for folder in self.staging.glob("shard-*.zarr")]
+        numbers = {int(name.removeprefix("shard-").removesuffix(".zarr")) for name in names} | set(self._published)
+        standing = {number: shard.planned for number in numbers if (shard := self._shard(number))}
+        return dict(layout(self.keys, standing, self.shard_size))
 
     def plan(self) -> list[tuple[int, list[str]]]:
         """Every shard's number and keys."""
-        return [(number, self._planned(number)) for number in range(-(-len(self.keys) // self.shard_size))]
-
-    def _planned(self, number: int) -> list[str]:
-        return list(self.keys[number * self.shard_size : (number + 1) * self.shard_size])
+        return list(self._plan.items())
 
     def todo(self) -> list[tuple[int, list[str]]]:
-        """The shards still to compute. One that lacks a planned key is tried again: its failure may be mended."""
-        return [(number, keys) for number, keys in self.plan() if self._written(number) != keys]
+        """Every shard still to write, and those of its keys that it lacks: never computed, of a changed source, or
+        failed, for that may be mended. None lack where rows are only to be left out."""
+        todo = []
+        for number, planned in self._plan.items():
+            shard = self._shard(number)
+            good = shard.good(planned, self.ids) if shard else []
+            if len(good) < len(planned) or (shard and len(good) < len(shard.ids)):
+                kept = set(good)
+                todo.append((number, [key for key in planned if key not in kept]))
+        return todo
 
-    def _written(self, number: int) -> list[str] | None:
-        """The keys of a finished shard, None where it is not finished or was planned otherwise."""
-        shard = self.staging / _shard_name(number)
-        try:
-            attributes = _attributes(shard)
-        except SamloveError:  # absent, or torn by a loss of power: computed anew
-            return None
-        same = attributes["planned"] == self._planned(number) and attributes["chunk_rows"] == self.chunk_rows
-        return attributes["keys"] if same else None
+    def write_shard(self, number: int, items: Mapping[str, Mapping[str, np.ndarray]]) -> bool:
+        """Write one shard whole, atomically; {key: {name: array}}, of the keys that `todo` named, failed ones left out.
 
-    def write_shard(self, number: int, items: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-        """Write one shard whole, atomically; {key: {name: array}}, planned keys that failed left out.
+        Good rows that are there already are kept; where they are all, nothing is written, and False returned.
 
         Every item has the same names, shapes and dtypes. Raises SamloveError, naming key and array, where
         they differ, where a dtype is not storable, where a float is not finite (fp16 overflows to infinity).
+        An OSError, as where the disk is full, leaves the shards finished before.
         """
-        planned = self._planned(number)
+        planned = self._plan.get(number, [])
         if unknown := [key for key in items if key not in planned]:
             raise SamloveError(f"{self.path}: shard {number} has no place for {unknown[:5]}")
-        keys = [key for key in planned if key in items]
-        specs = {name: (a.shape, a.dtype) for name, a in items[keys[0]].items()} if keys else {}
+        shard = self._shard(number)
+        good = shard.good(planned, self.ids) if shard else []
+        if shard and not items and len(good) == len(shard.ids):
+            return False  # staged, or linked when it is published
+        rows: dict[str, Mapping[str, np.ndarray]] = {**items}
+        if shard:
+            rows |= shard.rows([key for key in good if key not in items])
+        keys = [key for key in planned if key in rows]
         for key in keys:
-            self._check_item(key, items[key], specs)
-        partial = self.scratch / "partial" / f"{fingerprint_id(self.fingerprint)}-{_shard_name(number)}"
-        shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
-        attributes = {"keys": keys, "planned": planned, "chunk_rows": self.chunk_rows}
+            self._check_item(key, rows[key], rows[keys[0]])
+        attributes = {
+            "keys": keys,
+            "ids": [self.ids.get(key, "") for key in keys],
+            "planned": planned,
+            "chunk_rows": self.chunk_rows,
+        }
+        partial = self.scratch / "partial" / shard_name(number)
+        try:
+            shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
+            self._write_group(partial, attributes, {key: rows[key] for key in keys})
+            self._finish(partial, list_files(partial))
+        except OSError:  # the disk is full, most often: leave the room there is
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return True
+
+    def _write_group(self, partial: Path, attributes: dict, rows: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         group = zarr.create_group(partial, attributes=attributes)
-        for name, (shape, dtype) in specs.items():
-            rows = (min(self.chunk_rows, shape[0]), *shape[1:]) if self.chunk_rows and shape else shape
-            stored = (-(-shape[0] // rows[0]) * rows[0], *shape[1:]) if shape else shape  # a shard holds whole chunks
+        items = list(rows.values())
+        for name, first in items[0].items() if items else ():
+            shape = first.shape
+            chunk = (min(self.chunk_rows, shape[0]), *shape[1:]) if self.chunk_rows and shape else shape
+            stored = (-(-shape[0] // chunk[0]) * chunk[0], *shape[1:]) if shape else shape  # shards hold whole chunks
             array = group.create_array(
                 name,
-                shape=(len(keys), *shape),
-                chunks=(1, *rows),
-                shards=(len(keys), *stored),
-                dtype=dtype,
+                shape=(len(items), *shape),
+                chunks=(1, *chunk),
+                shards=(len(items), *stored),
+                dtype=first.dtype,
                 compressors=[Crc32cCodec()],
                 config={"write_empty_chunks": True},  # zeros are data: absent bytes would hide damage
             )
-            array[:] = np.stack([items[key][name] for key in keys])  # (keys, *shape)
+            array[:] = np.stack([item[name] for item in items])  # (keys, *shape)
+
+    def _finish(self, partial: Path, files: Files) -> None:
+        """Move a whole shard to staging, its checksums first: a shard that is there has them."""
+        self._records.mkdir(parents=True, exist_ok=True)
         self.staging.mkdir(parents=True, exist_ok=True)
-        final = self.staging / _shard_name(number)
+        write_json(self._records / f"{partial.name}.json", files)
+        final = self.staging / partial.name
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
 
-    def _check_item(self, key: str, item: Mapping[str, np.ndarray], specs: Mapping[str, tuple]) -> None:
-        found = {name: (a.shape, a.dtype) for name, a in item.items()}
+    def _check_item(self, key: str, item: Mapping[str, np.ndarray], first: Mapping[str, np.ndarray]) -> None:
+        specs, found = ({name: (a.shape, a.dtype) for name, a in arrays.items()} for arrays in (first, item))
         if found != specs:
             raise SamloveError(f"{self.path}: {key!r}: expected arrays {specs} as the shard's first, found {found}")
         for name, array in item.items():
@@ -226,44 +298,68 @@ class FeatureStoreWriter:
                     f"{array.dtype.name}; where that is an overflow, set the encoder's dtype to float32"
                 )
 
-    def publish(self, failures: Sequence[Failure] = ()) -> None:
+    def publish(self, failures: Sequence[Failure] = (), keep: Path | None = None) -> None:
         """Move all shards, with manifest and failure ledger, to `path` in one rename.
+
+        keep: a folder on the same file system that comes to hold links to the published files, before they are.
 
         Raises SamloveError where a shard is not written, or a missing key is not among the failures.
         """
         excused = {f.key for f in failures}
         shards: list[dict[str, Any]] = []
         arrays: dict[str, Any] = {}
-        for number, planned in self.plan():
-            keys = self._written(number)
-            lost = planned if keys is None else [k for k in planned if k not in keys and k not in excused]
-            if lost:
+        files: Files = {}
+        for number, planned in self._plan.items():
+            shard = self._shard(number)
+            good = shard.good(planned, self.ids) if shard else []
+            lost = [key for key in planned if key not in good and key not in excused]
+            if shard is None or lost or len(good) < len(shard.ids):
+                lost = lost or [*shard.ids] if shard else planned
                 raise SamloveError(
                     f"{self.path}: shard {number} lacks {len(lost)} items without a recorded failure, "
                     f"first {lost[0]!r}; run the stage again"
                 )
-            if not keys:
+            name = shard_name(number)
+            if not good:
                 continue  # all its items failed: nothing to keep
-            group = zarr.open_group(self.staging / _shard_name(number), mode="r")
+            if shard.folder != self.staging / name:
+                self._adopt(shard)
+            group = zarr.open_group(self.staging / name, mode="r")
             found = {n: {"shape": list(a.shape[1:]), "dtype": a.dtype.name} for n, a in sorted(group.arrays())}
             arrays = arrays or found
             if found != arrays:
                 raise SamloveError(f"{self.path}: shard {number} holds {found}, the shards before it {arrays}")
-            shards.append({"name": _shard_name(number), "keys": len(keys)})
+            shards.append({"name": name, "keys": len(good)})
+            files |= {f"{name}/{path}": entry for path, entry in shard.files.items()}
         self.staging.mkdir(parents=True, exist_ok=True)
-        keep = [shard["name"] for shard in shards]
+        names = [shard["name"] for shard in shards]
         for other in self.staging.iterdir():
-            if other.is_dir() and other.name not in keep:
+            if other.is_dir() and other.name not in names:
                 shutil.rmtree(other)
-        with open(self.staging / FAILURES, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows([Failure._fields, *failures])
+            elif other.is_file():
+                other.unlink()  # a manifest that a killed run left
+        write_failures(self.staging / FAILURES, failures)
+        files[FAILURES] = file_entry(self.staging / FAILURES)
         manifest = {
-            "schema": SCHEMA,
             "fingerprint": dict(self.fingerprint),
+            "code": self.code,
             "arrays": arrays,
             "keys": sum(shard["keys"] for shard in shards),
             "shards": shards,
         }
-        write_json(self.staging / NAME, manifest)
-        shutil.rmtree(self.scratch / "partial", ignore_errors=True)
+        write_manifest(self.staging, manifest, files)
+        if keep is not None:
+            partial = self.scratch / "partial" / "keep"
+            shutil.rmtree(partial, ignore_errors=True)
+            link_folder(self.staging, partial)
+            replace_folder(partial, keep)
         replace_folder(self.staging, self.path)
+        shutil.rmtree(self._records, ignore_errors=True)
+        shutil.rmtree(self.scratch / "partial", ignore_errors=True)
+
+    def _adopt(self, shard: Shard) -> None:
+        """Link a published shard, all of whose rows are good, into staging."""
+        partial = self.scratch / "partial" / shard.folder.name
+        shutil.rmtree(partial, ignore_errors=True)
+        link_folder(shard.folder, partial)
+        self._finish(partial, shard.files)

@@ -1,10 +1,17 @@
-"""The small JSON file beside every artefact that says what it is and what made it."""
+"""The small JSON file beside every artefact that says what it is, what made it, and which files it consists of.
+
+`files` holds each file's size and crc32c by its path in the folder, `crc32c` that of the manifest's own other fields:
+stores.verify compares them with what lies on the disk.
+"""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import google_crc32c
 
 from samlove.errors import RequestError, SamloveError
 from stores.fingerprint import canonical_json
@@ -12,12 +19,57 @@ from stores.remote import AnyPath
 
 SCHEMA = 1  # version of the layouts in this package
 NAME = "manifest.json"
+BLOCK = 1 << 20  # bytes that are read at once
+Files = dict[str, dict[str, Any]]  # path in the folder -> {"bytes": int, "crc32c": 8 hex digits}
+
+
+def crc32c_file(path: Path, start: int = 0) -> str:
+    """crc32c, as 8 hex digits, of a file's bytes from `start` on."""
+    crc = 0
+    with open(path, "rb") as file:
+        file.seek(start)
+        while block := file.read(BLOCK):
+            crc = google_crc32c.extend(crc, block)
+    return f"{crc:08x}"
+
+
+def files_below(folder: Path) -> dict[str, Path]:
+    """All files below a folder, by their path in it, in order."""
+    return {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if not p.is_dir()}
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Size and checksum of a file."""
+    return {"bytes": path.stat().st_size, "crc32c": crc32c_file(path)}
+
+
+def list_files(folder: Path) -> Files:
+    """Size and checksum of every file below a folder."""
+    return {name: file_entry(path) for name, path in files_below(folder).items()}
+
+
+def render_json(value: Mapping[str, Any]) -> str:
+    """A dict readably, with sorted keys: equal dicts give equal bytes."""
+    return json.dumps(json.loads(canonical_json(value)), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a dict readably, with sorted keys: equal dicts give equal bytes."""
-    text = json.dumps(json.loads(canonical_json(value)), indent=1, sort_keys=True, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    """Write a dict as `render_json` gives it; the file has its old content or all of its new, whenever one looks."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(render_json(value), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with the checksum of its own other fields."""
+    rest = {name: value for name, value in manifest.items() if name != "crc32c"}
+    return {**rest, "crc32c": f"{google_crc32c.value(canonical_json(rest).encode()):08x}"}
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any], files: Files | None = None) -> None:
+    """Write the manifest of a folder that is otherwise complete; `files` are read and listed where not given."""
+    (folder / NAME).unlink(missing_ok=True)
+    write_json(folder / NAME, seal({"schema": SCHEMA, **manifest, "files": files or list_files(folder)}))
 
 
 def read_manifest(folder: AnyPath, remedy: str) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 Layout: `row_ids` (n,) utf-8, `bins` (n,T,H,W) uint8, one chunk a row, gzip and a checksum (fletcher32) each,
 `edges` (E,) float32, where bin b holds the probabilities p (sigmoids of mask logits) with edges[b-1] <= p < edges[b],
 and the attribute `attrs`, a JSON text saying what made the file. No pickles.
+
+The file begins with HDF5's user block, which HDF5 itself leaves alone: there a JSON line with the size of the whole
+file and the crc32c of all that follows the block, zeros after it.
 """
 
 import json
@@ -17,7 +20,9 @@ import numpy as np
 
 from samlove.errors import RequestError, SamloveError
 from stores.fingerprint import canonical_json
-from stores.manifest import SCHEMA
+from stores.manifest import SCHEMA, crc32c_file
+
+USER_BLOCK = 512  # bytes, the least that HDF5 has
 
 
 class PredictionWriter:
@@ -34,7 +39,7 @@ class PredictionWriter:
         self._shape = (frames, size, size)
         self._ids: set[str] = set()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = h5py.File(self._partial, "w")  # replaces what a killed run left
+        self._file = h5py.File(self._partial, "w", userblock_size=USER_BLOCK)  # replaces what a killed run left
         self._file.attrs["attrs"] = canonical_json(attrs or {})
         self._file.attrs["schema"] = SCHEMA
         self._file.create_dataset("edges", data=np.asarray(edges, np.float32))
@@ -74,9 +79,18 @@ class PredictionWriter:
     ) -> None:
         self._file.close()
         if kind is None:
+            seal = expected_seal(self._partial)
+            with open(self._partial, "r+b") as file:
+                file.write(seal)
             self._partial.replace(self.path)
         else:
             self._partial.unlink()
+
+
+def expected_seal(path: Path) -> bytes:
+    """The user block that a predictions file of these bytes has."""
+    line = canonical_json({"bytes": path.stat().st_size, "crc32c": crc32c_file(path, start=USER_BLOCK)})
+    return f"{line}\n".encode().ljust(USER_BLOCK, b"\0")
 
 
 class PredictionReader:

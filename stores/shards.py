@@ -2,7 +2,7 @@
 
     ROOT/shard-00000.tar    members KEY.NAME.npy and KEY.NAME.json, uncompressed, data aligned to 64 bytes
     ROOT/index.json         shards {name, bytes}; samples {key, shard, members {name: place}} (see stores.tar)
-    ROOT/manifest.json      schema, fingerprint, number of keys
+    ROOT/manifest.json      schema, fingerprint, number of keys, files with their checksums
 
 The tar files alone are enough: webdataset reads them, and the index is rebuilt in memory where it is absent.
 """
@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from samlove.errors import RequestError, SamloveError
-from stores.manifest import NAME, SCHEMA, read_manifest, replace_folder, write_json
+from stores.manifest import NAME, SCHEMA, read_manifest, replace_folder, write_manifest
 from stores.remote import AnyPath, as_path, keep_open
 from stores.tar import ESCAPED, KINDS, check_name, check_place, escape_key, scan_tar
 
@@ -90,8 +90,7 @@ class ShardWriter:
             return
         index = build_index(self._partial)
         (self._partial / INDEX).write_text(json.dumps(index, ensure_ascii=False) + "\n", encoding="utf-8")
-        manifest = {"schema": SCHEMA, "fingerprint": self._fingerprint, "keys": len(self._keys)}
-        write_json(self._partial / NAME, manifest)
+        write_manifest(self._partial, {"fingerprint": self._fingerprint, "keys": len(self._keys)})
         replace_folder(self._partial, self.root)
 
 

@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import soundfile
 import torch
+import yaml
 from PIL import Image
 
-from samlove.config import AudioConfig, Sam2Config, TextConfig, VisualConfig
+from samlove.config import AudioConfig, Sam2Config, Section, TextConfig, VisualConfig
 from samlove.dataset import RefAvsFolder
 from samlove.encoders.vggish import build_vggish
 from samlove.encoders.vit import build_vit
@@ -89,3 +91,26 @@ def sam2_config(root: Path, **options: object) -> Sam2Config:
     root.mkdir(parents=True, exist_ok=True)
     torch.save({"model": instantiate_sam2(TINY_SAM2).state_dict()}, root / "sam2.pt")
     return Sam2Config.model_validate({"config": TINY_SAM2, "checkpoint": str(root / "sam2.pt"), **options})
+
+
+def make_project(root: Path) -> None:
+    """A working folder with a profile of small encoders, an index of three clips and two texts, and their media."""
+    sections: dict[str, Section] = {
+        "audio": audio_config(root / "weights"),
+        "visual": vit_config(root / "weights"),
+        "text": roberta_config(root / "weights" / "roberta"),
+        "sam2": sam2_config(root / "weights"),
+    }
+    (root / "configs" / "small").mkdir(parents=True)
+    (root / "configs" / "profile.yaml").write_text("profile: small\n")
+    for name, section in sections.items():
+        (root / "configs" / "small" / f"{name}.yaml").write_text(yaml.safe_dump(section.model_dump()))
+    (root / "configs" / "small" / "dataset.yaml").write_text("frames: 3\n")
+    folder = RefAvsFolder(root / "data" / "dataset" / "small")
+    splits = {"a": "train", "b": "val", "c": "test_s"}
+    for media_id in splits:
+        write_clip(folder, media_id, frames=3, seconds=3)
+    index = root / "data" / "index"
+    index.mkdir()
+    pd.DataFrame({"media_id": list(splits), "split": list(splits.values())}).to_parquet(index / "videos.parquet")
+    pd.DataFrame({"exp": ["it", "the red star", "it"]}).to_parquet(index / "expressions.parquet")

@@ -1,11 +1,15 @@
-"""A folder's digest changes with its content and with nothing else."""
+"""Digests of folders, sources and code change with their content and with nothing else."""
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from samlove.digest import folder_digest
+from samlove.digest import code_digest, folder_digest, source_ids
+from samlove.encoders.vit import VitEncoder
 
 
 @pytest.fixture
@@ -39,3 +43,38 @@ def test_times_and_place_do_not(folder: Path, tmp_path: Path) -> None:
 def test_missing_folder_is_an_empty_one(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert folder_digest(tmp_path / "nowhere") == folder_digest(tmp_path / "empty")
+
+
+def test_a_source_is_known_by_its_content_alone(tmp_path: Path) -> None:
+    for name, content in {"a": "1", "b": "2", "c": "1"}.items():
+        (tmp_path / name).write_text(content)
+    a, b, c = (tmp_path / name for name in "abc")
+    sources = {"a": a, "c": c, "b": b, "ab": [a, b], "ba": [b, a], "cb": [c, b], "aab": [a, a, b], "text": "1"}
+    ids = source_ids(sources)
+    assert ids["a"] == ids["c"]
+    assert ids["ab"] == ids["cb"]
+    assert len(set(ids.values())) == 6
+    assert source_ids({"gone": tmp_path / "gone", "half": [a, tmp_path / "gone"]}) == {"gone": "", "half": ""}
+
+
+def test_code_is_known_by_all_that_it_imports(tmp_path: Path) -> None:
+    """Edits of a copy of the package: of the encoder, of what it imports, of what it does not."""
+    root = Path(__file__).parents[1]
+    shutil.copytree(root / "samlove", tmp_path / "samlove", ignore=shutil.ignore_patterns("__pycache__", "*.npz"))
+    shutil.copytree(root / "stores", tmp_path / "stores", ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "from samlove.encoders import vit; from samlove.digest import code_digest; print(code_digest(vit.VitEncoder))"
+    )
+
+    def digest() -> str:
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    before = digest()
+    assert before == code_digest(VitEncoder)
+    for file, same in {"encoders/vit": False, "dataset": False, "encoders/roberta": True, "config": True}.items():
+        path = tmp_path / "samlove" / f"{file}.py"
+        path.write_text(path.read_text() + "# edited\n")
+        after = digest()
+        assert (after == before) == same, file
+        before = after

@@ -1,6 +1,5 @@
 """The runner with an encoder of one line, and the four stages with small real encoders."""
 
-import json
 import os
 from pathlib import Path
 
@@ -8,10 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 
 from pipelines import audio, sam2, text, visual
-from samlove.config import Section
 from samlove.dataset import RefAvsFolder
 from samlove.encoders.base import Arrays, to_store
 from samlove.encoders.frames import frame_sources
@@ -20,7 +17,7 @@ from samlove.encoders.sam2_image import Sam2ImageEncoder
 from samlove.encoders.vggish import VggishEncoder
 from samlove.encoders.vit import VitEncoder
 from samlove.errors import SamloveError
-from samlove.extract import FAILURE_BUDGET, extract
+from samlove.extract import FAILURE_BUDGET, Job, extract
 from stores import FeatureStore
 from tests import small_encoders as small
 
@@ -64,20 +61,24 @@ def sources(tmp_path: Path) -> dict[str, Path]:
     return sources
 
 
+def job(encoder: Numbers, sources: dict[str, Path], root: Path) -> Job:
+    return Job(encoder, sources, root / "numbers", root / "scratch", shard_size=100, batch_size=30)
+
+
 def run(encoder: Numbers, sources: dict[str, Path], root: Path) -> FeatureStore:
-    extract(encoder, sources, root / "numbers", root / "scratch", shard_size=100, batch_size=30)
+    extract(job(encoder, sources, root))
     return FeatureStore.open(root / "numbers")
 
 
 def test_every_item_is_in_the_store_under_its_key(tmp_path: Path, sources: dict[str, Path]) -> None:
     encoder = Numbers()
-    timing = extract(encoder, sources, tmp_path / "numbers", tmp_path / "scratch", shard_size=100, batch_size=30)
+    timing = extract(job(encoder, sources, tmp_path))
     store = FeatureStore.open(tmp_path / "numbers")
     assert list(store.keys()) == list(sources)
     assert [store.read(key)["x"].tolist() for key in sources] == [[n, n] for n in range(250)]
     assert store.manifest["fingerprint"] == encoder.fingerprint()
     assert encoder.batches == [30, 30, 30, 10, 30, 30, 30, 10, 30, 20]  # a batch does not cross shards
-    assert not (tmp_path / "scratch").exists()
+    assert sorted(path.name for path in (tmp_path / "scratch").iterdir()) == ["last", "lock"]
     assert (timing.items, timing.first_batch, timing.bytes) == (250, 30, 250 * 4)
     assert timing.rate is not None
     assert timing.rate > 0
@@ -99,8 +100,7 @@ def test_more_failures_than_the_budget_publish_nothing(tmp_path: Path, sources: 
     with pytest.raises(SamloveError, match="3 of 250 items cannot be read, expected at most 1%: k100.*no such file"):
         run(Numbers(), sources, tmp_path)
     assert not (tmp_path / "numbers").exists()
-    (ledger,) = tmp_path.glob("scratch/*/failures.json")
-    assert list(json.loads(ledger.read_text())) == lost
+    assert list(pd.read_csv(tmp_path / "scratch" / "failures.csv")["key"]) == lost
 
 
 def test_a_stopped_run_is_taken_up(tmp_path: Path, sources: dict[str, Path]) -> None:
@@ -112,16 +112,18 @@ def test_a_stopped_run_is_taken_up(tmp_path: Path, sources: dict[str, Path]) -> 
     assert [store.read(key)["x"][0] for key in sources] == list(range(250))
 
 
-def test_what_was_made_of_other_files_or_otherwise_is_made_anew(tmp_path: Path, sources: dict[str, Path]) -> None:
+def test_only_what_changed_is_made_anew(tmp_path: Path, sources: dict[str, Path]) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(Stopped(), sources, tmp_path)
-    sources["k000"].write_text("7")
-    os.utime(sources["k000"], (0, 0))
+    times = sources["k000"].stat()
+    sources["k000"].write_text("7")  # of the same size, and said to be of the same time
+    os.utime(sources["k000"], ns=(times.st_atime_ns, times.st_mtime_ns))
     encoder = Numbers()
     assert run(encoder, sources, tmp_path).read("k000")["x"][0] == 7
-    assert len(encoder.computed) == 250
+    assert encoder.computed == [7, *range(200, 250)]
     again = Numbers(factor=2)
     assert run(again, sources, tmp_path).read("k001")["x"][0] == 2
+    assert len(again.computed) == 250
 
 
 def test_a_value_out_of_range_names_array_and_items(tmp_path: Path, sources: dict[str, Path]) -> None:
@@ -148,24 +150,7 @@ def test_nothing_to_encode_is_an_error(tmp_path: Path) -> None:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a profile of small encoders, an index of three clips, and their media."""
     monkeypatch.chdir(tmp_path)
-    sections: dict[str, Section] = {
-        "audio": small.audio_config(tmp_path / "weights"),
-        "visual": small.vit_config(tmp_path / "weights"),
-        "text": small.roberta_config(tmp_path / "weights" / "roberta"),
-        "sam2": small.sam2_config(tmp_path / "weights"),
-    }
-    (tmp_path / "configs" / "small").mkdir(parents=True)
-    (tmp_path / "configs" / "profile.yaml").write_text("profile: small\n")
-    for name, section in sections.items():
-        (tmp_path / "configs" / "small" / f"{name}.yaml").write_text(yaml.safe_dump(section.model_dump()))
-    (tmp_path / "configs" / "small" / "dataset.yaml").write_text("frames: 3\n")
-    folder = RefAvsFolder("data/dataset/small")
-    splits = {"a": "train", "b": "val", "c": "test_s"}
-    for media_id in splits:
-        small.write_clip(folder, media_id, frames=3, seconds=3)
-    (tmp_path / "data" / "index").mkdir()
-    pd.DataFrame({"media_id": list(splits), "split": list(splits.values())}).to_parquet("data/index/videos.parquet")
-    pd.DataFrame({"exp": ["it", "the red star", "it"]}).to_parquet("data/index/expressions.parquet")
+    small.make_project(tmp_path)
     return tmp_path
 
 

@@ -104,7 +104,8 @@ def test_progress_is_kept_by_fingerprint_and_plan(tmp_path):
     writer.write_shard(1, {key: make_item(key) for key in KEYS[2:4]})
     assert [number for number, _ in make_writer(tmp_path).todo()] == [0, 2]
     assert len(make_writer(tmp_path, {"encoder": "b"}).todo()) == 3
-    assert len(make_writer(tmp_path, keys=[*KEYS[1:], "new"]).todo()) == 3
+    moved = make_writer(tmp_path, keys=[*KEYS[1:], "new"])  # media_2 and media_3 stay where they are
+    assert moved.todo() == [(0, ["media_1", "media_4"]), (2, ["new"])]
     assert len(make_writer(tmp_path, chunk_rows=1).todo()) == 3
     assert [number for number, _ in make_writer(tmp_path, keys=[*KEYS, "new"]).todo()] == [0, 2]
 

@@ -1,0 +1,172 @@
+"""What an artefact is, and how two of them differ: one view of feature stores, shard sets and predictions files."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from samlove.errors import RequestError
+from stores.features import Failure, FeatureStore
+from stores.fingerprint import ABSENT
+from stores.manifest import NAME, files_below
+from stores.predictions import PredictionReader
+from stores.shards import ShardReader
+
+Item = dict[str, Any]  # {name: array or JSON value}
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """Any of the three kinds, read only.
+
+    arrays: {name: {"shape": [...], "dtype": str}}; where items differ, as in shard sets, of the first.
+    files, bytes: on the disk. read: an item by its key; SamloveError where its bytes are damaged.
+    """
+
+    kind: str
+    path: Path
+    fingerprint: dict[str, Any]
+    keys: list[str]
+    arrays: dict[str, dict[str, Any]]
+    failures: list[Failure]
+    shards: int
+    files: int
+    bytes: int
+    read: Callable[[str], Item]
+
+
+def open_artefact(path: str | Path) -> Artefact:
+    """The artefact at `path`. Raises RequestError where there is none, SamloveError where it cannot be opened."""
+    path = Path(path)
+    if path.is_dir() and any(path.glob("*.tar")):
+        return _open_shards(path)
+    if path.is_dir() and (path / NAME).is_file():
+        return _open_features(path)
+    if path.is_file():
+        return _open_predictions(path)
+    raise RequestError(f"{path}: expected a feature store, a shard set or a predictions file, found none there")
+
+
+def _open_features(path: Path) -> Artefact:
+    store = FeatureStore.open(path)
+    made, arrays, shards = (store.manifest[name] for name in ("fingerprint", "arrays", "shards"))
+    size = _size(path)
+    return Artefact(
+        "feature store", path, made, store.keys(), arrays, store.failures, len(shards), *size, read=store.read
+    )
+
+
+def _open_shards(path: Path) -> Artefact:
+    reader = ShardReader(path)
+    keys = reader.keys()
+    places = {key: i for i, key in enumerate(keys)}
+    arrays = _arrays(_sample(reader, 0)) if keys else {}
+    made, shards, size = reader.manifest.get("fingerprint", {}), len(list(path.glob("*.tar"))), _size(path)
+
+    def read(key: str) -> Item:
+        return _sample(reader, places[key])
+
+    return Artefact("shard set", path, made, keys, arrays, [], shards, *size, read=read)
+
+
+def _open_predictions(path: Path) -> Artefact:
+    reader = PredictionReader(path)
+    arrays = {"bins": {"shape": list(reader.shape), "dtype": "uint8"}}
+
+    def read(row: str) -> Item:
+        return {"bins": reader.read(row)}
+
+    size = path.stat().st_size
+    return Artefact("predictions file", path, reader.attrs, reader.row_ids, arrays, [], 1, 1, size, read=read)
+
+
+def _sample(reader: ShardReader, i: int) -> Item:
+    return {name: value for name, value in reader[i].items() if name != "__key__"}
+
+
+def _arrays(item: Item) -> dict[str, dict[str, Any]]:
+    arrays = {name: value for name, value in item.items() if isinstance(value, np.ndarray)}
+    return {name: {"shape": list(a.shape), "dtype": a.dtype.name} for name, a in sorted(arrays.items())}
+
+
+def _size(folder: Path) -> tuple[int, int]:
+    sizes = [path.stat().st_size for path in files_below(folder).values()]
+    return len(sizes), sum(sizes)
+
+
+@dataclass
+class Difference:
+    """How the second of two artefacts differs from the first; empty lists and dicts where it does not."""
+
+    kinds: tuple[str, str] | None = None
+    fingerprint: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # dotted field -> both values
+    arrays: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    only_first: list[str] = field(default_factory=list)
+    only_second: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)  # keys that both have, with other values
+    largest: dict[str, float] = field(default_factory=dict)  # array -> largest absolute difference among them
+
+    def __bool__(self) -> bool:
+        parts = (self.kinds, self.fingerprint, self.arrays, self.only_first, self.only_second, self.changed)
+        return any(bool(part) for part in parts)
+
+
+def diff(first: str | Path, second: str | Path) -> Difference:
+    """Compare two artefacts: what made them, what they hold, and every value that both hold."""
+    a, b = open_artefact(first), open_artefact(second)
+    found = Difference(None if a.kind == b.kind else (a.kind, b.kind))
+    found.fingerprint = differing(flat(a.fingerprint), flat(b.fingerprint))
+    found.arrays = differing(a.arrays, b.arrays)
+    in_first, in_second = set(a.keys), set(b.keys)
+    found.only_first = [key for key in a.keys if key not in in_second]
+    found.only_second = [key for key in b.keys if key not in in_first]
+    for key in (key for key in a.keys if key in in_second):
+        x, y = a.read(key), b.read(key)
+        if not _same(x, y):
+            found.changed.append(key)
+            for name in x.keys() & y.keys():
+                found.largest[name] = max(found.largest.get(name, 0.0), _distance(x[name], y[name]))
+    return found
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A fingerprint with the fields of its parts as part.field."""
+    fields: dict[str, Any] = {}
+    for name, part in value.items():
+        fields |= flat(part, f"{prefix}{name}.") if isinstance(part, Mapping) else {prefix + name: part}
+    return fields
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The fields whose values differ, with both; `absent` for one that lacks."""
+    pairs = {name: (a.get(name, ABSENT), b.get(name, ABSENT)) for name in sorted({*a, *b})}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _same(x: Item, y: Item) -> bool:
+    return x.keys() == y.keys() and all(_bits(x[name]) == _bits(y[name]) for name in x)
+
+
+def _bits(value: Any) -> Any:
+    """What two equal values have in common: their dtype, shape and bytes, or a JSON text."""
+    if isinstance(value, np.ndarray):
+        return value.dtype, value.shape, value.tobytes()
+    return json.dumps(value, sort_keys=True)
+
+
+def _distance(x: Any, y: Any) -> float:
+    """Largest absolute difference; infinite where the two cannot be subtracted."""
+    if not isinstance(x, np.ndarray) or not isinstance(y, np.ndarray) or x.shape != y.shape:
+        return 0.0 if _bits(x) == _bits(y) else float("inf")
+    return float(np.abs(x.astype(np.float64) - y.astype(np.float64)).max(initial=0.0))
+
+
+def coverage(keys: Iterable[str], wanted: Iterable[tuple[str, str]]) -> dict[str, tuple[int, int]]:
+    """How many of the keys that each part should have are there: {part: (found, wanted)} of (key, part) pairs."""
+    pairs, there = set(wanted), set(keys)
+    total, found = Counter(part for _, part in pairs), Counter(part for key, part in pairs if key in there)
+    return {part: (found[part], total[part]) for part in sorted(total)}

@@ -1,0 +1,30 @@
+"""The extraction bench at its smallest: what it prints, and that it leaves nothing behind."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from samlove.bench.extract import run
+from samlove.errors import RequestError
+from tests.stage_code import ROOT
+
+
+def test_it_ends_with_one_json_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    result = run("micro", items=5)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    for stage in ("visual", "sam2"):
+        assert result[stage]["items"] == 5
+        assert result[stage]["ratio"] > 0
+    assert not list(tmp_path.glob("tmp*"))
+
+
+def test_an_unknown_profile_is_a_wrong_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(RequestError, match="expected one of micro, refavs"):
+        run("huge", items=1)

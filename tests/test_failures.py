@@ -1,0 +1,152 @@
+"""Media as they come: each broken file is a row of the ledger with its reason, each odd one is read as it should be."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from samlove.dataset import RefAvsFolder
+from samlove.encoders.frames import frame_sources
+from samlove.encoders.vggish import VggishEncoder
+from samlove.encoders.vit import VitEncoder
+from samlove.extract import Job, extract
+from stores import FeatureStore
+from tests import small_encoders as small
+
+SECONDS = 2
+as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+
+
+def tone(rate: int, seconds: float = SECONDS, channels: int = 1) -> np.ndarray:
+    sound = 0.5 * np.sin(2 * np.pi * 440 * np.arange(round(rate * seconds)) / rate)
+    return np.repeat(sound[:, None], channels, axis=1)
+
+
+def write(path: Path, sound: np.ndarray, rate: int, subtype: str = "PCM_16") -> None:
+    soundfile.write(path, sound, rate, subtype=subtype)
+
+
+BROKEN_SOUND: dict[str, tuple[Callable[[Path], object], str]] = {
+    "zero_bytes": (lambda path: path.write_bytes(b""), "audio that cannot be decoded"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:9000]), "truncated audio: expected"),
+    "missing": (lambda path: path.unlink(), "no such file; expected audio there"),
+    "no_sound": (lambda path: path.write_text("hello, this is a text"), "audio that cannot be decoded"),
+    "a_folder": (lambda path: (path.unlink(), path.mkdir()), "audio that cannot be decoded"),
+}
+ODD_SOUND: dict[str, tuple[Callable[[Path], object], list[bool]]] = {
+    "empty": (lambda path: write(path, tone(16_000, 0), 16_000), [False, False]),
+    "short": (lambda path: write(path, tone(16_000, 0.01), 16_000), [False, False]),
+    "one_second": (lambda path: write(path, tone(16_000, 1), 16_000), [True, False]),
+    "8_bit": (lambda path: write(path, tone(16_000), 16_000, "PCM_U8"), [True, True]),
+    "96_khz_stereo": (lambda path: write(path, tone(96_000, channels=2), 96_000), [True, True]),
+    "float": (lambda path: write(path, tone(44_100), 44_100, "FLOAT"), [True, True]),
+}
+BROKEN_FRAME: dict[str, tuple[Callable[[Path], object], str]] = {
+    "zero_bytes": (lambda path: path.write_bytes(b""), "image that cannot be decoded"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-200]), "image that cannot be decoded"),
+    "missing": (lambda path: path.unlink(), "no such file; expected image there"),
+    "no_image": (lambda path: path.write_text("hello"), "image that cannot be decoded"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RefAvsFolder:
+    """Three sound clips, and room for failures: the budget is for thousands."""
+    monkeypatch.setattr("samlove.extract.FAILURE_BUDGET", 1.0)
+    folder = RefAvsFolder(tmp_path / "clips")
+    for media_id in ("before", "sound", "after"):
+        small.write_clip(folder, media_id, frames=3, seconds=SECONDS)
+    return folder
+
+
+def extract_audio(folder: RefAvsFolder, media_ids: list[str]) -> FeatureStore:
+    root = folder.root.parent
+    encoder = VggishEncoder(small.audio_config(root / "weights"), SECONDS, torch.device("cpu"))
+    sources = {media_id: folder.audio_path(media_id) for media_id in media_ids}
+    extract(Job(encoder, sources, root / "audio", root / "scratch" / "audio", 4, 2))
+    return FeatureStore.open(root / "audio")
+
+
+def extract_visual(folder: RefAvsFolder, media_ids: list[str]) -> FeatureStore:
+    root = folder.root.parent
+    encoder = VitEncoder(small.vit_config(root / "weights"), torch.device("cpu"))
+    extract(Job(encoder, frame_sources(folder, media_ids, 3), root / "visual", root / "scratch" / "visual", 4, 2))
+    return FeatureStore.open(root / "visual")
+
+
+def test_every_broken_wav_is_a_row_with_its_reason(folder: RefAvsFolder) -> None:
+    for media_id, (spoil, _) in BROKEN_SOUND.items():
+        small.write_clip(folder, media_id, frames=1, seconds=SECONDS)
+        spoil(folder.audio_path(media_id))
+    store = extract_audio(folder, ["before", *BROKEN_SOUND, "after"])
+    assert store.keys() == ["before", "after"]
+    assert [failure.key for failure in store.failures] == list(BROKEN_SOUND)
+    for failure in store.failures:
+        assert failure.stage == "audio"
+        assert failure.error.startswith(f"{folder.audio_path(failure.key)}: {BROKEN_SOUND[failure.key][1]}")
+
+
+def test_every_odd_wav_is_read(folder: RefAvsFolder) -> None:
+    for media_id, (spoil, _) in ODD_SOUND.items():
+        small.write_clip(folder, media_id, frames=1, seconds=SECONDS)
+        spoil(folder.audio_path(media_id))
+    small.write_clip(folder, "plain", frames=1, seconds=SECONDS)
+    write(folder.audio_path("plain"), tone(16_000), 16_000)
+    store = extract_audio(folder, ["plain", *ODD_SOUND])
+    assert store.failures == []
+    for media_id, (_, valid) in ODD_SOUND.items():
+        found = store.read(media_id)
+        assert found["audio_valid"].tolist() == valid, media_id
+        if all(valid):  # the same tone, whatever its rate, channels and depth
+            expected = store.read("plain")["audio"].astype(np.float32)
+            error = np.linalg.norm(found["audio"] - expected) / np.linalg.norm(expected)
+            assert error < 0.05, (media_id, error)  # 8 bits are heard: 0.03
+
+
+def test_every_broken_frame_is_a_row_with_its_reason(folder: RefAvsFolder) -> None:
+    for media_id, (spoil, _) in BROKEN_FRAME.items():
+        small.write_clip(folder, media_id, frames=3, seconds=SECONDS)
+        spoil(folder.frame_path(media_id, 1))
+    (folder.root / "media" / "no_frames" / "frames").mkdir(parents=True)
+    broken = [*BROKEN_FRAME, "no_frames"]
+    store = extract_visual(folder, ["before", *broken, "after"])
+    assert store.keys() == ["before", "after"]
+    assert [failure.key for failure in store.failures] == broken
+    for failure in store.failures:
+        reason = BROKEN_FRAME.get(failure.key, (None, "no such file; expected image there"))[1]
+        frame = 0 if failure.key == "no_frames" else 1
+        assert failure.error.startswith(f"{folder.frame_path(failure.key, frame)}: {reason}")
+
+
+def test_a_shorter_clip_repeats_its_last_frame(folder: RefAvsFolder) -> None:
+    small.write_clip(folder, "one", frames=1, seconds=SECONDS)
+    tokens = extract_visual(folder, ["one"]).read("one")["visual"]  # (3, 1 + P, d)
+    np.testing.assert_array_equal(tokens, np.repeat(tokens[:1], 3, axis=0))
+
+
+@as_root
+def test_what_may_not_be_read_is_a_row_with_its_reason(folder: RefAvsFolder) -> None:
+    folder.audio_path("sound").chmod(0)
+    folder.frame_path("sound", 1).chmod(0)
+    for store in (extract_audio(folder, ["before", "sound"]), extract_visual(folder, ["before", "sound"])):
+        (failure,) = store.failures
+        assert failure.key == "sound"
+        assert "Permission denied" in failure.error
+
+
+def test_mended_files_are_computed_and_the_others_left(folder: RefAvsFolder) -> None:
+    wav = folder.audio_path("sound")
+    whole = wav.read_bytes()
+    wav.write_bytes(whole[:100])
+    before = extract_audio(folder, ["before", "sound", "after"])
+    assert [failure.key for failure in before.failures] == ["sound"]
+    kept = before.read("before")["audio"]
+    wav.write_bytes(whole)
+    store = extract_audio(folder, ["before", "sound", "after"])
+    assert store.failures == []
+    assert store.keys() == ["before", "sound", "after"]
+    np.testing.assert_array_equal(store.read("before")["audio"], kept)

@@ -1,0 +1,28 @@
+"""How far two arrays lie apart, and that the golden sample's tolerance tells rounding from another computation."""
+
+import numpy as np
+import pytest
+
+from samlove.golden import TOLERANCE, Row, distance
+
+
+def test_rounding_is_within_and_another_computation_without() -> None:
+    values = np.random.default_rng(0).normal(size=(10, 64)).astype(np.float32)
+    stored = values.astype(np.float16)
+    assert distance(stored, stored) == 0
+    assert 0 < distance(values, stored.astype(np.float32)) < TOLERANCE / 10
+    assert distance(stored, (values * 1.01).astype(np.float16)) > TOLERANCE
+    assert distance(stored, np.roll(stored, 1, axis=0)) > 1
+
+
+@pytest.mark.parametrize("other", [np.zeros(3, np.float32), np.zeros(4, np.float16), np.ones(3, np.float16)])
+def test_what_cannot_be_compared_is_infinitely_far(other: np.ndarray) -> None:
+    stored = np.zeros(3, np.float16)
+    assert distance(stored, other) == float("inf")
+    assert distance(stored, stored) == 0
+
+
+def test_a_row_is_good_within_the_tolerance() -> None:
+    assert Row("a", "x", TOLERANCE).good
+    assert not Row("a", "x", TOLERANCE * 1.1).good
+    assert not Row("a", "", 0.0, "gone").good

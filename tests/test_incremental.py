@@ -1,0 +1,227 @@
+"""Extraction of media that were added, changed, removed or mended: what is computed, and what is left as it was."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from samlove.errors import SamloveError
+from samlove.extract import extract
+from samlove.lock import only_run
+from stores import FeatureStore, FeatureStoreWriter
+from stores.earlier import layout
+from tests.test_extract import Numbers, Stopped, job
+
+SIZE = 100  # of a shard
+
+
+def make_sources(folder: Path, numbers: range) -> dict[str, Path]:
+    folder.mkdir(exist_ok=True)
+    sources = {f"k{n:03}": folder / f"{n}" for n in numbers}
+    for n, path in zip(numbers, sources.values(), strict=True):
+        path.write_text(str(n))
+    return sources
+
+
+def inodes(store: FeatureStore, shard: int) -> set[int]:
+    """Which files a shard consists of."""
+    return {path.stat().st_ino for path in (store.path / f"shard-{shard:05d}.zarr").rglob("*") if path.is_file()}
+
+
+class Project:
+    """A store of 250 numbers in three shards, and the same again with other sources."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.sources = make_sources(root / "in", range(250))
+        self.run()
+
+    def run(self) -> FeatureStore:
+        self.encoder = Numbers()
+        self.timing = extract(job(self.encoder, self.sources, self.root))
+        return self.store
+
+    @property
+    def store(self) -> FeatureStore:
+        return FeatureStore.open(self.root / "numbers")
+
+    def assert_holds(self, values: Mapping[str, int]) -> None:
+        store = self.store
+        assert {key: store.read(key)["x"][0] for key in store.keys()} == values
+
+    def dvc_removes_the_out(self) -> None:
+        """As `dvc repro` does before it runs the stage."""
+        shutil.rmtree(self.root / "numbers")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_added_media_add_shards(project: Project, removed: bool) -> None:
+    before = [inodes(project.store, n) for n in range(3)]
+    if removed:
+        project.dvc_removes_the_out()
+    # In front of all others, as an index in order of names would have it.
+    project.sources = {**make_sources(project.root / "new", range(900, 930)), **project.sources}
+    store = project.run()
+    assert project.encoder.computed == list(range(900, 930))
+    assert [inodes(store, n) for n in range(3)] == before
+    assert [shard["keys"] for shard in store.manifest["shards"]] == [100, 100, 50, 30]
+    assert (project.timing.shards, project.timing.shards_written) == (4, 1)
+    assert "30 of 280 items computed" in str(project.timing)
+    assert "3 of 4 shards were finished before" in str(project.timing)
+    project.assert_holds({**{f"k{n:03}": n for n in range(250)}, **{f"k{n:03}": n for n in range(900, 930)}})
+
+
+def test_changed_media_are_computed_and_their_shard_keeps_its_other_rows(project: Project) -> None:
+    before = [inodes(project.store, n) for n in range(3)]
+    project.sources["k120"].write_text("7")
+    store = project.run()
+    assert project.encoder.computed == [7]
+    assert [inodes(store, n) == before[n] for n in range(3)] == [True, False, True]
+    project.assert_holds({f"k{n:03}": 7 if n == 120 else n for n in range(250)})
+
+
+def test_removed_media_are_left_out_and_nothing_is_computed(project: Project) -> None:
+    before = [inodes(project.store, n) for n in range(3)]
+    for n in (3, *range(100, 200)):  # one row of shard 0, all of shard 1
+        del project.sources[f"k{n:03}"]
+    store = project.run()
+    assert project.encoder.computed == []
+    assert inodes(store, 2) == before[2]
+    assert [shard["name"] for shard in store.manifest["shards"]] == ["shard-00000.zarr", "shard-00002.zarr"]
+    project.assert_holds({f"k{n:03}": n for n in range(250) if n != 3 and not 100 <= n < 200})
+
+
+def test_failed_rows_are_tried_again_and_no_others(project: Project) -> None:
+    project.sources["k007"].unlink()
+    assert [failure.key for failure in project.run().failures] == ["k007"]
+    assert project.encoder.computed == []
+    before = [inodes(project.store, n) for n in range(3)]
+    assert [failure.key for failure in project.run().failures] == ["k007"]  # still
+    assert [inodes(project.store, n) for n in range(3)] == before
+    project.sources["k007"].write_text("7")
+    assert project.run().failures == []
+    assert project.encoder.computed == [7]
+    project.assert_holds({f"k{n:03}": n for n in range(250)})
+
+
+def test_the_same_media_under_other_paths_are_the_same(project: Project) -> None:
+    (project.root / "in").rename(project.root / "moved")
+    project.sources = {key: project.root / "moved" / path.name for key, path in project.sources.items()}
+    project.run()
+    assert project.encoder.computed == []
+    assert "nothing to compute; 3 of 3 shards were finished before" in str(project.timing)
+
+
+def test_rows_of_other_code_or_another_layout_are_not_reused(project: Project) -> None:
+    def todo(**changes: object) -> int:
+        made = project.store.manifest
+        values = {
+            "path": project.root / "other",
+            "scratch": project.root / "elsewhere",
+            "fingerprint": made["fingerprint"],
+            "keys": project.store.keys(),
+            "shard_size": SIZE,
+            "ids": {key: project.store.id_of(key) for key in project.store.keys()},
+            "code": made["code"],
+            "previous": [project.root / "nowhere", project.root / "numbers"],
+        }
+        return len(FeatureStoreWriter(**{**values, **changes}).todo())  # type: ignore[arg-type]
+
+    assert todo() == 0
+    assert todo(code="other") == todo(fingerprint={}) == todo(chunk_rows=1) == todo(ids={}) == todo(previous=()) == 3
+
+
+def test_linked_files_are_never_edited(project: Project) -> None:
+    """DVC may have put links to its cache in place of the store's files."""
+    cache = project.root / "cache"
+    shutil.copytree(project.root / "numbers", cache)
+    for path in (project.root / "numbers").rglob("*"):
+        if path.is_file():
+            path.unlink()
+            path.symlink_to(cache / path.relative_to(project.root / "numbers"))
+    before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+    project.sources["k120"].write_text("7")
+    del project.sources["k001"]
+    project.run()
+    assert project.encoder.computed == [7]
+    assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
+    assert not any(path.is_symlink() for path in (project.root / "numbers").rglob("*"))
+
+
+def test_damage_in_scratch_is_found_and_computed_anew(tmp_path: Path) -> None:
+    sources = make_sources(tmp_path / "in", range(250))
+    with pytest.raises(KeyboardInterrupt):
+        extract(job(Stopped(), sources, tmp_path))
+    (data,) = tmp_path.glob("scratch/*/shard-00001.zarr/x/c/0/0")
+    damaged = bytearray(data.read_bytes())
+    damaged[50] ^= 1
+    data.write_bytes(damaged)
+    encoder = Numbers()
+    extract(job(encoder, sources, tmp_path))
+    assert encoder.computed == list(range(100, 250))
+
+
+some_keys = st.lists(st.integers(0, 30).map(str), unique=True)
+
+
+@given(some_keys, st.lists(some_keys, max_size=4), st.integers(1, 5))
+def test_every_key_has_one_place_and_keeps_it(wanted: list[str], history: list[list[str]], size: int) -> None:
+    standing: dict[int, list[str]] = {}
+    for keys in [*history, wanted]:
+        placed = dict(layout(keys, standing, size))
+        assert sorted(key for shard in placed.values() for key in shard) == sorted(keys)
+        assert all(0 < len(shard) <= size for shard in placed.values())
+        where = {key: number for number, shard in placed.items() for key in shard}
+        assert all(where[key] == number for number, shard in standing.items() for key in shard if key in where)
+        # Whichever of these shards a stopped run had finished, the rest come to lie where they would have.
+        for finished in ({}, {n: placed[n] for n in list(placed)[::2]}, {n: placed[n] for n in list(placed)[1::2]}):
+            assert dict(layout(keys, {**standing, **finished}, size)) == placed
+        standing = placed
+
+
+# --- two runs ----------------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from samlove.lock import only_run
+with only_run(Path(sys.argv[1]), "x"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_is_told_and_harms_nothing(project: Project) -> None:
+    before = {path: path.read_bytes() for path in project.root.rglob("*") if path.is_file()}
+    lock = project.root / "scratch" / "lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(SamloveError, match=rf"numbers: .* at work \(process {holder.pid}\)"):
+        project.run()
+    assert project.encoder.computed == []
+    after = {path: path.read_bytes() for path in project.root.rglob("*") if path.is_file()}
+    assert {path for path in {*before, *after} if before.get(path) != after.get(path)} == {lock}
+    os.kill(holder.pid, signal.SIGKILL)  # the kernel lets go of the lock, whatever its file says
+    holder.wait()
+    project.run()
+
+
+def test_the_lock_is_free_after_an_error(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="stopped"), only_run(tmp_path / "lock", "x"):
+            raise RuntimeError("stopped")
