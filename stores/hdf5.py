@@ -29,16 +29,16 @@ def export_store(path: str | Path, file: str | Path) -> int:
 
     Raises RequestError where there is no store or the file exists, SamloveError where an item cannot be read.
     """
-    file = Path(file)
-    store = FeatureStore.open(path)
+    file, folder = Path(file), Path(path)
+    store = FeatureStore.open(folder)
     _refuse_existing(file)
     partial = file.with_name(f".{file.name}.partial")
     try:
         with h5py.File(partial, "w") as out:
             out["keys"] = np.array(store.keys(), dtype=h5py.string_dtype())
             files, arrays = out.create_group("files"), out.create_group("arrays")
-            for source in sorted(p for p in store.path.rglob("*") if p.is_file()):
-                relative = source.relative_to(store.path)
+            for source in sorted(p for p in folder.rglob("*") if p.is_file()):
+                relative = source.relative_to(folder)
                 if DATA not in relative.parts:
                     files[relative.as_posix()] = np.frombuffer(source.read_bytes(), np.uint8)
             for place, key in enumerate(store.keys()):
