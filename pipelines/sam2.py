@@ -38,13 +38,15 @@ def main() -> None:
         raise RequestError(f"expected one of {', '.join(SIZES)}, found {' '.join(sys.argv[1:]) or 'none'}")
     group = sys.argv[1]
     dataset = load(DatasetConfig)
-    encoder = Sam2ImageEncoder(load(Sam2Config), default_device())
+    config = load(Sam2Config)
+    encoder = Sam2ImageEncoder(config, default_device())
     videos = pd.read_parquet(INDEX)
     media_ids = videos.loc[(videos["split"] == "train") == (group == "train"), "media_id"].unique()
     frames = 1 if group == "train" else dataset.frames
     sources = frame_sources(RefAvsFolder(dataset.root), media_ids, frames)
     out, scratch = FEATURES / f"sam2_{group}", SCRATCH / f"sam2_{group}"
-    print(f"sam2_{group}: {extract(encoder, sources, out, scratch, *SIZES[group], chunk_rows=1)}")
+    timing = extract(encoder, sources, out, scratch, *SIZES[group], chunk_rows=1, compression=config.compression)
+    print(f"sam2_{group}: {timing}")
 
 
 if __name__ == "__main__":

@@ -106,6 +106,14 @@ def bench_metrics() -> None:
     run()
 
 
+@bench.command("precision")
+def bench_precision() -> None:
+    """Bytes, reading and effect on the masks of each precision of SAM2's embeddings (micro profile's SAM2)."""
+    from samlove.bench.precision import run
+
+    run()
+
+
 @one_line_errors
 def main() -> None:
     try:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from samlove.encoders.base import Arrays, Encoder
 from samlove.errors import SamloveError
 from stores import FeatureStoreWriter
+from stores.chunks import Compression
 from stores.features import Failure
 from stores.manifest import write_json
 
@@ -70,11 +71,13 @@ def extract(
     shard_size: int,
     batch_size: int,
     chunk_rows: int | None = None,
+    compression: Compression = "none",
 ) -> Timing:
     """Encode all `sources`, {key: what encoder.load takes}, into the feature store `out`; what happened is returned.
 
     scratch: a folder on the same file system as `out`, outside every DVC out; what a stopped run left there is used if
-    encoder, keys and files are still the same. shard_size, batch_size: items. chunk_rows: as in FeatureStoreWriter.
+    encoder, keys and files are still the same. shard_size, batch_size: items. chunk_rows, compression: as in
+    FeatureStoreWriter.
     Raises SamloveError where there is nothing to encode, where a value does not fit the store, and where more than
     FAILURE_BUDGET of the items cannot be read; then nothing is published, and another run computes only what lacks.
     """
@@ -85,7 +88,7 @@ def extract(
     for other in scratch.iterdir() if scratch.exists() else ():
         if other != mine:  # of other files, or of files that have changed since
             shutil.rmtree(other)
-    writer = FeatureStoreWriter(out, mine, encoder.fingerprint(), list(sources), shard_size, chunk_rows)
+    writer = FeatureStoreWriter(out, mine, encoder.fingerprint(), list(sources), shard_size, chunk_rows, compression)
     timing, failures = Timing(), []
     todo = writer.todo()
     keys = [key for _, planned in todo for key in planned]
