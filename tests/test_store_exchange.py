@@ -1,4 +1,4 @@
-"""`samlove store` as a user calls it."""
+"""`samlove store export` and `import` as a user calls them."""
 
 from pathlib import Path
 
