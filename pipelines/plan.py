@@ -64,7 +64,8 @@ def run(calibrate: bool) -> bool:
 def _files(entry: Planned, choices: Choices, counts: Counts) -> int:
     kind, name = entry.path.split("/")
     if kind == "features":  # manifest, failures; a shard's zarr.json and, of an array, it and the data
-        return 2 + -(-sum(entry.items.values()) // PER_SHARD[name]) * (1 + 2 * ARRAYS[name])
+        arrays = ARRAYS[name] * (2 if name.startswith("sam2") and choices.sam2.dtype == "int8" else 1)  # its scales
+        return 2 + -(-sum(entry.items.values()) // PER_SHARD[name]) * (1 + 2 * arrays)
     if kind == "shards":  # manifest, index
         return 2 + -(-counts[name].folders // choices.pack.videos_per_shard)
     return 1 + len(choices.infer.controls) * (name in CONTROLLED_SPLITS)

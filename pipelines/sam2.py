@@ -35,13 +35,14 @@ SIZES = {"train": Sizes(128, 8), "eval": Sizes(16, 1)}  # 1.1 and 1.3 GB a shard
 def job(group: str) -> Job:
     """All that the stage computes for `train` or `eval`, from the index and the active profile."""
     dataset = load(DatasetConfig)
-    encoder = Sam2ImageEncoder(load(Sam2Config), default_device())
+    config = load(Sam2Config)
+    encoder = Sam2ImageEncoder(config, default_device())
     videos = pd.read_parquet(INDEX)
     media_ids = videos.loc[(videos["split"] == "train") == (group == "train"), "media_id"].unique()
     frames = 1 if group == "train" else dataset.frames
     sources = frame_sources(RefAvsFolder(dataset.root), media_ids, frames)
     out, scratch = FEATURES / f"sam2_{group}", SCRATCH / f"sam2_{group}"
-    return Job(encoder, sources, out, scratch, *SIZES[group], chunk_rows=1)
+    return Job(encoder, sources, out, scratch, *SIZES[group], chunk_rows=1, compression=config.compression)
 
 
 @one_line_errors

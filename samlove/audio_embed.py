@@ -3,6 +3,7 @@
 What computed them cannot be known from them: the store's fingerprint says `imported`, and a hash of the files.
 """
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from samlove.config import Dtype
 from samlove.encoders.base import to_store
 from samlove.errors import RequestError, SamloveError
 from stores import FeatureStoreWriter
-from stores.fingerprint import sha256_tree
+from stores.fingerprint import sha256_file
 
 SHAPE = (10, 128)  # seconds, VGGish's width
 SHARD = 512  # clips
@@ -32,9 +33,10 @@ def import_audio_embed(folder: Path, path: Path, dtype: Dtype = "float16") -> in
         raise RequestError(f"{folder}: expected files MEDIA_ID.pt, found none")
     if path.exists():
         raise RequestError(f"{path}: exists and is not written over; remove it, or name another")
+    hashes = "".join(f"{file.name}\0{sha256_file(file)}\n" for file in files)
     fingerprint = {
         "encoder": "imported",
-        "files_sha256": sha256_tree(folder),
+        "files_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
         "seconds": SHAPE[0],
         "dtype": dtype,
     }

@@ -114,6 +114,14 @@ def bench_loader() -> None:
     run()
 
 
+@bench.command("precision")
+def bench_precision() -> None:
+    """Bytes, reading and effect on the masks of each precision of SAM2's embeddings (micro profile's SAM2)."""
+    from samlove.bench.precision import run
+
+    run()
+
+
 @bench.command("extract")
 def bench_extract(
     profile: Annotated[str, typer.Option(help="Whose architectures, configs/PROFILE; weights are random.")] = "micro",

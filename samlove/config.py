@@ -16,6 +16,7 @@ SPLITS = ("train", "val", "test_s", "test_u", "test_n")
 Policy = Literal["drop", "keep", "fail"]
 Dtype = Literal["float16", "float32"]
 Resident = Literal["auto", "off", "ram", "gpu"]
+Sam2Dtype = Literal["float16", "float32", "bfloat16", "int8"]
 
 
 class Section(BaseModel):
@@ -76,7 +77,8 @@ class Sam2Config(Section):
     config: str  # a yaml file, or a name inside the sam2 package such as configs/sam2/sam2_hiera_l.yaml
     checkpoint: str  # official .pt ({"model": state dict}) or .safetensors
     cache_point: Literal["post_conv", "pre_conv"] = "post_conv"
-    dtype: Dtype = "float16"
+    dtype: Sam2Dtype = "float16"  # int8: with a scale a channel; it and bfloat16 are read back as float32
+    compression: Literal["none", "zstd"] = "none"  # zstd: a smaller store, read more slowly
 
 
 class PackConfig(Section):

@@ -29,6 +29,7 @@ from samlove.encoders.base import Arrays, Encoder
 from samlove.errors import SamloveError
 from samlove.lock import only_run
 from stores import FeatureStoreWriter
+from stores.chunks import Compression
 from stores.features import Failure, write_failures
 
 # A few bad files among thousands should not cost a night; more than one in a hundred says that something is wrong with
@@ -44,7 +45,7 @@ class Job:
     """What one feature stage computes: every source, {key: what encoder.load takes}, into the store `out`.
 
     scratch: a folder on the same file system as `out`, outside every DVC out, of this store alone. shard_size,
-    batch_size: items; a batch does not cross shards. chunk_rows: as in FeatureStoreWriter.
+    batch_size: items; a batch does not cross shards. chunk_rows, compression: as in FeatureStoreWriter.
     """
 
     encoder: Encoder
@@ -54,6 +55,7 @@ class Job:
     shard_size: int
     batch_size: int
     chunk_rows: int | None = None
+    compression: Compression = "none"
 
 
 @dataclass
@@ -125,6 +127,7 @@ def _extract(job: Job) -> Timing:
             keys=list(job.sources),
             shard_size=job.shard_size,
             chunk_rows=job.chunk_rows,
+            compression=job.compression,
             ids=ids,
             code=code_digest(type(job.encoder)),
             previous=(job.out, job.scratch / LAST),

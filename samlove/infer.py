@@ -79,7 +79,7 @@ class Sources:
 
     @property
     def frames(self) -> int:
-        return self.sam2.manifest["arrays"][LEVELS[-1]]["shape"][0]
+        return self.sam2.shapes[LEVELS[-1]][0]
 
     def check(self, header: Header, checkpoint: Path, rows: pd.DataFrame) -> None:
         """Raise SamloveError where a store is not of the kind that the checkpoint was trained on, or lacks an item."""

@@ -2,7 +2,7 @@
 
 A sample, keyed by media_id (letters: N frames, P patches, L text tokens, S mask size, d widths):
     audio (N,dA), audio_valid (N,) bool, visual (N,1+P,dV)         as in their stores
-    sam2_image_embed (C,h,w), sam2_high_res_0, sam2_high_res_1     of frame 0
+    sam2_image_embed (C,h,w), sam2_high_res_0, sam2_high_res_1     of frame 0; int8 as float16, which is enough for it
     text (n,L,dT), text_mask (n,L) bool                            the video's n different expressions
     masks (m,S,S) uint8, 0 or 1                                    frame 0 of the m objects they refer to
     rows [{"row_id": str, "text": index, "mask": index, or -1 where nothing is referred to}]
@@ -112,6 +112,8 @@ def _sample(
     words = [sources["text"].read(text) for text in texts]
     masks = [resize_mask(load_mask(folder.mask_path(media_id, fid, 0)), mask_size) for fid in objects]
     first = sources["sam2"].read(media_id, FIRST_FRAME)
+    if sources["sam2"].manifest["fingerprint"].get("dtype") == "int8":
+        first = {name: frames.astype(np.float16) for name, frames in first.items()}
     return {
         **sources["audio"].read(media_id),
         **sources["visual"].read(media_id),

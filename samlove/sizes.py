@@ -30,7 +30,8 @@ MADE = ("features", "shards", "predictions")  # what takes the room under data/,
 CONTROLLED_SPLITS = ("test_s", "test_u")  # whose predictions infer makes once more for each control
 VGGISH_CHANNELS = 128  # of VGGish's last layer, whatever its width
 WIDTHS = {"tiny": 192, "small": 384, "base": 768, "large": 1024, "huge": 1280}  # of ViTs, by timm's names
-BYTES = {"float16": 2, "float32": 4}
+BYTES = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+PACKED_BYTES = {"int8": 2, "float16": 2, "bfloat16": 4, "float32": 4}  # of the same in shards; see samlove.pack
 TEXT_WIDTH = 768  # DistilRoBERTa's, where its folder is not there yet; CLIP's 512 needs less
 
 
@@ -146,7 +147,7 @@ def planned(choices: Choices, counts: Counts) -> list[Planned]:
     ]
     for split in ("train", "val"):
         n = counts[split]
-        size = n.folders * (item["audio"] + item["visual"] + item["sam2"])
+        size = n.folders * (item["audio"] + item["visual"] + item["sam2 packed"])
         size += n.rows * (item["text"] + mask)  # a text or mask that several rows of a video share is kept once
         made.append(Planned(f"shards/{split}", {split: n.rows}, {split: size}))
     for split in SPLITS[1:]:
@@ -157,18 +158,24 @@ def planned(choices: Choices, counts: Counts) -> list[Planned]:
 
 
 def item_bytes(choices: Choices) -> dict[str, int]:
-    """Bytes of one item in each store: audio and visual a media folder, text an expression, sam2 a frame."""
+    """Bytes of one item in each store: audio and visual a media folder, text an expression, sam2 a frame.
+
+    "sam2 packed": of a frame in a shard. Compression is not reckoned with.
+    """
     dataset, audio, visual, text, sam2, *_ = choices
     tokens, width = vit_shape(visual)
     image_size, channels = sam2_shape(sam2)
     grid = image_size // 16  # of the coarsest of the three levels; the others are 2 and 4 times as fine
     # After conv_s0/conv_s1 the finer levels have a quarter and an eighth of the channels, before them all.
     levels = 1 + 4 + 16 if sam2.cache_point == "pre_conv" else 1 + 4 // 4 + 16 // 8
+    scales = channels * (3 if sam2.cache_point == "pre_conv" else 1 + 1 / 4 + 1 / 8) if sam2.dtype == "int8" else 0
+    values = levels * channels * grid * grid
     return {
         "audio": dataset.frames * (VGGISH_CHANNELS * BYTES[audio.dtype] + 1),  # and whether the second has sound
         "visual": dataset.frames * tokens * width * BYTES[visual.dtype],
         "text": text.max_tokens * (text_width(text) * BYTES[text.dtype] + 1),  # and whether there is a token
-        "sam2": levels * channels * grid * grid * BYTES[sam2.dtype],
+        "sam2": values * BYTES[sam2.dtype] + int(scales) * 4,
+        "sam2 packed": values * PACKED_BYTES[sam2.dtype],
     }
 
 

@@ -1,22 +1,33 @@
 """Reading one array of a feature store's shard: the chunks asked for, from the mapped file, each checked.
 
 The general reader of Zarr takes 1 to 3 ms an array for its event loop and its repeated look at the shard's index;
-this one takes some 20 us. It reads only the layout that FeatureStoreWriter writes (Zarr v3, one sharding_indexed
-shard of uncompressed little-endian chunks with crc32c, index at the end) and refuses any other; tests hold it
+this one takes some 20 us. It reads only the layouts that FeatureStoreWriter writes (Zarr v3, one sharding_indexed
+shard of little-endian chunks, plain or by zstd, with crc32c, index at the end) and refuses any other; tests hold it
 against zarr itself.
 """
 
 import json
 import mmap
+from typing import Any, Literal
 
 import google_crc32c
 import numpy as np
+from numcodecs.zstd import Zstd
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from stores.remote import AnyPath
 
-_CODECS = ["bytes", "crc32c"]  # of chunks and of the index
+Compression = Literal["none", "zstd"]
+_CODECS = ["bytes", "crc32c"]  # of the index, and of plain chunks
+_ZSTD = ["bytes", "zstd", "crc32c"]
+_LEVEL = 3  # zstd's own default
 _CRC = np.dtype("<u4")
 _PLACE = np.dtype("<u8")  # of a chunk: offset, number of bytes
+
+
+def compressors(compression: Compression) -> list[Any]:
+    """Zarr's codecs of a chunk's bytes; the checksum is of what lies on disk."""
+    return [*([ZstdCodec(level=_LEVEL)] if compression == "zstd" else []), Crc32cCodec()]
 
 
 class ShardArray:
@@ -34,10 +45,11 @@ class ShardArray:
         self.shape: tuple[int, ...] = tuple(meta["shape"])
         dtype = np.dtype(meta["data_type"])
         whole = shard[0] == self.shape[0] and chunk[0] == 1 and chunk[2:] == shard[2:] == list(self.shape[2:])
-        if names != [_CODECS, _CODECS] or sharding["index_location"] != "end" or not whole:
+        if names[0] not in (_CODECS, _ZSTD) or names[1] != _CODECS or sharding["index_location"] != "end" or not whole:
             raise ValueError(f"{folder}: not laid out as a feature store's")
         self._dtype = dtype.newbyteorder("<")
         self._chunk = tuple(chunk[1:])
+        self._zstd = Zstd() if names[0] == _ZSTD else None
         self._per_key = shard[1] // chunk[1] if len(shard) > 1 else 1
         with folder.joinpath("c", *["0"] * len(shard)).open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -57,6 +69,11 @@ class ShardArray:
 
     def _read_chunk(self, number: int) -> np.ndarray:
         data = self._checked(*self._places[number], f"chunk {number}")
+        if self._zstd:
+            try:
+                data = self._zstd.decode(data)
+            except RuntimeError as error:
+                raise ValueError(f"chunk {number}: {error}") from None
         return np.frombuffer(data, self._dtype).reshape(self._chunk)
 
     def read(self, key: int, rows: slice | None = None) -> np.ndarray:

@@ -25,17 +25,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
-from zarr.codecs import Crc32cCodec
 
 from samlove.errors import RequestError, SamloveError
-from stores.chunks import ShardArray
+from stores.chunks import Compression, ShardArray, compressors
+from stores.codec import decode, is_coded, shapes
 from stores.earlier import Shard, layout, link_folder, published_shards, shard_attributes, shard_name
 from stores.fingerprint import fingerprint_id
 from stores.manifest import Files, file_entry, list_files, read_manifest, replace_folder, write_json, write_manifest
 from stores.remote import AnyPath, as_path, keep_open
 
 Arrays = dict[str, np.ndarray]
-DTYPES = ("bool", "uint8", "int32", "int64", "float16", "float32")  # what a feature may be
+DTYPES = ("bool", "uint8", "int8", "uint16", "int32", "int64", "float16", "float32")  # what a feature may be
 FAILURES = "failures.csv"
 
 
@@ -72,6 +72,7 @@ class FeatureStore:
                 "in its shards; remake the store"
             )
         self._opened: dict[str, dict[str, ShardArray]] = {}
+        self._coded = is_coded(self.manifest["arrays"])
 
     @classmethod
     def open(cls, path: str | AnyPath) -> "FeatureStore":
@@ -101,6 +102,11 @@ class FeatureStore:
         return key in self._place
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each array of an item."""
+        return shapes(self.manifest["arrays"])
+
+    @property
     def failures(self) -> list[Failure]:
         """The failure ledger."""
         with (self.path / FAILURES).open("r", newline="", encoding="utf-8") as file:
@@ -115,10 +121,16 @@ class FeatureStore:
     def read(self, key: str, rows: slice | None = None) -> Arrays:
         """Copies of one item's arrays, {name: (*item shape)}; `rows`, without a step, cuts axis 0 of each.
 
-        Only the chunks that hold these rows are read, and their checksums compared.
+        Only the chunks that hold these rows are read, and their checksums compared. Features that stores.codec keeps
+        narrower come as floats.
 
         Raises SamloveError where the store has no such key, or where the bytes on disk are damaged.
         """
+        arrays = self.read_stored(key, rows)
+        return decode(arrays) if self._coded else arrays
+
+    def read_stored(self, key: str, rows: slice | None = None) -> Arrays:
+        """As `read`, the arrays as they are kept, under the names of the manifest."""
         if key not in self._place:
             known = [f"{f.stage} failed: {f.error}" for f in self.failures if f.key == key]
             raise SamloveError(f"{self.path}: no item {key!r} ({'; '.join(known) or 'not among its keys'})")
@@ -137,6 +149,7 @@ class FeatureStoreWriter:
     path: where the store is published. scratch: a folder on the same file system, outside every DVC out.
     keys: all items, in order; those that lie in no shard yet fill new ones, `shard_size` each.
     chunk_rows: rows of axis 0 that are read together; None keeps an item in one chunk.
+    compression: of every chunk; it loses nothing.
     ids: what stands for the content of each key's source; a row is reused where it is the same.
     code: what stands for the code that computes the rows; one of other code is never reused.
     previous: stores to take rows and shards from: the first that is there, of this fingerprint and code.
@@ -148,6 +161,7 @@ class FeatureStoreWriter:
     keys: Sequence[str]
     shard_size: int
     chunk_rows: int | None = None
+    compression: Compression = "none"
     ids: Mapping[str, str] = field(default_factory=dict)
     code: str = ""
     previous: Sequence[Path] = ()
@@ -268,7 +282,7 @@ class FeatureStoreWriter:
                 chunks=(1, *chunk),
                 shards=(len(items), *stored),
                 dtype=first.dtype,
-                compressors=[Crc32cCodec()],
+                compressors=compressors(self.compression),
                 config={"write_empty_chunks": True},  # zeros are data: absent bytes would hide damage
             )
             array[:] = np.stack([item[name] for item in items])  # (keys, *shape)

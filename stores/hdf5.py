@@ -21,7 +21,7 @@ from stores.chunks import ShardArray
 from stores.features import FeatureStore
 from stores.manifest import read_manifest, replace_folder
 
-DATA = "c"  # the folder of an array's data, as Zarr v3 names it
+DATA = "c"  # SHARD/ARRAY/c holds an array's data, as Zarr v3 names it
 
 
 def export_store(path: str | Path, file: str | Path) -> int:
@@ -37,12 +37,13 @@ def export_store(path: str | Path, file: str | Path) -> int:
         with h5py.File(partial, "w") as out:
             out["keys"] = np.array(store.keys(), dtype=h5py.string_dtype())
             files, arrays = out.create_group("files"), out.create_group("arrays")
+            shards = {shard["name"] for shard in store.manifest["shards"]}
             for source in sorted(p for p in folder.rglob("*") if p.is_file()):
                 relative = source.relative_to(folder)
-                if DATA not in relative.parts:
+                if relative.parts[0] not in shards or relative.parts[2:3] != (DATA,):
                     files[relative.as_posix()] = np.frombuffer(source.read_bytes(), np.uint8)
             for place, key in enumerate(store.keys()):
-                for name, array in store.read(key).items():
+                for name, array in store.read_stored(key).items():
                     if name not in arrays:
                         _create(arrays, name, array, len(store))
                     arrays[name][place] = array

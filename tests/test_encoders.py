@@ -24,6 +24,7 @@ from samlove.encoders.vit import VitEncoder, build_vit
 from samlove.encoders.weights import load_state_dict
 from samlove.errors import RequestError, SamloveError
 from samlove.sam2_build import instantiate_sam2, load_sam2_weights
+from stores.codec import decode
 from tests import small_encoders as small
 
 CPU = torch.device("cpu")
@@ -362,3 +363,21 @@ def test_both_cache_points_lead_to_what_sam2_computes(tmp_path: Path) -> None:
         conv = [decoder.conv_s0(before[LEVELS[0]]), decoder.conv_s1(before[LEVELS[1]]), before[LEVELS[2]]]
     for name, wanted in zip(LEVELS, conv, strict=True):
         torch.testing.assert_close(found["post_conv"][name], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_sam2_is_kept_narrower_within_its_bounds(tmp_path: Path, dtype: str) -> None:
+    frames = [torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8) for n in (2, 1)]
+    exact = Sam2ImageEncoder(small.sam2_config(tmp_path, dtype="float32"), CPU)
+    narrow = Sam2ImageEncoder(small.sam2_config(tmp_path, dtype=dtype), CPU)
+    assert narrow.fingerprint() == exact.fingerprint() | {"dtype": dtype}
+    for found, wanted in zip(map(decode, narrow.encode(frames)), exact.encode(frames), strict=True):
+        assert set(found) == set(LEVELS)
+        for name, value in wanted.items():
+            largest = np.abs(value).max(axis=(2, 3), keepdims=True)  # (F, C, 1, 1)
+            bound = {
+                "float16": np.abs(value) * 2**-11 + 2**-25,
+                "bfloat16": np.abs(value) * 2**-8,
+                "int8": largest / 253,
+            }
+            assert (np.abs(found[name].astype(np.float32) - value) <= bound[dtype] + 1e-6).all()

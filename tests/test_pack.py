@@ -58,6 +58,18 @@ def test_rows_whose_features_failed_are_left_out_and_named(tmp_path):
     assert reader[0]["masks"].shape == (1, SIZE, SIZE)
 
 
+@pytest.mark.parametrize(("coding", "packed"), [("int8", np.float16), ("bfloat16", np.float32)])
+def test_embeddings_that_are_kept_narrower_are_packed_as_floats(tmp_path, coding, packed):
+    sources = make_stores(tmp_path)
+    sources["sam2"] = make_store(tmp_path / coding, "sam2", {"dtype": coding}, coding=coding)
+    pack(tmp_path / "shards", ROWS, sources, make_folder(tmp_path), SIZE, 2)
+    reader = ShardReader(tmp_path / "shards")
+    for i, media_id in enumerate(reader.keys()):
+        for name, value in sources["sam2"].read(media_id).items():
+            assert reader[i][name].dtype == packed
+            np.testing.assert_array_equal(reader[i][name], value[0].astype(packed))
+
+
 def test_a_row_unknown_to_a_store_is_an_error(tmp_path):
     rows = ROWS.assign(exp=ROWS["exp"].replace("the red disc", "the blue disc"))
     with pytest.raises(SamloveError, match=r"text: expected 'the blue disc'.*dvc repro text"):

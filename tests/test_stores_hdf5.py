@@ -18,7 +18,7 @@ STORABLE = ("bool", "uint8", "int32", "int64", "float16", "float32")
 def make_item(seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     items = {name: (rng.standard_normal((3, 5, 2)) * 3).astype(name) for name in STORABLE}
-    return {**items, "zeros": np.zeros((3, 4), np.float16), "scalar": np.array(seed, np.int64)}
+    return {**items, "c": np.zeros((3, 4), np.float16), "scalar": np.array(seed, np.int64)}
 
 
 def make_store(root: Path, keys: list[str], failed: tuple[str, ...] = (), chunk_rows: int | None = 2) -> FeatureStore:

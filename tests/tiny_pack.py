@@ -9,6 +9,7 @@ from PIL import Image
 from samlove.dataset import RefAvsFolder
 from samlove.pack import Packed, pack
 from stores import Failure, FeatureStore, FeatureStoreWriter
+from stores.codec import Coding, encode
 
 N, PATCHES, L, SIZE = 3, 4, 5, 8  # frames, patches, text tokens, mask size
 ROWS = pd.DataFrame(
@@ -41,12 +42,24 @@ def features_of(name: str, key: str) -> dict[str, np.ndarray]:
     return {level: values(N, *shape) for level, shape in levels.items()}
 
 
-def make_store(root: Path, name: str, fingerprint: dict | None = None, failed: tuple[str, ...] = ()) -> FeatureStore:
+def make_store(
+    root: Path,
+    name: str,
+    fingerprint: dict | None = None,
+    failed: tuple[str, ...] = (),
+    coding: Coding | None = None,
+) -> FeatureStore:
+    """coding: of stores.codec, in which all of its arrays are kept."""
+
+    def item(key: str) -> dict[str, np.ndarray]:
+        features = features_of(name, key)
+        return {k: v for n, a in features.items() for k, v in encode(n, a, coding).items()} if coding else features
+
     keys = list(dict.fromkeys(ROWS["exp" if name == "text" else "media_id"]))
     fingerprint = fingerprint or {"encoder": name, "dtype": "float16"}
     writer = FeatureStoreWriter(root / name, root / "scratch" / name, fingerprint, keys, 2, chunk_rows=1)
     for number, planned in writer.todo():
-        writer.write_shard(number, {key: features_of(name, key) for key in planned if key not in failed})
+        writer.write_shard(number, {key: item(key) for key in planned if key not in failed})
     writer.publish([Failure(key, name, "torn file") for key in failed])
     return FeatureStore.open(root / name)
 

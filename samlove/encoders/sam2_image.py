@@ -28,6 +28,7 @@ from samlove.sam2_build import (
     load_sam2_weights,
     read_sam2_config,
 )
+from stores.codec import encode
 from stores.fingerprint import sha256_file
 
 LEVELS = ("sam2_high_res_0", "sam2_high_res_1", "sam2_image_embed")  # strides 4, 8, 16, in SAM2's order
@@ -62,6 +63,7 @@ class Sam2ImageEncoder:
             "mean": list(MEAN),
             "std": list(STD),
             "dtype": self.config.dtype,
+            "compression": self.config.compression,
             "libraries": library_versions("torch", "sam2", "pillow"),
         }
 
@@ -77,14 +79,19 @@ class Sam2ImageEncoder:
 
     @torch.inference_mode()
     def encode(self, items: list[Tensor]) -> list[Arrays]:
-        """The three levels of each item's frames, in the configured dtype."""
+        """The three levels of each item's frames, in the configured dtype (see stores.codec)."""
         frames = normalise(torch.cat(items).to(self.device), MEAN, STD)  # (all frames, 3, S, S)
         forward = self.network.forward_image if self.config.cache_point == "post_conv" else self.network.image_encoder
         levels = forward(frames)["backbone_fpn"]
-        stored = {
-            name: to_store(name, level, self.config.dtype)  # (all frames, C, h, w)
-            for name, level in zip(LEVELS, levels, strict=True)
-        }
+        stored: Arrays = {}
+        for name, level in zip(LEVELS, levels, strict=True):
+            stored |= self._narrow(name, level)  # (all frames, C, h, w)
         ends = np.cumsum([len(item) for item in items])
         parts = {name: np.split(level, ends[:-1]) for name, level in stored.items()}
-        return [{name: parts[name][i] for name in LEVELS} for i in range(len(items))]
+        return [{name: part[i] for name, part in parts.items()} for i in range(len(items))]
+
+    def _narrow(self, name: str, level: Tensor) -> Arrays:
+        dtype = self.config.dtype
+        if dtype == "bfloat16" or dtype == "int8":
+            return encode(name, to_store(name, level, "float32"), dtype)
+        return {name: to_store(name, level, dtype)}
