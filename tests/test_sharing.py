@@ -119,7 +119,7 @@ def test_features_alone_are_pulled_trained_on_and_not_computed(first: Clone, tea
     assert all(path.is_symlink() for path in second.stored())
     pulled = second.cached()
     assert second.repro("train") == {"synth", "index", "pack", "train"}
-    second.edit("fusion", blocks=1)
+    second.edit("fusion", blocks=2)
     assert second.repro("evaluate") == {
         "train",
         *(f"infer@{s}" for s in ("val", "test_s", "test_u", "test_n")),
