@@ -105,7 +105,7 @@ def _write(folder: Path, clips: list[Clip], dtype: Sam2Dtype, compression: Compr
 
 def _data_bytes(store: FeatureStore) -> int:
     """Of the arrays' files: with few items the rest, a few kB a shard, would weigh more than it does."""
-    return sum(p.stat().st_size for p in store.path.rglob("c/**/*") if p.is_file())
+    return sum(p.stat().st_size for p in Path(str(store.path)).rglob("c/**/*") if p.is_file())
 
 
 def _follow(model: LightSam2, store: FeatureStore, clips: list[Clip]) -> list[Tensor]:
