@@ -44,7 +44,7 @@ def select(checkout: Path, profile: str) -> None:
 def test_help_lists_the_commands_without_loading_torch() -> None:
     done = samlove("--help")
     assert done.returncode == 0
-    for command in ("synth", "audit", "doctor", "bench"):
+    for command in ("synth", "audit", "doctor", "bench", "store"):
         assert f"  {command} " in done.stdout
     loaded = "import sys, samlove.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", loaded], cwd=ROOT).returncode == 0
