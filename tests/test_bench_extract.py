@@ -16,7 +16,7 @@ def test_it_ends_with_one_json_object(
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    result = run("micro", items=5)
+    result = run("micro", items=5, rounds=1)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     for stage in ("visual", "sam2"):
         assert result[stage]["items"] == 5
