@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from pipelines import audio, sam2, text, visual
-from samlove.config import active_profile
+from samlove.config import CONTROLLED_SPLITS, active_profile
 from samlove.dataset import RefAvsFolder
 from samlove.device import default_device
 from samlove.encoders.base import Encoder
@@ -19,7 +19,6 @@ from samlove.encoders.vggish import VggishEncoder
 from samlove.errors import SamloveError
 from samlove.extract import READERS
 from samlove.sizes import (
-    CONTROLLED_SPLITS,
     Choices,
     Counts,
     Planned,

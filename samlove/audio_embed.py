@@ -16,6 +16,7 @@ from samlove.encoders.base import to_store
 from samlove.errors import RequestError, SamloveError
 from stores import FeatureStoreWriter
 from stores.fingerprint import sha256_file
+from stores.manifest import refuse_existing
 
 SHAPE = (10, 128)  # seconds, VGGish's width
 SHARD = 512  # clips
@@ -31,8 +32,7 @@ def import_audio_embed(folder: Path, path: Path, dtype: Dtype = "float16") -> in
     files = sorted(folder.glob("*.pt"))
     if not files:
         raise RequestError(f"{folder}: expected files MEDIA_ID.pt, found none")
-    if path.exists():
-        raise RequestError(f"{path}: exists and is not written over; remove it, or name another")
+    refuse_existing(path)
     hashes = "".join(f"{file.name}\0{sha256_file(file)}\n" for file in files)
     fingerprint = {
         "encoder": "imported",

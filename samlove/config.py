@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from samlove.errors import RequestError
 
 SPLITS = ("train", "val", "test_s", "test_u", "test_n")
+CONTROLLED_SPLITS = ("test_s", "test_u")  # where evaluation compares controls with predictions
 Policy = Literal["drop", "keep", "fail"]
 Dtype = Literal["float16", "float32"]
 Resident = Literal["auto", "off", "ram", "gpu"]

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from samlove.checkpoint import Header, load_model, read_header
-from samlove.config import InferConfig
+from samlove.config import CONTROLLED_SPLITS, InferConfig
 from samlove.dataset import RefAvsFolder, load_mask
 from samlove.errors import RequestError, SamloveError
 from samlove.metrics import EDGES, quantise
@@ -35,7 +35,6 @@ from stores.fingerprint import check_fingerprint, fingerprint_id, sha256_file
 from stores.manifest import replace_folder
 
 PREDICTIONS = "predictions"  # the variant that is no control
-CONTROLLED_SPLITS = ("test_s", "test_u")  # where evaluation compares controls with predictions
 STAGES = {"audio": "audio", "visual": "visual", "text": "text", "sam2": "sam2@train sam2@eval"}
 # Masks left in the scratch folder by other code must not be taken up: these files decide what a mask is.
 CODE = ("fusion.py", "infer.py", "metrics.py", "model.py", "sam2.py")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from samlove.config import (
+    CONTROLLED_SPLITS,
     SPLITS,
     AudioConfig,
     DatasetConfig,
@@ -27,7 +28,6 @@ from samlove.dataset import RefAvsFolder
 
 DATA = Path("data")
 MADE = ("features", "shards", "predictions")  # what takes the room under data/, the dataset aside
-CONTROLLED_SPLITS = ("test_s", "test_u")  # whose predictions infer makes once more for each control
 VGGISH_CHANNELS = 128  # of VGGish's last layer, whatever its width
 WIDTHS = {"tiny": 192, "small": 384, "base": 768, "large": 1024, "huge": 1280}  # of ViTs, by timm's names
 BYTES = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}

@@ -63,7 +63,7 @@ def _verify_live(path: Path) -> list[str]:
     from samlove.golden import TOLERANCE, check_live
     from samlove.stages import job_of, stage_of
     from stores import FeatureStore
-    from stores.inspect import differing
+    from stores.fingerprint import differing
 
     found, job = FeatureStore.open(path), job_of(stage_of(path))
     for name, (stored, now) in differing(found.manifest["fingerprint"], job.encoder.fingerprint()).items():

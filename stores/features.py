@@ -208,6 +208,10 @@ class FeatureStoreWriter:
         """What there is of a shard: as finished in scratch, or else as published before."""
         return self._staged(shard_name(number)) or self._published.get(number)
 
+    def _good(self, shard: Shard | None, planned: Sequence[str]) -> list[str]:
+        """The planned keys whose rows in a shard are as good as new."""
+        return shard.good(planned, self.ids) if shard else []
+
     @cached_property
     def _plan(self) -> dict[int, list[str]]:
         names = [folder.name for folder in self.staging.glob("shard-*.zarr")]
@@ -225,7 +229,7 @@ class FeatureStoreWriter:
         todo = []
         for number, planned in self._plan.items():
             shard = self._shard(number)
-            good = shard.good(planned, self.ids) if shard else []
+            good = self._good(shard, planned)
             if len(good) < len(planned) or (shard and len(good) < len(shard.ids)):
                 kept = set(good)
                 todo.append((number, [key for key in planned if key not in kept]))
@@ -244,7 +248,7 @@ class FeatureStoreWriter:
         if unknown := [key for key in items if key not in planned]:
             raise SamloveError(f"{self.path}: shard {number} has no place for {unknown[:5]}")
         shard = self._shard(number)
-        good = shard.good(planned, self.ids) if shard else []
+        good = self._good(shard, planned)
         if shard and not items and len(good) == len(shard.ids):
             return False  # staged, or linked when it is published
         rows: dict[str, Mapping[str, np.ndarray]] = {**items}
@@ -325,7 +329,7 @@ class FeatureStoreWriter:
         files: Files = {}
         for number, planned in self._plan.items():
             shard = self._shard(number)
-            good = shard.good(planned, self.ids) if shard else []
+            good = self._good(shard, planned)
             lost = [key for key in planned if key not in good and key not in excused]
             if shard is None or lost or len(good) < len(shard.ids):
                 lost = lost or [*shard.ids] if shard else planned

@@ -55,12 +55,15 @@ def fingerprint_id(fingerprint: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(fingerprint).encode()).hexdigest()[:12]
 
 
+def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The fields whose values differ, with both; `absent` for one that lacks."""
+    pairs = {name: (a.get(name, ABSENT), b.get(name, ABSENT)) for name in sorted({*a, *b})}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def check_fingerprint(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str | AnyPath, remedy: str) -> None:
     """Raise SamloveError naming every field that differs, both values, and the command that mends it."""
     found, wanted = json.loads(canonical_json(found)), json.loads(canonical_json(wanted))  # tuples compare as lists
-    differing = [k for k in sorted({*found, *wanted}) if found.get(k, ABSENT) != wanted.get(k, ABSENT)]
-    if differing:
-        faults = "; ".join(
-            f"{k}: expected {wanted.get(k, ABSENT)!r}, found {found.get(k, ABSENT)!r}" for k in differing
-        )
+    if faulty := differing(wanted, found):
+        faults = "; ".join(f"{k}: expected {expected!r}, found {there!r}" for k, (expected, there) in faulty.items())
         raise SamloveError(f"{where}: made otherwise than asked for ({faults}); to mend it: {remedy}")

@@ -19,7 +19,7 @@ import zarr
 from samlove.errors import RequestError, SamloveError
 from stores.chunks import ShardArray
 from stores.features import FeatureStore
-from stores.manifest import read_manifest, replace_folder
+from stores.manifest import read_manifest, refuse_existing, replace_folder
 
 DATA = "c"  # SHARD/ARRAY/c holds an array's data, as Zarr v3 names it
 
@@ -31,7 +31,7 @@ def export_store(path: str | Path, file: str | Path) -> int:
     """
     file, folder = Path(file), Path(path)
     store = FeatureStore.open(folder)
-    _refuse_existing(file)
+    refuse_existing(file)
     partial = file.with_name(f".{file.name}.partial")
     try:
         with h5py.File(partial, "w") as out:
@@ -68,7 +68,7 @@ def import_store(file: str | Path, path: str | Path) -> int:
     file, path = Path(file), Path(path)
     if not file.is_file():
         raise RequestError(f"{file}: no such file; expected what samlove store export wrote")
-    _refuse_existing(path)
+    refuse_existing(path)
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
     try:
@@ -92,11 +92,6 @@ def import_store(file: str | Path, path: str | Path) -> int:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return len(keys)
-
-
-def _refuse_existing(path: Path) -> None:
-    if path.exists():
-        raise RequestError(f"{path}: exists and is not written over; remove it, or name another")
 
 
 def _write_file(folder: Path, name: str, item: Any) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from samlove.errors import RequestError
 from stores.features import Failure, FeatureStore
-from stores.fingerprint import ABSENT
+from stores.fingerprint import differing
 from stores.manifest import NAME, files_below
 from stores.predictions import PredictionReader
 from stores.shards import ShardReader
@@ -139,12 +139,6 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, part in value.items():
         fields |= flat(part, f"{prefix}{name}.") if isinstance(part, Mapping) else {prefix + name: part}
     return fields
-
-
-def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The fields whose values differ, with both; `absent` for one that lacks."""
-    pairs = {name: (a.get(name, ABSENT), b.get(name, ABSENT)) for name in sorted({*a, *b})}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _same(x: Item, y: Item) -> bool:

@@ -90,6 +90,12 @@ def read_manifest(folder: AnyPath, remedy: str) -> dict[str, Any]:
     return manifest
 
 
+def refuse_existing(path: Path) -> None:
+    """Raise RequestError where there is something at `path` already."""
+    if path.exists():
+        raise RequestError(f"{path}: exists and is not written over; remove it, or name another")
+
+
 def replace_folder(new: Path, path: Path) -> None:
     """Rename `new` to `path`; a folder already there is renamed away first and then removed, never edited."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ own checksum. Reads only.
 """
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,19 @@ def _hurt(folder: Path, name: str, manifest: dict[str, Any]) -> str:
         store = FeatureStore.open(folder)
     except SamloveError:
         return ""
+    return _cost(store.keys_of(shard), store.read, "item's values")
+
+
+def _cost(keys: Iterable[str], read: Callable[[str], object], what: str) -> str:
+    """Which of the keys cannot be read any more."""
     lost = []
-    for key in store.keys_of(shard):
+    for key in keys:
         try:
-            store.read(key)
+            read(key)
         except SamloveError:
             lost.append(key)
     if not lost:
-        return "; no item's values are hurt"
+        return f"; no {what} are hurt"
     more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
     return f"; cannot be read: {', '.join(lost[:SHOWN])}{more}"
 
@@ -125,11 +131,4 @@ def _hurt_rows(path: Path) -> str:
         reader = PredictionReader(path)
     except SamloveError:
         return "; it cannot be opened"
-    lost = []
-    for row in reader.row_ids:
-        try:
-            reader.read(row)
-        except SamloveError:
-            lost.append(row)
-    more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
-    return f"; cannot be read: {', '.join(lost[:SHOWN])}{more}" if lost else "; no row's masks are hurt"
+    return _cost(reader.row_ids, reader.read, "row's masks")

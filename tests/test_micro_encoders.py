@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import samlove.torchvision_ops  # noqa: F401
 from samlove.config import AudioConfig, TextConfig, VisualConfig, load
 from samlove.encoders.roberta import RobertaEncoder
 from samlove.encoders.vggish import build_vggish
 from samlove.encoders.vit import build_vit
+from samlove.encoders.weights import load_state_dict
 from samlove.micro import code
 from samlove.micro.pretrain_encoders import (
     Examples,
@@ -32,16 +32,12 @@ def batch_of(examples: list[dict]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.stack([e[name] for e in examples])) for name in examples[0]}
 
 
-def weights(path: str) -> dict[str, torch.Tensor]:
-    return {name: value.float() for name, value in load_file(path).items()}
-
-
 @torch.no_grad()
 def test_bundled_vit_tells_what_it_sees() -> None:
     config = load(VisualConfig)
     batch = batch_of(list(islice(Examples(patches, FRESH, 0), 96)))
     vit = build_vit(config.model, config.model_args, config.image_size).eval()
-    vit.load_state_dict(weights(config.weights))
+    vit.load_state_dict(load_state_dict(Path(config.weights)))
     pictures = batch["picture"].permute(0, 3, 1, 2).float() / 127.5 - 1  # (48, 3, 128, 128)
     _, scores = sight_loss(vit.forward_features(pictures), batch)
     assert scores["category"] > 0.8 and scores["colour"] > 0.9 and scores["pulse"] > 0.9 and scores["centre"] < 0.07
@@ -52,7 +48,7 @@ def test_bundled_vggish_tells_what_it_hears() -> None:
     config = load(AudioConfig)
     batch = batch_of(list(islice(Examples(voices, FRESH, 0), 200)))
     vggish = build_vggish(config.channels, config.hidden, pre_relu=True).eval()
-    vggish.load_state_dict(weights(config.weights))
+    vggish.load_state_dict(load_state_dict(Path(config.weights)))
     _, scores = sound_loss(vggish(batch["mel"]), batch)
     assert scores["loudest"] > 0.9 and scores["lowest"] > 0.75 and scores["loudness"] < 0.5 and scores["pitch"] < 0.5
 

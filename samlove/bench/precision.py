@@ -14,6 +14,7 @@ from typing import get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sam2.modeling.sam2_base import NO_OBJ_SCORE
 from torch import Tensor
 
 from samlove.config import Sam2Config, Sam2Dtype
@@ -27,7 +28,6 @@ from stores.chunks import Compression
 MICRO = {"config": "samlove/micro/sam2_micro.yaml", "checkpoint": "weights/micro/sam2/sam2.safetensors"}
 CLIPS, SEED, ROUNDS = 12, 7, 5
 SHARD = 16  # clips, as the stage sam2@eval
-ABSENT = -1024  # SAM2's logit of a mask whose object it does not find
 REFERENCE: Sam2Dtype = "float32"
 COMPRESSIONS: tuple[Compression, ...] = ("none", "zstd")
 
@@ -123,7 +123,7 @@ def _seen(clip: Clip) -> np.ndarray:
 
 def _effect(logits: list[Tensor], reference: list[Tensor], clips: list[Clip]) -> dict[str, float]:
     found, wanted = (torch.cat([part.flatten(0, 1) for part in parts]) for parts in (logits, reference))  # (all, h, w)
-    both = (found > ABSENT).flatten(1).any(1) & (wanted > ABSENT).flatten(1).any(1)
+    both = (found > NO_OBJ_SCORE).flatten(1).any(1) & (wanted > NO_OBJ_SCORE).flatten(1).any(1)
     difference = (found - wanted)[both].abs()
     scores = []
     for part, clip in zip(logits, clips, strict=True):

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from samlove.micro import code
+from samlove.synth.expressions import LEFT, RIGHT
 from samlove.synth.scene import SECONDS, SEEN, UNSEEN, Scene, background, random_outline, render, sample_scene
 from samlove.synth.voice import TIMBRES
 
 SIDE = 128
 STRANGE = 0.12  # of the things
-LEFT, RIGHT = 0.42, 0.58  # of the width: as samlove.synth.expressions takes sides
 POOL = 1200  # clips kept to draw from, so that training never waits for the renderer
 
 
@@ -115,9 +115,14 @@ def absent(rng: np.random.Generator, clip: Clip) -> np.ndarray:
 def name_map(clip: Clip, grid: int) -> np.ndarray:
     """What is seen in each cell of a clip's first frame: (grid, grid, channels of code.SEEN_OF) float32, else 0."""
     codes = np.stack([code.meaning(_words(clip, k)) for k in range(len(clip.masks))])[:, code.SEEN_OF]
-    side = SIDE // grid
-    cover = clip.masks[:, 0].reshape(len(codes), grid, side, grid, side).mean(axis=(2, 4))  # (K, grid, grid)
-    return codes[cover.argmax(axis=0)] * (cover.max(axis=0) >= 0.3)[..., None]
+    covered = cover(clip.masks[:, 0], grid)  # (K, grid, grid)
+    return codes[covered.argmax(axis=0)] * (covered.max(axis=0) >= 0.3)[..., None]
+
+
+def cover(masks: np.ndarray, grid: int) -> np.ndarray:
+    """The part of each cell of a square grid that masks (K, S, S) cover: (K, grid, grid)."""
+    side = masks.shape[-1] // grid
+    return masks.reshape(len(masks), grid, side, grid, side).mean(axis=(2, 4))
 
 
 def _words(clip: Clip, k: int) -> list[str]:

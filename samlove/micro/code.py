@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from samlove.synth.scene import COLOURS, RADII, SECONDS, SEEN, UNSEEN, Scene
 
@@ -113,3 +115,8 @@ def sentence(text: str) -> np.ndarray:
         for side, channel in BESIDE.items():
             code[channel], code[SIDE[side]] = code[SIDE[side]], 0
     return code
+
+
+def category_logits(said: Tensor) -> Tensor:
+    """(..., channels of the code) -> (..., categories): how well each category's traits fit."""
+    return said[..., :TRAITS] @ torch.from_numpy(TRAIT_TABLE).T

@@ -7,7 +7,6 @@ the code of `samlove.micro.code` what each patch shows, each second sounds like,
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -25,9 +23,10 @@ import samlove.torchvision_ops  # noqa: F401
 from samlove.config import AudioConfig, VisualConfig, load
 from samlove.encoders.vggish import build_vggish, log_mel
 from samlove.encoders.vit import build_vit
+from samlove.encoders.weights import load_into, load_state_dict
 from samlove.micro import code
-from samlove.micro.clips import random_scene
-from samlove.micro.pretrain_sam2 import category_logits
+from samlove.micro.clips import cover, random_scene
+from samlove.micro.export import export
 from samlove.synth.expressions import expressions
 from samlove.synth.scene import SECONDS, SEEN, UNSEEN, background, render, sample_scene
 from samlove.synth.voice import mix
@@ -60,15 +59,14 @@ def patches(rng: np.random.Generator, size: int = 128, seconds: int = 3) -> Iter
     """
     scene = random_scene(rng)
     behind = background(scene, (size, size))
-    side = size // GRID
     numbers = {
         "category": np.array([_number(code.CATEGORY, thing.category) for thing in scene.things]),
         "colour": np.array([_number(code.COLOUR, thing.colour) for thing in scene.things]),
     }
     for t in rng.choice(SECONDS, seconds, replace=False):
         picture, masks = render(scene, int(t), (size, size), behind)
-        cover = masks.reshape(len(masks), GRID, side, GRID, side).mean(axis=(2, 4)).reshape(len(masks), -1)  # (K, 16)
-        owner, most = np.argmax(cover, axis=0), np.max(cover, axis=0)
+        covered = cover(masks, GRID).reshape(len(masks), -1)  # (K, 16)
+        owner, most = covered.argmax(axis=0), covered.max(axis=0)
         there = most >= BARELY
         things = code.sight(scene, int(t))  # (K, WIDTH)
         said = things[owner] * there[:, None]
@@ -102,7 +100,7 @@ def sight_loss(tokens: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Scores
     weight[code.WHERE] = 3.0
     loss = ((said - batch["patches"]) ** 2 * weight).sum(-1).mean() / 12 + F.mse_loss(cls, batch["cls"])
     scores = {}
-    logits_of = {"category": category_logits(said), "colour": said[..., list(code.COLOUR.values())]}
+    logits_of = {"category": code.category_logits(said), "colour": said[..., list(code.COLOUR.values())]}
     for name, share in (("category", 4.0), ("colour", 1.0)):
         known = batch["there"] & (batch[name] >= 0)
         logits, truth = logits_of[name][known], batch[name][known]
@@ -129,7 +127,7 @@ def sound_loss(heard: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Scores]
     for name, first in (("loudest", 0), ("lowest", code.LOW)):
         voice, true = (values[:, first : first + code.TRAITS] for values in (heard.clamp(min=0), said))
         named = true.amax(1) > 1.2
-        logits, truth = category_logits(voice[named]), category_logits(true[named]).argmax(1)
+        logits, truth = code.category_logits(voice[named]), code.category_logits(true[named]).argmax(1)
         loss = loss + 2 * F.cross_entropy(logits, truth)
         scores[name] = float((logits.argmax(1) == truth).float().mean())
     sounds = said[:, code.KIND["sounding"]] > 0
@@ -173,17 +171,8 @@ def train(
     return {"steps": step, **{k: round(v, 4) for k, v in scores.items()}}
 
 
-def _save(model: nn.Module, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(
-        {k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}, partial
-    )
-    os.replace(partial, path)
-
-
-def _load(model: nn.Module, path: Path) -> None:
-    model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+def _go_on(model: nn.Module, path: Path) -> None:
+    load_into(model, load_state_dict(path), path, "this network")
 
 
 def make_vit(config: VisualConfig, minutes: float, seed: int, again: bool = False) -> Scores:
@@ -191,13 +180,13 @@ def make_vit(config: VisualConfig, minutes: float, seed: int, again: bool = Fals
     torch.manual_seed(seed)
     vit: Any = build_vit(config.model, config.model_args, config.image_size)
     if again:
-        _load(vit, Path(config.weights))
+        _go_on(vit, Path(config.weights))
 
     def encode(batch: dict[str, Tensor]) -> Tensor:
         return vit.forward_features(batch["picture"].permute(0, 3, 1, 2).float() / 127.5 - 1)  # (B, 1 + 16, WIDTH)
 
     scores = train(encode, list(vit.parameters()), sight_loss, Examples(patches, seed, 7), 12, minutes)
-    _save(vit, Path(config.weights))
+    export(vit, Path(config.weights))
     return scores
 
 
@@ -210,7 +199,7 @@ def make_vggish(config: AudioConfig, minutes: float, seed: int, again: bool = Fa
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     if again:
-        _load(vggish, Path(config.weights))
+        _go_on(vggish, Path(config.weights))
     scores = train(
         lambda batch: vggish(batch["mel"]),
         list(vggish.parameters()),
@@ -219,7 +208,7 @@ def make_vggish(config: AudioConfig, minutes: float, seed: int, again: bool = Fa
         40,
         minutes,
     )
-    _save(vggish, Path(config.weights))
+    export(vggish, Path(config.weights))
     return scores
 
 

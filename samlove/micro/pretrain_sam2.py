@@ -1,6 +1,6 @@
 """Makes the micro profile's SAM2: `python -m samlove.micro.pretrain_sam2 --out DIR --minutes M --seed S`.
 
-SAM2Base of `sam2_micro.yaml`, from scratch, on generated moving shapes (`samlove.synth.scene.random_clip`): single
+SAM2Base of `sam2_micro.yaml`, from scratch, on generated moving shapes (`samlove.micro.clips`): single
 images first, clips after, as SAM 2 itself was trained (Ravi et al., 2024, section 4). All schedules follow the clock,
 so M minutes are one whole run. DIR gets checkpoint.pt (the same command goes on from it), sam2.safetensors (fp16, a
 running mean of the weights), log.jsonl and, at the end, scores.json.
@@ -19,12 +19,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor, nn
 
 from samlove.micro import code
 from samlove.micro.clips import SIDE, Clip, ClipPool, absent, augment, describe, draw_clip, name_map
+from samlove.micro.export import export
 from samlove.sam2_build import instantiate_sam2, load_sam2_weights
 from samlove.synth.scene import SECONDS
 
@@ -171,18 +171,13 @@ def _joins_once(model: SAM2Base, token: Tensor) -> Callable:
     return join
 
 
-def category_logits(said: Tensor) -> Tensor:
-    """(..., channels of the code) -> (..., categories): how well each category's traits fit."""
-    return said[..., : code.TRAITS] @ torch.from_numpy(code.TRAIT_TABLE).T
-
-
 def name_loss(features: Tensor, namer: nn.Module, clips: list[Clip]) -> tuple[Tensor, float]:
     """How badly one linear layer reads off the image embeddings (B, C, h, w) what each cell shows, and the part of
     the cells with a category where it reads the right one."""
     said = torch.from_numpy(np.stack([name_map(clip, features.shape[-1]) for clip in clips]))  # (B, h, w, channels)
     read = namer(features.movedim(1, -1))
     named = said[..., : code.TRAITS].amax(-1) > 0
-    logits, truth = category_logits(read[named]), category_logits(said[named]).argmax(-1)
+    logits, truth = code.category_logits(read[named]), code.category_logits(said[named]).argmax(-1)
     loss = F.cross_entropy(logits, truth) + ((read - said) ** 2).sum(-1).mean() / 8
     return loss, float((logits.argmax(-1) == truth).float().mean())
 
@@ -298,15 +293,6 @@ def evaluate(model: SAM2Base, count: int, seed: int) -> dict[str, float]:
         for name, values in scores.items():
             found.setdefault(name, []).append(values.flatten())
     return {name: round(float(torch.cat(values).mean()), 4) for name, values in found.items()}
-
-
-def export(model: SAM2Base, path: Path) -> None:
-    """The parameters in fp16, the buffers as they are, for samlove.sam2_build.load_sam2_weights; atomic."""
-    parameters = dict(model.named_parameters())
-    tensors = {n: (v.half() if n in parameters else v).contiguous() for n, v in model.state_dict().items()}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
-    partial.replace(path)
 
 
 def plan_step(rng: np.random.Generator, done: float, images: bool) -> tuple[int, int, int, str]:

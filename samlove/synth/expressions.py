@@ -14,6 +14,7 @@ from samlove.synth.scene import Scene
 
 Things = list[int]  # places in scene.things
 CUES = ("sight", "sound", "time")
+LEFT, RIGHT = 0.42, 0.58  # of the width: what begins further out is on that side
 # How often, in per cent, Ref-AVS says the like: counted by words in its metadata.csv, shared out where several
 # sentences here stand for one kind there ("the object making a sound by being played by the man on the left" is of
 # the kind "the sounding object on the left").
@@ -57,7 +58,7 @@ class Facts:
     def place(self, side: str) -> Condition:
         left = side == "left"
         return Condition(
-            ("sight",), lambda among: [k for k in among if (self.x[k] < 0.42 if left else self.x[k] > 0.58)]
+            ("sight",), lambda among: [k for k in among if (self.x[k] < LEFT if left else self.x[k] > RIGHT)]
         )
 
     def beside(self, side: str, other: int) -> Condition:
