@@ -134,6 +134,19 @@ def bench_extract(
     run(profile, items, rounds)
 
 
+@bench.command("train")
+def bench_train(
+    profile: Annotated[str, typer.Option(help="Whose sizes and setting, configs/PROFILE; random weights.")] = "micro",
+    videos: Annotated[int, typer.Option(min=4, help="Videos of the made-up shards.")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed each round.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each way is timed.")] = 3,
+) -> None:
+    """Training steps with their reading, from every residency, against steps on one batch."""
+    from samlove.bench.train import run
+
+    run(profile, videos, steps, rounds)
+
+
 @one_line_errors
 def main() -> None:
     try:
