@@ -130,7 +130,14 @@ def trained(trainer: Trainer, folder: Path) -> list[dict[str, float]]:
     return trainer.progress.history
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 5e-3), ("bfloat16", 0.05)])
+def assert_same(found: list[dict[str, float]], expected: list[dict[str, float]], tolerance: float) -> None:
+    """Losses within a relative tolerance; of the scores a pixel near its threshold may change sides."""
+    for row, wanted in zip(found, expected, strict=True):
+        for name, value in wanted.items():
+            assert row[name] == (pytest.approx(value, abs=2) if "val/" in name else pytest.approx(value, rel=tolerance))
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-2), ("bfloat16", 0.05)])
 def test_losses_are_those_of_the_cpu(weights: Path, tmp_path: Path, precision: str, tolerance: float) -> None:
     expected = trained(new_trainer(tiny.origin(weights), tmp_path / "cpu", device=CPU), tmp_path / "live")
     start = tiny.origin(weights, precision=precision, clip_norm=1e6)  # never reached, but computed
@@ -155,8 +162,7 @@ def test_an_interrupted_run_goes_on_from_its_very_state(weights: Path, tmp_path:
         for kind, value in rest.optimizer.state[parameter].items():
             assert value.device.type == "cuda"
             torch.testing.assert_close(value.cpu(), kept[f"{kind}/{name}"], rtol=0, atol=0)
-    for row, wanted in zip(trained(rest, tmp_path / "live"), whole, strict=True):
-        assert row == pytest.approx(wanted, rel=1e-2)
+    assert_same(trained(rest, tmp_path / "live"), whole, 1e-3)
 
 
 class OnGpu(tiny.Items):
@@ -175,9 +181,8 @@ def test_neither_workers_nor_residency_change_a_run(weights: Path, tmp_path: Pat
     two = trained(new_trainer(tiny.origin(weights, workers=2), tmp_path / "two"), tmp_path / "live")
     held = replace(tiny.samples(OnGpu(10, seed=1), OnGpu(4, seed=2)), on_gpu=True)
     resident = trained(new_trainer(tiny.origin(weights), tmp_path / "held", held), tmp_path / "live")
-    for row, first, second in zip(plain, two, resident, strict=True):
-        assert first == pytest.approx(row, rel=1e-3)
-        assert second == pytest.approx(row, rel=1e-3)
+    assert_same(two, plain, 1e-3)
+    assert_same(resident, plain, 1e-3)
 
 
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["read", "resident"])
@@ -196,7 +201,7 @@ def test_a_step_waits_for_the_gpu_once(weights: Path, tmp_path: Path, on_gpu: bo
             trainer._step(pairs[1], 6)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    waits = [f"{w.filename}:{w.lineno}" for w in found if "synchronizing" in str(w.message)]
+    waits = [f"{w.filename}:{w.lineno}" for w in found if "called a synchronizing" in str(w.message)]
     assert len(waits) == 1, waits
 
 
