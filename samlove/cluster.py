@@ -6,6 +6,7 @@ so it is no parameter of any stage. torch's results do depend, in their last bit
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from samlove.worker import TASKS
 LOOPBACK = "127.0.0.1"
 DASHBOARD = f"{LOOPBACK}:8787"  # another port where that is taken
 CORES_A_WORKER = 4  # of a machine without a GPU: more threads help one encoder little, more workers need more memory
+QUIET = logging.CRITICAL  # a task's error is told as one line by the run; Dask's own account would come before
 CONNECT_S = 10  # what a scheduler may take to answer
 
 Cluster = LocalConfig | SchedulerConfig | SlurmConfig
@@ -83,14 +85,18 @@ def _local_cluster(workers: int, threads: int | None) -> SpecCluster:
     spec = {}
     for i in range(workers):
         env = {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {})
-        apart = {} if alone else {"host": LOOPBACK, "env": env, "silence_logs": logging.ERROR}
+        apart = {} if alone else {"host": LOOPBACK, "env": env, "silence_logs": QUIET, "preload": [__name__]}
         spec[i] = {"cls": Worker if alone else Nanny, "options": options | apart}
     scheduler = {"dashboard": True, "dashboard_address": DASHBOARD}
     scheduler |= {"protocol": "inproc://"} if alone else {"protocol": "tcp://", "host": LOOPBACK, "port": 0}
-    # A task that fails is told as one line by whoever waits for it; Dask's own account would come before.
     return SpecCluster(
-        workers=spec, scheduler={"cls": Scheduler, "options": scheduler}, silence_logs=logging.ERROR, name="samlove"
+        workers=spec, scheduler={"cls": Scheduler, "options": scheduler}, silence_logs=QUIET, name="samlove"
     )
+
+
+def dask_setup(worker: Worker) -> None:
+    """Dask calls it in each local worker process: an interrupt from the keyboard is for the run, which ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def slurm_cluster(config: SlurmConfig) -> Any:

@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,19 +152,20 @@ def _compute(job: Job, writer: FeatureStoreWriter, token: str, cluster: Cluster,
         return []
     run = f"samlove {job.out.name} {uuid4().hex[:8]}"
     failures: dict[int, list[Failure]] = {}
-    with connect(cluster) as (client, threads), _Progress(job, todo) as progress:
+    with connect(cluster) as (client, threads):
+        print(f"{job.out.name}: on {_counted(_workers(client))}; dashboard: {client.dashboard_link}")
+        progress = _Progress(job, todo)
         plugin = Extraction(run, job.encoder, writer, job.batch_size, job.scratch / LOCK, token, threads)
         futures: list[Future] = []
         HERE[run] = job.encoder
         try:
             client.register_plugin(plugin, name=run)
             client.subscribe_topic(run, progress.tell)
-            tqdm.write(f"{job.out.name}: on {_counted(_workers(client))}; dashboard: {client.dashboard_link}")
             for number, lacking in todo:
                 sources = {key: job.sources[key] for key in lacking}
                 futures.append(client.submit(compute_shard, run, number, sources, key=f"{run}-{number}", pure=False))
             for future in as_completed(futures):
-                done: Shard = future.result()
+                done: Shard = future.result()  # never None: the run has not ended
                 failures[done.number] = done.failures
                 report.add(done)
                 progress.finish(done.number)
@@ -178,11 +180,19 @@ def _compute(job: Job, writer: FeatureStoreWriter, token: str, cluster: Cluster,
                 f"{job.out}: the Dask scheduler went away; run the same command again, it computes only what lacks"
             ) from error
         finally:
+            progress.close()
             del HERE[run]
             if client.status == "running":  # the scheduler is there
                 client.unregister_worker_plugin(run)  # where the run ends early, workers stop after their batch
-                wait(futures)  # what is being written is finished
+                _settle(client, futures)
     return [failure for number, _ in todo for failure in failures[number]]
+
+
+def _settle(client: Client, futures: list[Future]) -> None:
+    """Wait until no worker is at these tasks any more: what is being written is finished."""
+    while not all(future.done() for future in futures) and _workers(client):
+        with suppress(TimeoutError):
+            wait(futures, timeout=1)
 
 
 def _workers(client: Client) -> int:
@@ -202,10 +212,7 @@ class _Progress:
         self._before = len(job.sources) - sum(self._sizes.values())
         self._bar = tqdm(total=len(job.sources), initial=self._before, desc=job.out.name, unit="item", mininterval=2)
 
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._bar.close()
 
     def tell(self, event: tuple[float, list[int]]) -> None:

@@ -133,8 +133,8 @@ class Extraction(WorkerPlugin):
         """The run has ended, perhaps early: what computes a shard stops after its batch."""
         self.stopped.set()
 
-    def shard(self, number: int, sources: Mapping[str, Any]) -> Shard:
-        """Compute and write those of the sources' items that shard `number` still lacks.
+    def shard(self, number: int, sources: Mapping[str, Any]) -> Shard | None:
+        """Compute and write those of the sources' items that shard `number` still lacks; None where the run has ended.
 
         Raises SamloveError where this worker sees other files than the run, or a value does not fit the store; OSError
         where it cannot be written.
@@ -145,7 +145,7 @@ class Extraction(WorkerPlugin):
         with ReadAhead(self.encoder, lacking, 2 * self.batch_size) as reading, self.turn:
             items = self._compute(reading, done)
         if self.stopped.is_set():
-            raise SamloveError(f"{self.writer.path}: the run has ended")
+            return None
         began = time.perf_counter()
         done.timing.shards_written += self.writer.write_shard(number, items)
         done.timing.write_s += time.perf_counter() - began
@@ -195,9 +195,7 @@ class Extraction(WorkerPlugin):
             )
 
 
-def compute_shard(run: str, number: int, sources: Mapping[str, Any]) -> Shard:
-    """The task: shard `number` of a run that this worker was told of; see Extraction.shard."""
+def compute_shard(run: str, number: int, sources: Mapping[str, Any]) -> Shard | None:
+    """The task: shard `number` of a run; see Extraction.shard. None, too, where the run has ended."""
     held = get_worker().plugins.get(run)
-    if not isinstance(held, Extraction):
-        raise SamloveError(f"shard {number}: the run has ended")
-    return held.shard(number, sources)
+    return held.shard(number, sources) if isinstance(held, Extraction) else None
