@@ -46,7 +46,7 @@ def run(inputs: Path, root: Path, kill_at: int, report: Path) -> None:
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal seen
-        if event in EVENTS and (event != "open" or str(arguments[0]).startswith(str(root))):
+        if event in EVENTS and str(arguments[0]).startswith(str(root)):  # Dask has files of its own
             if seen == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             seen += 1
@@ -56,9 +56,9 @@ def run(inputs: Path, root: Path, kill_at: int, report: Path) -> None:
     sys.modules["samlove.extract"].FAILURE_BUDGET = 1.0  # type: ignore[attr-defined]
     sys.addaudithook(count)
     try:
-        timing = extract(Job(encoder, sources, root / "store", root / "scratch", SHARD, BATCH))
-        told: dict[str, Any] = {name: getattr(timing, name) for name in ("shards", "shards_written", "items")}
-        told["text"] = str(timing)
+        done = extract(Job(encoder, sources, root / "store", root / "scratch", SHARD, BATCH))
+        told: dict[str, Any] = {"shards": done.shards, "shards_written": done.spent.shards_written}
+        told |= {"items": done.spent.items, "text": str(done)}
     except SamloveError as error:
         told = {"error": str(error)}
     report.write_text(json.dumps({**told, "events": seen}))

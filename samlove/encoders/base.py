@@ -5,14 +5,16 @@ at once, and loads the network at the first `encode`.
 """
 
 import math
+from functools import cached_property
 from importlib.metadata import version
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from samlove.config import Dtype
+from samlove.device import default_device
 from samlove.errors import SamloveError
 
 Arrays = dict[str, np.ndarray]
@@ -35,6 +37,19 @@ class Encoder(Protocol[Source, Item]):
     def encode(self, items: list[Item]) -> list[Arrays]:
         """The arrays of each item, in the store's dtype. Raises SamloveError where a value does not fit it."""
         ...
+
+
+class OnDevice:
+    """An encoder that can be sent to another process: its copy has that process's device, and loads its own network."""
+
+    device: torch.device
+
+    def __getstate__(self) -> dict[str, Any]:
+        loaded = {name for name in self.__dict__ if isinstance(getattr(type(self), name, None), cached_property)}
+        return {name: value for name, value in self.__dict__.items() if name not in {"device", *loaded}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, device=default_device())
 
 
 def library_versions(*names: str) -> list[str]:
