@@ -15,6 +15,7 @@ from threading import Event, Lock
 from typing import Any
 
 import torch
+from dask.system import CPU_COUNT
 from distributed import Worker, WorkerPlugin, get_worker
 
 from samlove.encoders.base import Arrays, Encoder
@@ -23,7 +24,8 @@ from stores import FeatureStoreWriter
 from stores.features import Failure
 
 TASKS = 2  # at a time, the threads that a worker is to be started with
-READERS = 4  # threads of a task: decoding leaves Python's lock, and one encoder seldom outruns four
+# Threads of a task; decoding leaves Python's lock. Four keep up with a processor, a GPU takes what sixteen can give.
+READERS = min(16, max(4, CPU_COUNT))
 # The encoders of runs that this process started: where the worker lives in it too, it takes the very object, whose
 # network may be loaded; elsewhere it has the copy that it was sent.
 HERE: dict[str, Encoder] = {}
@@ -142,7 +144,8 @@ class Extraction(WorkerPlugin):
         self._check_place()
         lacking = {key: sources[key] for key in self.writer.lacking(number)}  # fewer than at first, after a lost worker
         done = Shard(number, [], Timing())
-        with ReadAhead(self.encoder, lacking, 2 * self.batch_size) as reading, self.turn:
+        ahead = max(2 * self.batch_size, self.batch_size + READERS)
+        with ReadAhead(self.encoder, lacking, ahead) as reading, self.turn:
             items = self._compute(reading, done)
         if self.stopped.is_set():
             return None

@@ -29,6 +29,7 @@ from samlove.encoders.vit import VitEncoder, build_vit
 from samlove.errors import RequestError
 from samlove.extract import Job, Report, extract
 from samlove.sam2_build import instantiate_sam2
+from samlove.worker import READERS
 
 FRAMES = 10  # of a clip for ViT; SAM2's training split has one
 SIZES = {"micro": (128, 128), "refavs": (1280, 720)}  # width and height of the frames
@@ -44,7 +45,10 @@ def run(profile: str, items: int, rounds: int = 5, workers: int = 1) -> dict:
     """
     if profile not in SIZES or not Path("configs", profile).is_dir():
         raise RequestError(f"--profile {profile}: expected one of {', '.join(SIZES)}, in the repository's root")
-    result: dict = {"bench": "extract", "profile": profile, "threads": torch.get_num_threads(), "rounds": rounds}
+    device = default_device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    result: dict = {"bench": "extract", "profile": profile, "device": name, "rounds": rounds}
+    result |= {"threads": torch.get_num_threads(), "readers": READERS}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         clips = RefAvsFolder(root / "clips")
