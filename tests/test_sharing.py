@@ -1,6 +1,6 @@
 """Two people, one store: what one computes and pushes, others pull and train on; with linked caches, nothing edited.
 
-The real pipeline on the smallest LAVS-synth, run by DVC in clones of one repository with a folder as remote.
+The real pipeline on the smallest LAVS-synth, run by DVC in clones of one repository; the remote is a folder or S3.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,14 @@ import yaml
 
 from pipelines.plan import PER_SHARD
 from samlove.sizes import count, planned, read_choices
+from tests.s3_service import s3_service
 from tests.stage_code import ROOT
 from tests.test_graph import FEATURES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 COPIED = ("dvc.yaml", "configs", "pipelines", "samlove", "stores", "weights", ".dvc/config", ".dvcignore", ".gitignore")
+REMOTES = ("folder", "s3")
 SMALL = {
     "synth": {"scale": "small"},
     "train": {"epochs": 1, "warmup_steps": 1},
@@ -43,13 +46,14 @@ def run(folder: Path, *command: str) -> str:
 
 
 class Clone:
-    """A clone of the team's repository, with the team's remote and a cache of its own."""
+    """A clone of the team's repository, with the team's remotes and a cache of its own."""
 
     def __init__(self, root: Path, team: Path, link: str):
         self.root = root
         run(team, "git", "clone", "--quiet", str(team / "repository"), str(root))
         run(root, "dvc", "config", "--local", "cache.type", link)
-        run(root, "dvc", "remote", "add", "--local", "--default", "team", str(team / "remote"))
+        run(root, "dvc", "remote", "add", "--local", "folder", str(team / "remote"))
+        run(root, "dvc", "remote", "add", "--local", "s3", "s3://team/samlove")
 
     def repro(self, *arguments: str) -> set[str]:
         """The stages that `dvc repro` ran."""
@@ -79,8 +83,8 @@ def assert_untouched(clone: Clone) -> None:
 
 
 @pytest.fixture(scope="module")
-def team(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the team's repository and remote."""
+def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the team's repository and remote, while the environment says where its S3 service is."""
     folder = tmp_path_factory.mktemp("team")
     (folder / "remote").mkdir()
     repository = folder / "repository"
@@ -97,7 +101,8 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(repository, "git", "config", "receive.denyCurrentBranch", "updateInstead")
     run(repository, "git", "add", "--all")
     run(repository, "git", "commit", "--quiet", "--message", "as released")
-    return folder
+    with s3_service("team"):
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +113,17 @@ def first(team: Path, tmp_path_factory: pytest.TempPathFactory) -> Clone:
     run(clone.root, "git", "add", "--all")
     run(clone.root, "git", "commit", "--quiet", "--message", "features")
     run(clone.root, "git", "push", "--quiet")
-    run(clone.root, "dvc", "push")
+    for remote in REMOTES:
+        run(clone.root, "dvc", "push", "--remote", remote)
     return clone
 
 
-def test_features_alone_are_pulled_trained_on_and_not_computed(first: Clone, team: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("remote", REMOTES)
+def test_features_alone_are_pulled_trained_on_and_not_computed(
+    first: Clone, team: Path, tmp_path: Path, remote: str
+) -> None:
     second = Clone(tmp_path / "second", team, "symlink")
-    run(second.root, "dvc", "pull", *FEATURES)
+    run(second.root, "dvc", "pull", "--remote", remote, *FEATURES)
     assert {p.name for p in (second.root / "data").iterdir()} == {"features"}
     assert all(path.is_symlink() for path in second.stored())
     pulled = second.cached()
@@ -131,7 +140,7 @@ def test_features_alone_are_pulled_trained_on_and_not_computed(first: Clone, tea
 
 def test_shards_alone_are_enough_to_train(first: Clone, team: Path, tmp_path: Path) -> None:
     third = Clone(tmp_path / "third", team, "symlink")
-    run(third.root, "dvc", "pull", "pack")
+    run(third.root, "dvc", "pull", "--remote", "folder", "pack")
     assert third.repro("--allow-missing", "train") == {"train"}
     assert {p.name for p in (third.root / "data").iterdir() if p.name[0] != "."} == {"shards", "dvclive", "model"}
     assert_untouched(third)
