@@ -75,6 +75,12 @@ class Clone:
     def stored(self) -> list[Path]:
         return [p for name in ("features", "shards") for p in (self.root / "data" / name).rglob("*") if p.is_file()]
 
+    def shares_with_cache(self) -> bool:
+        """Whether every file of a store is, by whatever link, the very file that the cache has."""
+        files = {path.stat().st_ino for path in (self.root / ".dvc" / "cache" / "files" / "md5").glob("??/*")}
+        stored = {path.stat().st_ino for path in self.stored()}
+        return bool(stored) and stored <= files
+
 
 def assert_untouched(clone: Clone) -> None:
     """Every file of the cache is what its name, the hash of its content, says: nobody wrote through a link."""
@@ -125,7 +131,7 @@ def test_features_alone_are_pulled_trained_on_and_not_computed(
     second = Clone(tmp_path / "second", team, "symlink")
     run(second.root, "dvc", "pull", "--remote", remote, *FEATURES)
     assert {p.name for p in (second.root / "data").iterdir()} == {"features"}
-    assert all(path.is_symlink() for path in second.stored())
+    assert second.shares_with_cache() and all(path.is_symlink() for path in second.stored())
     pulled = second.cached()
     assert second.repro("train") == {"synth", "index", "pack", "train"}
     second.edit("fusion", blocks=2)
@@ -146,14 +152,20 @@ def test_shards_alone_are_enough_to_train(first: Clone, team: Path, tmp_path: Pa
     assert_untouched(third)
 
 
-def test_no_stage_edits_a_file_that_is_hard_linked_to_the_cache(first: Clone) -> None:
-    assert all(path.stat().st_nlink > 1 for path in first.stored())
-    before = first.cached()
-    first.edit("text", max_tokens=24)
-    assert first.repro("pack") == {"text", "pack"}
-    assert first.repro("--force", "--single-item", "sam2@train", "audio") == {"sam2@train", "audio"}
-    assert_untouched(first)
-    assert before.items() <= first.cached().items()
+@pytest.mark.parametrize("link", ["hardlink", "symlink"])
+def test_no_stage_edits_a_file_that_is_linked_to_the_cache(first: Clone, team: Path, tmp_path: Path, link: str) -> None:
+    clone = first
+    if link == "symlink":
+        clone = Clone(tmp_path / "fourth", team, link)
+        run(clone.root, "dvc", "pull", "--remote", "folder", "synth", "index", *FEATURES, "pack")
+    assert clone.shares_with_cache() and {path.is_symlink() for path in clone.stored()} == {link == "symlink"}
+    before = clone.cached()
+    clone.edit("text", max_tokens=24)
+    assert clone.repro("pack") == {"text", "pack"}
+    assert clone.repro("--force", "--single-item", "sam2@train", "audio") == {"sam2@train", "audio"}
+    assert clone.shares_with_cache()
+    assert_untouched(clone)
+    assert before.items() <= clone.cached().items()
 
 
 def test_the_plan_was_right(first: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
