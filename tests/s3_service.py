@@ -1,5 +1,6 @@
 """An S3 service on this machine (moto's server, over HTTP), and the environment in which a user would reach it."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from moto.server import ThreadedMotoServer
 @contextmanager
 def s3_service(bucket: str) -> Iterator[str]:
     """Its endpoint, which the environment names while the block runs; it holds one empty bucket."""
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # not a line a request
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
