@@ -13,7 +13,7 @@ import mmap
 import shutil
 import tarfile
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -89,14 +89,17 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._open.close()
-        if kind is not None:
-            shutil.rmtree(self._partial)
-            return
-        index = build_index(self._partial)
-        (self._partial / INDEX).write_text(json.dumps(index, ensure_ascii=False) + "\n", encoding="utf-8")
-        write_manifest(self._partial, {"fingerprint": self._fingerprint, "keys": len(self._keys)})
-        replace_folder(self._partial, self.root)
+        try:
+            if kind is None:
+                self._open.close()
+                index = build_index(self._partial)
+                (self._partial / INDEX).write_text(json.dumps(index, ensure_ascii=False) + "\n", encoding="utf-8")
+                write_manifest(self._partial, {"fingerprint": self._fingerprint, "keys": len(self._keys)})
+                replace_folder(self._partial, self.root)
+        finally:
+            with suppress(OSError):  # of a disk that is full, once more
+                self._open.close()
+            shutil.rmtree(self._partial, ignore_errors=True)
 
 
 def _member(where: str, name: str, value: object) -> tuple[str, bytes]:

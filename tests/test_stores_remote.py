@@ -6,7 +6,6 @@ import pickle
 import random
 import shutil
 import signal
-import subprocess
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +17,7 @@ import pytest
 from samlove.errors import RequestError, SamloveError
 from stores import FeatureStore, FeatureStoreWriter, ShardReader, ShardWriter
 from stores.remote import OPEN, Cache, RemotePath, as_path
+from tests.small_disk import small_disk
 
 VALUES = 4096  # of each array, so that a shard is a little more than 16 kB
 SHARDS = 12
@@ -229,19 +229,11 @@ def test_a_file_larger_than_the_cache_is_refused(shards, size, tmp_path):
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(shards, size, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size // 4096 * 4}k", "tmpfs", str(disk)]
-    done = subprocess.run(mount, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"needs the right to mount a small file system: {done.stderr.strip()}")
-    try:
+    with small_disk(tmp_path / "disk", size // 4096 * 4) as disk:
         remote(shards, disk / "cache").joinpath("shard-00000.tar").open().close()
         with pytest.raises(SamloveError, match=r"shard-00001\.tar: the cache's disk has no room .* set STORES_CACHE"):
             remote(shards, disk / "cache").joinpath("shard-00001.tar").open()
         assert held(disk / "cache") == size
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_place_without_a_store_is_refused(tmp_path):
