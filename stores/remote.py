@@ -9,9 +9,11 @@ be locked exclusively is dropped: the least recently used first, never a file in
 killed process leaves none, and its half-fetched file is dropped like any other.
 
 The cache is $STORES_CACHE (else ~/.cache/stores) of $STORES_CACHE_GB (else 50) GB. What a service needs (credentials,
-endpoint) is configured as its fsspec implementation says. A path without :// is read in place and never cached.
+endpoint) is configured as its fsspec implementation says; for s3:// see docs/sharing.md. Retrying is the
+implementation's too. A path without :// is read in place and never cached.
 """
 
+import errno
 import fcntl
 import io
 import os
@@ -30,6 +32,7 @@ from samlove.errors import RequestError, SamloveError
 
 _VERSIONS = ("ETag", "etag", "md5", "mtime", "LastModified", "last_modified")  # how services tell one from the next
 _BLOCK = 1 << 23  # bytes fetched at a time
+_CHECK = "check the URL, the credentials and the endpoint (docs/sharing.md)"
 
 
 class _Remote(NamedTuple):
@@ -38,7 +41,8 @@ class _Remote(NamedTuple):
 
 
 def _remote(info: dict[str, Any]) -> _Remote:
-    return _Remote(info["size"], next((str(info[key]) for key in _VERSIONS if info.get(key)), ""))
+    version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
+    return _Remote(info["size"], version.strip('"'))  # quoted by some services when asked one way, not the other
 
 
 @dataclass(frozen=True)
@@ -60,31 +64,33 @@ class Cache:
     def open(self, url: str, remote: _Remote) -> BinaryIO:
         """The file's bytes, fetched if need be. Neither it nor a map of it is dropped before it is closed.
 
-        Raises SamloveError where it cannot be fetched, or all the room is taken by files in use.
+        Raises SamloveError where it cannot be fetched, or all the room is taken by files in use; RequestError where
+        the cache's folder cannot be made.
         """
         path = self.folder / sha256(f"{url}\0{remote.st_size}\0{remote.version}".encode()).hexdigest()[:40]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(f"{self.folder}: no place for a cache ({error}); set STORES_CACHE to a folder") from None
         while True:
             file = _open_shared(path)
             if file:
                 return file
             with self._locked(f"fetch-{path.name[0]}"):
                 if not path.exists():
-                    self._fetch(url, remote.st_size, path)
+                    self._fetch(url, remote, path)
 
-    def _fetch(self, url: str, size: int, path: Path) -> None:
+    def _fetch(self, url: str, remote: _Remote, path: Path) -> None:
         partial = path.with_suffix(".partial")
         with self._locked("room"):
             partial.unlink(missing_ok=True)  # left by a killed process: whoever fetches this file holds the lock for it
-            self._make_room(url, size)
+            self._make_room(url, remote.st_size)
             file = partial.open("wb")
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.truncate(size)
+            file.truncate(remote.st_size)
         try:
             with file:
-                _download(url, file)
-                if file.tell() != size:
-                    raise SamloveError(f"{url}: expected {size} bytes as listed, found {file.tell()}; open it anew")
+                _download(url, remote, file)
                 os.fsync(file.fileno())  # else a loss of power may leave zeros under the final name
                 with self._locked("room"):
                     partial.rename(path)
@@ -142,20 +148,37 @@ def _drop(path: Path) -> bool:
 
 @contextmanager
 def _named(url: str) -> Iterator[None]:
-    """Any failure of any service as one error that names the URL."""
+    """Any failure of any service as one error, of one line, that names the URL."""
     try:
         yield
     except ImportError as error:
-        raise RequestError(f"{url}: cannot be read without another package: {error}") from None
+        remedy = "; pip install 'samlove[s3]'" if url.startswith(("s3:", "s3a:")) else ""
+        raise RequestError(f"{url}: cannot be read without another package: {error}{remedy}") from None
     except Exception as error:
-        raise SamloveError(f"{url}: cannot be fetched ({type(error).__name__}: {error})") from error
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise SamloveError(f"{url}: the cache's disk has no room for it; make room, or set STORES_CACHE") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise SamloveError(f"{url}: cannot be fetched ({reason}); {_CHECK}") from error
 
 
-def _download(url: str, file: BinaryIO) -> None:
+def _download(url: str, listed: _Remote, file: BinaryIO) -> None:
+    """Fetch a file whole; SamloveError where it is no longer the one that was listed."""
     import fsspec
 
-    with _named(url), fsspec.open(url, "rb") as source:
-        shutil.copyfileobj(source, file, _BLOCK)
+    with _named(url):
+        system, name = fsspec.core.url_to_fs(url)
+        system.invalidate_cache()  # what it remembers is the list
+        found = _remote(system.info(name))
+        if found == listed:
+            with system.open(name, "rb") as source:
+                shutil.copyfileobj(source, file, _BLOCK)
+            found = found._replace(st_size=file.tell())
+    if found != listed:
+        (size, version), (new_size, new_version) = listed, found
+        raise SamloveError(
+            f"{url}: expected {size} bytes as listed (version {version or 'unknown'}), "
+            f"found {new_size} ({new_version or 'unknown'}); open the store anew"
+        )
 
 
 class RemoteFolder:

@@ -13,6 +13,7 @@ import mmap
 import shutil
 import tarfile
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -26,6 +27,9 @@ from stores.tar import ESCAPED, KINDS, check_name, check_place, escape_key, scan
 
 INDEX = "index.json"
 REMEDY = "run pack again, or dvc pull"
+# Bytes that are written and read at once. What is written in small pieces lies in the system's page cache in small
+# pieces too, and is read from there more slowly (docs/benchmarks.md).
+_BLOCK = 1 << 24
 # Name, dtype, shape, offset, order of an array; a JSON text has no dtype and its length as shape.
 _Place = tuple[str, np.dtype | None, tuple[int, ...], int, Literal["C", "F"]]
 
@@ -47,6 +51,7 @@ class ShardWriter:
         self._fingerprint = dict(fingerprint or {})
         self._keys: set[str] = set()
         self._tar: tarfile.TarFile | None = None
+        self._open = ExitStack()  # holds the tar and its file
         shutil.rmtree(self._partial, ignore_errors=True)  # left by a killed run
         self._partial.mkdir(parents=True)
 
@@ -75,23 +80,26 @@ class ShardWriter:
             self._tar.addfile(info, io.BytesIO(data))
 
     def _next_shard(self) -> None:
-        if self._tar is not None:
-            self._tar.close()
+        self._open.close()
         path = self._partial / f"shard-{len(self._keys) // self._per_shard:05d}.tar"
-        self._tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": ESCAPED})
+        file = self._open.enter_context(open(path, "wb", buffering=_BLOCK))
+        tar = tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"comment": ESCAPED})
+        self._tar = self._open.enter_context(tar)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._tar is not None:
-            self._tar.close()
-        if kind is not None:
-            shutil.rmtree(self._partial)
-            return
-        index = build_index(self._partial)
-        (self._partial / INDEX).write_text(json.dumps(index, ensure_ascii=False) + "\n", encoding="utf-8")
-        write_manifest(self._partial, {"fingerprint": self._fingerprint, "keys": len(self._keys)})
-        replace_folder(self._partial, self.root)
+        try:
+            if kind is None:
+                self._open.close()
+                index = build_index(self._partial)
+                (self._partial / INDEX).write_text(json.dumps(index, ensure_ascii=False) + "\n", encoding="utf-8")
+                write_manifest(self._partial, {"fingerprint": self._fingerprint, "keys": len(self._keys)})
+                replace_folder(self._partial, self.root)
+        finally:
+            with suppress(OSError):  # of a disk that is full, once more
+                self._open.close()
+            shutil.rmtree(self._partial, ignore_errors=True)
 
 
 def _member(where: str, name: str, value: object) -> tuple[str, bytes]:
@@ -181,7 +189,7 @@ class ShardReader:
         """Read every shard once from end to end, so that the system's page cache has it, for all processes alike."""
         for path in self._shards:
             with path.open("rb") as file:
-                while file.read(1 << 24):
+                while file.read(_BLOCK):
                     pass
 
     def __len__(self) -> int:

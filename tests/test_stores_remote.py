@@ -17,6 +17,7 @@ import pytest
 from samlove.errors import RequestError, SamloveError
 from stores import FeatureStore, FeatureStoreWriter, ShardReader, ShardWriter
 from stores.remote import OPEN, Cache, RemotePath, as_path
+from tests.small_disk import small_disk
 
 VALUES = 4096  # of each array, so that a shard is a little more than 16 kB
 SHARDS = 12
@@ -214,7 +215,7 @@ def test_a_file_that_shrinks_or_vanishes_is_named_and_leaves_nothing(shards, tmp
     assert path.folder.files
     tar = root / "shard-00003.tar"
     tar.write_bytes(tar.read_bytes()[:-512])
-    with pytest.raises(SamloveError, match=r"shard-00003\.tar: expected \d+ bytes as listed, found \d+"):
+    with pytest.raises(SamloveError, match=r"shard-00003\.tar: expected \d+ bytes as listed \(.*\), found \d+ \("):
         path.joinpath(tar.name).open()
     tar.unlink()
     with pytest.raises(SamloveError, match=r"shard-00003\.tar: cannot be fetched \(FileNotFoundError"):
@@ -225,6 +226,14 @@ def test_a_file_that_shrinks_or_vanishes_is_named_and_leaves_nothing(shards, tmp
 def test_a_file_larger_than_the_cache_is_refused(shards, size, tmp_path):
     with pytest.raises(SamloveError, match=f"expected room in a cache of {size - 1} bytes"):
         remote(shards, tmp_path / "cache", size - 1).joinpath("shard-00000.tar").open()
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(shards, size, tmp_path):
+    with small_disk(tmp_path / "disk", size // 4096 * 4) as disk:
+        remote(shards, disk / "cache").joinpath("shard-00000.tar").open().close()
+        with pytest.raises(SamloveError, match=r"shard-00001\.tar: the cache's disk has no room .* set STORES_CACHE"):
+            remote(shards, disk / "cache").joinpath("shard-00001.tar").open()
+        assert held(disk / "cache") == size
 
 
 def test_a_place_without_a_store_is_refused(tmp_path):
@@ -242,6 +251,10 @@ def test_the_environment_names_the_cache(shards, tmp_path, monkeypatch):
     assert Cache.of_environment() == Cache(tmp_path / "named", 500_000_000)
     assert_all(ShardReader(f"file://{shards}"))
     assert held(tmp_path / "named") > 0
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("STORES_CACHE", str(tmp_path / "file"))
+    with pytest.raises(RequestError, match="file: no place for a cache .*; set STORES_CACHE"):
+        ShardReader(f"file://{shards}")
     monkeypatch.setenv("STORES_CACHE_GB", "much")
     with pytest.raises(RequestError, match="expected a number, found 'much'"):
         ShardReader(f"file://{shards}")

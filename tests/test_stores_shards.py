@@ -18,6 +18,7 @@ from hypothesis.extra import numpy as hnp
 from samlove.errors import SamloveError
 from stores import ShardReader, ShardWriter
 from stores.shards import build_index
+from tests.small_disk import small_disk
 
 SAMPLES = {
     "--clip.1": {
@@ -283,3 +284,14 @@ def test_what_cannot_be_kept_is_refused_and_not_half_written(tmp_path, key, samp
             writer.write(key, sample)
         writer.write("whole", {"x": np.ones(2)})
     assert ShardReader(tmp_path / "s").keys() == ["whole"]
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    """Whether it is met while a sample is written, or by what is still in memory when all are."""
+    for samples in (8, 1):
+        with small_disk(tmp_path / f"disk{samples}", 64) as disk:
+            with pytest.raises(OSError, match="No space left on device"):
+                with ShardWriter(disk / "shards", samples_per_shard=1) as writer:
+                    for number in range(samples):
+                        writer.write(str(number), {"x": np.zeros(100_000 // samples, np.uint8)})
+            assert [*disk.iterdir()] == []

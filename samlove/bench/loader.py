@@ -1,8 +1,9 @@
 """How fast a training sample's arrays are read from shards, beside other formats, all measured in turns in one run.
 
 The same bytes in every format: videos at the paper's sizes, 11.4 MB each in fp16, of random numbers. One process, one
-thread, everything in the page cache; each array is copied into a buffer, as into a batch. A format whose library is
-not installed is left out. The ratios tell; the rates depend on the machine and on what else it does.
+thread, everything in the page cache; each array is copied into a buffer, as into a batch. Each round takes the formats
+in another order, for what ran before is felt. A format whose library is not installed is left out. The ratios tell; the
+rates depend on the machine and on what else it does.
 """
 
 import json
@@ -10,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from random import Random
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +29,7 @@ SHAPES = {
     "sam2_high_res_1": (64, 128, 128),
 }
 BYTES = 2 * sum(int(np.prod(shape)) for shape in SHAPES.values())  # of one video
-VIDEOS, ROUNDS = 24, 7
+VIDEOS, ROUNDS = 24, 15
 
 Sample = Mapping[str, np.ndarray]
 Pass = Callable[[], Iterable[Mapping[str, Any]]]  # reads all videos once: {name: array} each
@@ -157,9 +159,10 @@ def run(videos: int = VIDEOS, rounds: int = ROUNDS) -> dict[str, Any]:
                 except ImportError as error:
                     print(f"{make.__name__}: left out, not installed ({error})")
             times: dict[str, list[float]] = {name: [] for name in passes}
+            turns = Random(0)
             for _ in range(rounds + 1):  # in turns, so that a change of the machine's load meets all alike
-                for name, read in passes.items():
-                    times[name].append(seconds(read, buffer))
+                for name in turns.sample(list(passes), len(passes)):
+                    times[name].append(seconds(passes[name], buffer))
     finally:
         torch.set_num_threads(threads)
     rates = {name: videos * BYTES / median(of[1:]) / 1e9 for name, of in times.items()}  # the first round warms up

@@ -1,0 +1,54 @@
+"""An S3 service on this machine (moto's server, over HTTP), and the environment in which a user would reach it."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import boto3
+import fsspec
+import pytest
+from moto.server import ThreadedMotoServer
+
+
+@contextmanager
+def s3_service(bucket: str) -> Iterator[str]:
+    """Its endpoint, which the environment names while the block runs; it holds one empty bucket."""
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # not a line a request
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_"))]:
+                patch.delenv(name)
+            patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+            patch.setenv("AWS_ENDPOINT_URL", endpoint)
+            patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+            ask(f"{endpoint}/moto-api/reset")  # its memory is that of the process, and may hold an earlier one's
+            boto3.client("s3", region_name="us-east-1").create_bucket(Bucket=bucket)
+            connect_anew()
+            yield endpoint
+    finally:
+        server.stop()
+        connect_anew()
+
+
+def ask(url: str, body: str = "") -> None:
+    """POST to moto's own interface."""
+    with urlopen(Request(url, body.encode(), {"Content-Type": "text/plain"})):
+        pass
+
+
+def connect_anew() -> None:
+    """Let the next access to s3:// be by the environment as it is now."""
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def upload(root: Path, url: str) -> None:
+    """Put the files below `root` below `url`, as docs/sharing.md does."""
+    fsspec.filesystem("s3").put(f"{root}/", f"{url}/", recursive=True)
