@@ -63,8 +63,8 @@ def run(profile: str, items: int, rounds: int = 5, workers: int = 1) -> dict:
             job = Job(encoder, sources, root / "out" / name, root / "scratch", shard, batch, chunk_rows)
             result[name] = measured = _measure(job, rounds)
             print(
-                f"{name}: {measured['stage_items_s']:.2f} items/s as a stage ({measured['warm_items_s']:.2f} once warm),"
-                f" {measured['bare_items_s']:.2f} by the encoder alone, batches of {batch}: "
+                f"{name}: {measured['stage_items_s']:.2f} items/s as a stage ({measured['warm_items_s']:.2f} warm), "
+                f"{measured['bare_items_s']:.2f} by the encoder alone, batches of {batch}: "
                 f"ratio {measured['ratio']:.3f}, of processor time {measured['cpu_ratio']:.3f}"
             )
             if workers > 1:
