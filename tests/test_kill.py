@@ -6,6 +6,7 @@ A moment is a change to the file system, counted; that makes every kill repeatab
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from stores import FeatureStore
 from stores.verify import verify
 from tests.kill_run import run_apart, write_wavs
+from tests.small_encoders import audio_config
 from tests.test_stores_contract import tree
 
 FIRST, MORE = range(22), range(22, 33)  # wavs at first, and those added later
@@ -24,7 +26,7 @@ class Trial:
 
     def __init__(self, root: Path, incremental: bool) -> None:
         self.root, self.incremental = root, incremental
-        self.inputs, self.report = root / "inputs", root / "report.json"
+        self.inputs, self.config = root / "inputs", audio_config(root / "weights")
         write_wavs(self.inputs, FIRST)
         if incremental:
             self.run(root / "base")
@@ -44,7 +46,7 @@ class Trial:
         return self.root / name
 
     def run(self, root: Path, **kill: float) -> dict | None:
-        return run_apart(self.inputs, root, self.report, **kill)  # type: ignore[arg-type]
+        return run_apart(self.inputs, self.config, root, **kill)  # type: ignore[arg-type]
 
     def finished(self, root: Path) -> int:
         """Shards that need not be computed again: none that is not whole counts."""
@@ -100,15 +102,22 @@ def test_killed_runs_end_bit_identical(trial: Trial) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_killed_runs_end_bit_identical_at_every_moment(trial: Trial) -> None:
-    """Before each single change to the file system, then run to the end."""
-    for moment in range(trial.events):
-        root = trial.fresh("killed")
+    """Before each single change to the file system, then run to the end; two at a time."""
+
+    def kill_before(moment: int) -> bool:
+        root = trial.fresh(f"killed_{moment}")
         assert trial.run(root, kill_at=moment) is None
         if trial.incremental and moment % 2:
             shutil.rmtree(root / "store", ignore_errors=True)
         assert trial.run(root) is not None
-        assert tree(root / "store") == trial.expected, moment
-    print(f"\n{trial.events} moments, each killed at and survived")
+        same = tree(root / "store") == trial.expected
+        shutil.rmtree(root)
+        return same
+
+    with ThreadPoolExecutor(2) as pool:
+        survived = list(pool.map(kill_before, range(trial.events)))
+    print(f"\n{trial.events} moments, each killed at; {sum(survived)} ended bit-identical to an uninterrupted run")
+    assert [moment for moment, same in enumerate(survived) if not same] == []
 
 
 @pytest.mark.slow
@@ -148,3 +157,24 @@ def test_a_full_disk_is_told_and_survived(tmp_path: Path, small_disk: Path) -> N
     assert tree(small_disk / "store") == trial.expected
     print(f"\nfull {full} times, at sizes from 8 kB to {8 * full} kB; then whole, bit-identical")
     assert full > 3
+
+
+def test_a_file_that_cannot_be_written_to_its_end_is_told_and_survived(tmp_path: Path) -> None:
+    """As a full disk, without the right to mount one: no file may outgrow a limit, which rises from run to run.
+
+    The limits are the sizes of the store's files less one byte: whichever is written first of those beyond it fails.
+    """
+    trial = Trial(tmp_path, incremental=False)
+    limits = sorted({len(content) - 1 for content in trial.expected.values()})
+    root = tmp_path / "small"
+    for limit in limits:
+        told = trial.run(root, file_limit=limit)
+        assert told is not None and "File too large" in told["error"], (limit, told)
+        assert "\n" not in told["error"] and str(root / "scratch") in told["error"]
+        assert not (root / "store").exists()
+    assert "error" not in (trial.run(root) or {"error": "killed"})
+    assert tree(root / "store") == trial.expected
+    print(
+        f"\nstopped at {len(limits)} sizes of a file, from {limits[0]} to {limits[-1]} bytes; then whole, bit-identical"
+    )
+    assert len(limits) > 3
