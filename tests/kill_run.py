@@ -8,7 +8,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ SHARD, BATCH = 8, 3
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC  # of a file that is opened
 CONTEXT = multiprocessing.get_context("forkserver")  # torch is imported once, in a process without threads
+STARTING = Lock()  # start() also asks after the processes of other threads: two that ask at once get a wrong answer
 CONTEXT.set_forkserver_preload(["tests.kill_run"])
 
 
@@ -95,11 +98,14 @@ def run_apart(
     report = root.with_name(f"{root.name}.json")
     report.unlink(missing_ok=True)
     process = CONTEXT.Process(target=run, args=(inputs, config, root, report, kill_at, file_limit))
-    process.start()
-    process.join(after)
+    with STARTING:
+        process.start()
+    wait([process.sentinel], after)
     if after is not None:
         process.kill()
-    process.join(120)
+    wait([process.sentinel], 120)
+    with STARTING:
+        process.join(0)
     if process.exitcode == -signal.SIGKILL:
         return None
     assert process.exitcode == 0, process.exitcode
