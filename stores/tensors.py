@@ -117,10 +117,11 @@ class TensorReader:
     def _open(self) -> Any:
         if self._file is None:
             try:
-                self._file = safe_open(self.path, framework="np")
+                file = safe_open(self.path, framework="np")
             except (SafetensorError, OSError) as error:
                 raise SamloveError(f"{self.path}: not a whole safetensors file ({error}); make it anew") from None
             refuse_replaced(self.path, self._identity)
+            self._file = file
         return self._file
 
     def keys(self) -> list[str]:

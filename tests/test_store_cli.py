@@ -16,7 +16,7 @@ from samlove.dataset import RefAvsFolder
 from stores import FeatureStore
 from stores.inspect import diff
 from tests import small_encoders as small
-from tests.test_stores_contract import KEYS, STORES, make_items
+from tests.store_kinds import KEYS, STORES, make_items
 
 
 class Done(NamedTuple):

@@ -12,7 +12,7 @@ import zarr
 
 from samlove.errors import RequestError, SamloveError
 from stores import Failure, FeatureStore, FeatureStoreWriter
-from tests.test_stores_contract import tree
+from tests.store_kinds import tree
 
 KEYS = [f"media_{i}" for i in range(5)]
 

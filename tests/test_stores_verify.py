@@ -8,7 +8,7 @@ import pytest
 
 from samlove.errors import RequestError
 from stores.verify import verify
-from tests.test_stores_contract import KEYS, STORES, Predictions, make_items
+from tests.store_kinds import KEYS, STORES, Predictions, make_items
 
 FLIPS = 150  # bits flipped an artefact, about, spread over all its files
 
