@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 import zarr
 
 from samlove.errors import RequestError, SamloveError
-from stores import Failure, FeatureStore, FeatureStoreWriter
+from stores import Failure, FeatureStore, FeatureStoreWriter, ShardWriter
+from stores.remote import Cache, as_path
 from tests.store_kinds import tree
 
 KEYS = [f"media_{i}" for i in range(5)]
@@ -192,6 +194,59 @@ def test_a_manifest_that_contradicts_its_shards_is_refused(tmp_path):
     path.write_text(json.dumps({**store.manifest, "schema": 99}))
     with pytest.raises(SamloveError, match="expected schema 1, found 99"):
         FeatureStore.open(store.path)
+
+
+@pytest.mark.parametrize("part", ["shards", "arrays"])
+@pytest.mark.parametrize("name", ["..", ".", "", "../other/{}", "/etc/{}", "sub/../../other/{}", "{}/../{}", None, 3])
+@pytest.mark.parametrize("by_url", [False, True])
+def test_a_manifest_whose_names_lead_elsewhere_is_refused(tmp_path, part, name, by_url):
+    store = fill(make_writer(tmp_path))
+    shutil.copytree(store.path, tmp_path / "other")  # what a name that leads out of the store could reach
+    manifest = store.manifest
+    if part == "shards":
+        manifest["shards"][1]["name"] = name.replace("{}", "shard-00001.zarr") if isinstance(name, str) else name
+    else:
+        manifest["arrays"][name.replace("{}", "audio") if isinstance(name, str) else name] = manifest["arrays"]["audio"]
+    (store.path / "manifest.json").write_text(json.dumps(manifest))
+    where = as_path(f"file://{store.path}", Cache(tmp_path / "cache", 10**9)) if by_url else store.path
+    if part == "arrays" and not isinstance(name, str):  # JSON makes a text of it, and there is no such array
+        with pytest.raises(SamloveError, match="media_0"):
+            FeatureStore.open(where).read("media_0")
+    else:
+        with pytest.raises(SamloveError, match=r"manifest\.json: expected .*, found"):
+            FeatureStore.open(where)
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "/a", ""])
+def test_an_array_is_not_written_under_a_name_that_leads_elsewhere(tmp_path, name):
+    with pytest.raises(SamloveError, match="'media_0': expected a name"):
+        make_writer(tmp_path).write_shard(0, {"media_0": {name: np.zeros(3, np.float32)}})
+
+
+@pytest.mark.parametrize("change", [{"shards": None}, {"shards": [1]}, {"shards": [{}]}, {"arrays": None}, {"keys": 0}])
+def test_a_manifest_of_something_else_is_refused(tmp_path, change):
+    store = fill(make_writer(tmp_path))
+    (store.path / "manifest.json").write_text(json.dumps({**store.manifest, **change}))
+    with pytest.raises(SamloveError, match="store"):
+        FeatureStore.open(store.path)
+    with ShardWriter(tmp_path / "shards") as writer:
+        writer.write("a", {"x": np.zeros(3)})
+    with pytest.raises(SamloveError, match=r"manifest\.json: expected a feature store's"):
+        FeatureStore.open(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize(
+    "shape", [[2, 10**9, 10**9], [2, 10**13, 6], [2, -1, 6], [10**12, 10, 6], [2, 10], [2.5, 10, 6], []]
+)
+def test_a_size_that_does_not_fit_is_refused(tmp_path, shape, compression):
+    store = fill(make_writer(tmp_path, compression=compression))
+    path = store.path / "shard-00000.zarr" / "audio" / "zarr.json"
+    meta = json.loads(path.read_text())
+    meta["shape"] = shape
+    path.write_text(json.dumps(meta))
+    with pytest.raises(SamloveError, match=r"shard-00000.*media_0"):
+        FeatureStore.open(store.path).read("media_0")
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 1, 3])
