@@ -93,8 +93,8 @@ class Sources:
             if missing:
                 known = {failure.key: f"{failure.stage} failed: {failure.error}" for failure in store.failures}
                 raise SamloveError(
-                    f"{store.path}: lacks {len(missing)} of the items that the index lists, first {missing[0]!r} "
-                    f"({known.get(missing[0], 'of another index')}); every expression must be predicted: "
+                    f"{store.path}: expected all items that the index lists, found {len(missing)} missing, first "
+                    f"{missing[0]!r} ({known.get(missing[0], 'of another index')}); every expression must be predicted: "
                     f"dvc repro -f {stages.split()[-1]}, or leave the row out by a policy in dataset.yaml"
                 )
         wanted = {**header.dims, "frames of sam2": header.dims["frames"]}
