@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from samlove.cluster import chosen_cluster
 from samlove.config import AudioConfig, DatasetConfig, load
 from samlove.dataset import RefAvsFolder
 from samlove.device import default_device
@@ -28,7 +29,7 @@ def job() -> Job:
 
 @one_line_errors
 def main() -> None:
-    print(f"audio: {extract(job())}")
+    print(f"audio: {extract(job(), chosen_cluster())}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from samlove.encoders.frames import frame_sources
 from samlove.encoders.sam2_image import Sam2ImageEncoder
 from samlove.encoders.vggish import VggishEncoder
 from samlove.errors import SamloveError
-from samlove.extract import READERS
 from samlove.sizes import (
     Choices,
     Counts,
@@ -28,6 +27,7 @@ from samlove.sizes import (
     planned,
     read_choices,
 )
+from samlove.worker import READERS
 
 GIB = 2**30
 PER_SHARD = {

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from samlove.cluster import chosen_cluster
 from samlove.config import DatasetConfig, Sam2Config, load
 from samlove.dataset import RefAvsFolder
 from samlove.device import default_device
@@ -50,7 +51,7 @@ def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1] not in SIZES:
         raise RequestError(f"expected one of {', '.join(SIZES)}, found {' '.join(sys.argv[1:]) or 'none'}")
     group = sys.argv[1]
-    print(f"sam2_{group}: {extract(job(group))}")
+    print(f"sam2_{group}: {extract(job(group), chosen_cluster())}")
 
 
 if __name__ == "__main__":

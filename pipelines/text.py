@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from samlove.cluster import chosen_cluster
 from samlove.config import TextConfig, load
 from samlove.device import default_device
 from samlove.encoders.clip_text import ClipTextEncoder
@@ -28,7 +29,7 @@ def job() -> Job:
 
 @one_line_errors
 def main() -> None:
-    print(f"text: {extract(job())}")
+    print(f"text: {extract(job(), chosen_cluster())}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from samlove.cluster import chosen_cluster
 from samlove.config import DatasetConfig, VisualConfig, load
 from samlove.dataset import RefAvsFolder
 from samlove.device import default_device
@@ -31,7 +32,7 @@ def job() -> Job:
 
 @one_line_errors
 def main() -> None:
-    print(f"visual: {extract(job())}")
+    print(f"visual: {extract(job(), chosen_cluster())}")
 
 
 if __name__ == "__main__":

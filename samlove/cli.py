@@ -127,11 +127,25 @@ def bench_extract(
     profile: Annotated[str, typer.Option(help="Whose architectures, configs/PROFILE; weights are random.")] = "micro",
     items: Annotated[int, typer.Option(min=1, help="Clips for ViT, frames for SAM 2.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each way is timed.")] = 5,
+    workers: Annotated[int, typer.Option(min=1, help="Compare so many local workers with one.")] = 1,
 ) -> None:
     """A feature stage, reading and writing included, against its encoder alone."""
     from samlove.bench.extract import run
 
-    run(profile, items, rounds)
+    run(profile, items, rounds, workers)
+
+
+@bench.command("train")
+def bench_train(
+    profile: Annotated[str, typer.Option(help="Whose sizes and setting, configs/PROFILE; random weights.")] = "micro",
+    videos: Annotated[int, typer.Option(min=4, help="Videos of the made-up shards.")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed each round.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each way is timed.")] = 3,
+) -> None:
+    """Training steps with their reading, from every residency, against steps on one batch."""
+    from samlove.bench.train import run
+
+    run(profile, videos, steps, rounds)
 
 
 @one_line_errors

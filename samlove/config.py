@@ -4,11 +4,12 @@
 holds the values. A key that is unknown or of the wrong type is an error that names the file.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from samlove.errors import RequestError
 
@@ -143,6 +144,33 @@ class ReportConfig(Section):
     clips: int = 8  # how many clips are shown with their masks
 
 
+class LocalConfig(Section):
+    """Workers on this machine. None: one worker a GPU or every four cores; threads, the cores divided by workers."""
+
+    kind: Literal["local"]
+    workers: int | None = Field(None, gt=0)
+    threads: int | None = Field(None, gt=0)  # torch's, of a worker
+
+
+class SchedulerConfig(Section):
+    """Workers of a Dask scheduler that is there already."""
+
+    kind: Literal["scheduler"]
+    address: str  # tcp://host:port
+    threads: int | None = Field(None, gt=0)  # torch's, of a worker; None leaves them as the workers were started
+
+
+class SlurmConfig(Section):
+    """Workers as jobs of SLURM, one each."""
+
+    kind: Literal["slurm"]
+    jobs: int = Field(gt=0)
+    cores: int = Field(gt=0)  # of a job
+    memory: str  # of a job
+    options: dict[str, Any] = {}  # of dask_jobqueue.SLURMCluster
+
+
+ClusterConfig = Annotated[LocalConfig | SchedulerConfig | SlurmConfig, Field(discriminator="kind")]
 SECTIONS: dict[str, type[Section]] = {
     "synth": SynthConfig,
     "dataset": DatasetConfig,
@@ -158,6 +186,8 @@ SECTIONS: dict[str, type[Section]] = {
     "report": ReportConfig,
 }
 S = TypeVar("S", bound=Section)
+T = TypeVar("T")
+CLUSTER = "cluster"  # the folder beside the profiles that is none
 
 
 def _read_yaml(path: Path) -> dict:
@@ -175,8 +205,8 @@ def _read_yaml(path: Path) -> dict:
 def active_profile(configs: Path = Path("configs")) -> str:
     """The profile that configs/profile.yaml selects."""
     values = _read_yaml(configs / "profile.yaml")
-    if set(values) != {"profile"} or not (configs / str(values["profile"])).is_dir():
-        known = sorted(p.name for p in configs.iterdir() if p.is_dir())
+    known = sorted(p.name for p in configs.iterdir() if p.is_dir() and p.name != CLUSTER)
+    if set(values) != {"profile"} or values["profile"] not in known:
         raise RequestError(f"{configs / 'profile.yaml'}: expected 'profile: NAME' with NAME in {known}, found {values}")
     return values["profile"]
 
@@ -194,8 +224,26 @@ def load(section: type[S], configs: Path = Path("configs")) -> S:
         if "root" in values:
             raise RequestError(f"{path}: root is not a choice; link your folder to data/dataset/{profile} instead")
         values["root"] = f"data/dataset/{profile}"
+    return _check(lambda: section(**values), path)
+
+
+def load_cluster(name: str, configs: Path = Path("configs")) -> LocalConfig | SchedulerConfig | SlurmConfig:
+    """Where feature stages compute, configs/cluster/<name>.yaml; it never changes what they compute.
+
+    Raises RequestError as `load` does, and where there is no such file.
+    """
+    path = configs / CLUSTER / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in (configs / CLUSTER).glob("*.yaml"))
+        raise RequestError(f"SAMLOVE_CLUSTER={name}: expected one of {', '.join(known)} in {path.parent}")
+    adapter: TypeAdapter = TypeAdapter(ClusterConfig)
+    return _check(lambda: adapter.validate_python(_read_yaml(path)), path)
+
+
+def _check(make: Callable[[], T], path: Path) -> T:
+    """What `make` makes of a file's values, its faults as one line."""
     try:
-        return section(**values)
+        return make()
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, found {e['input']!r}" for e in error.errors())
         raise RequestError(f"{path}: {faults}") from None

@@ -1,8 +1,8 @@
-"""The runner of every feature stage: read, encode, write, shard by shard, into a feature store.
+"""The runner of every feature stage: what is lacking is computed shard by shard on Dask, then published whole.
 
-Items are read by threads ahead of the encoder, and a shard is written by a thread while the next is computed. A
-finished shard stays in scratch, so a stopped run takes up where it was; the store is published whole. What cannot be
-read becomes a row of the failure ledger and the rest goes on.
+A shard is one task (samlove.worker), of workers of this machine or of others (samlove.cluster). A finished shard stays
+in scratch, so a stopped run takes up where it was, and the shard of a worker that died is computed by another. What
+cannot be read becomes a row of the failure ledger and the rest goes on.
 
 Incremental: each row is kept with the content hash of what it was computed from. A row of the store made before, or
 of a stopped run, is reused where that hash, the fingerprint and the encoder's code are still the same: media that were
@@ -14,20 +14,23 @@ but time.
 
 import shutil
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Mapping
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+from distributed import Client, Future, KilledWorker, as_completed, wait
 from tqdm import tqdm
 
+from samlove.cluster import LOCAL, Cluster, connect
 from samlove.digest import code_digest, source_ids
-from samlove.encoders.base import Arrays, Encoder
+from samlove.encoders.base import Encoder
 from samlove.errors import SamloveError
 from samlove.lock import only_run
+from samlove.worker import HERE, Extraction, Shard, Timing, compute_shard
 from stores import FeatureStoreWriter
 from stores.chunks import Compression
 from stores.features import Failure, write_failures
@@ -35,7 +38,6 @@ from stores.features import Failure, write_failures
 # A few bad files among thousands should not cost a night; more than one in a hundred says that something is wrong with
 # the whole, and results would no longer compare. Below a hundred items any failure is too many.
 FAILURE_BUDGET = 0.01
-READERS = 4  # threads: decoding leaves Python's lock, and one encoder seldom outruns four
 SHOWN = 3  # failures named in a message; the ledger has them all
 LAST, LOCK, LEDGER = "last", "lock", "failures.csv"  # in the scratch folder
 
@@ -59,54 +61,56 @@ class Job:
 
 
 @dataclass
-class Timing:
-    """Where a run's time went. read_s is summed over the reading threads, write_s is the writing thread's; the others
-    are the main thread's."""
+class Report:
+    """What a run did. spent: summed over all workers."""
 
-    total: int = 0  # items asked for
-    items: int = 0  # computed in this run
+    total: int  # items asked for
     shards: int = 0  # of the whole store
-    shards_written: int = 0  # in this run
-    bytes: int = 0  # of their arrays
+    workers: int = 0
     hash_s: float = 0.0  # of what is to be read
-    read_s: float = 0.0
-    wait_s: float = 0.0  # the encoder idle, waiting for what is read
-    compute_s: float = 0.0  # loading the network included
-    write_s: float = 0.0
-    first_batch: int = 0  # its items: warm-up, left out of the rate
-    warm_at: float = 0.0
+    spent: Timing = field(default_factory=Timing)
+    warm_at: float = 0.0  # the first worker's first batch was computed
     ended_at: float = 0.0
+
+    def add(self, done: Shard) -> None:
+        self.spent.add(done.timing)
+        if done.warm_at:
+            self.warm_at = min(done.warm_at, self.warm_at or done.warm_at)
+        self.ended_at = max(self.ended_at, done.ended_at)
 
     @property
     def rate(self) -> float | None:
-        """Items a second after the first batch; None where there was but one."""
-        items, seconds = self.items - self.first_batch, self.ended_at - self.warm_at
+        """Items a second after each worker's first batch; None where there was no other."""
+        items, seconds = self.spent.items - self.spent.first_batch, self.ended_at - self.warm_at
         return items / seconds if items > 0 and seconds > 0 else None
 
     def __str__(self) -> str:
-        reused = f"{self.shards - self.shards_written} of {self.shards} shards were finished before"
-        if not self.items:
+        spent = self.spent
+        reused = f"{self.shards - spent.shards_written} of {self.shards} shards were finished before"
+        if not spent.items:
             return f"nothing to compute; {reused}"
         rate = f"{self.rate:.1f} items/s after warm-up" if self.rate else "one batch, no rate"
-        read = f"read {self.read_s:.1f} s in threads (waited for {self.wait_s:.1f} s)"
-        size = f"{self.bytes / self.items / 1e3:,.1f} kB an item"
+        read = f"read {spent.read_s:.1f} s in threads (waited for {spent.wait_s:.1f} s)"
+        size = f"{spent.bytes / spent.items / 1e3:,.1f} kB an item"
         return (
-            f"{self.items} of {self.total} items computed, {rate}; hash {self.hash_s:.1f} s, {read}, "
-            f"compute {self.compute_s:.1f} s, write {self.write_s:.1f} s in a thread; {size}; {reused}"
+            f"{spent.items} of {self.total} items computed by {_counted(self.workers)}, {rate}; "
+            f"hash {self.hash_s:.1f} s, {read}, compute {spent.compute_s:.1f} s, "
+            f"write {spent.write_s:.1f} s beside it; {size}; {reused}"
         )
 
 
-def extract(job: Job) -> Timing:
+def extract(job: Job, cluster: Cluster = LOCAL) -> Report:
     """Make or complete the store of `job`; what happened is returned.
 
     Raises SamloveError where another run is at work on it, where there is nothing to encode, where a value does not
-    fit the store, where the disk is full, and where more than FAILURE_BUDGET of the items cannot be read; then nothing
-    is published, what was published before stays, and another run computes only what lacks.
+    fit the store, where the disk is full, where workers die again and again, and where more than FAILURE_BUDGET of the
+    items cannot be read; then nothing is published, what was published before stays, and another run computes only
+    what lacks.
     """
     if not job.sources:
         raise SamloveError(f"{job.out}: expected items to encode, found none in the index; see: samlove audit")
     try:
-        return _extract(job)
+        return _extract(job, cluster)
     except OSError as error:  # the disk is full, most often
         raise SamloveError(
             f"{job.out}: cannot be made: {error}; what is finished stays in {job.scratch}: mend that (free space, "
@@ -114,12 +118,12 @@ def extract(job: Job) -> Timing:
         ) from error
 
 
-def _extract(job: Job) -> Timing:
-    with only_run(job.scratch / LOCK, job.out):
-        timing = Timing(total=len(job.sources))
+def _extract(job: Job, cluster: Cluster) -> Report:
+    with only_run(job.scratch / LOCK, job.out) as token:
+        report = Report(total=len(job.sources))
         began = time.perf_counter()
         ids = source_ids(job.sources)
-        timing.hash_s = time.perf_counter() - began
+        report.hash_s = time.perf_counter() - began
         writer = FeatureStoreWriter(
             path=job.out,
             scratch=job.scratch,
@@ -133,46 +137,95 @@ def _extract(job: Job) -> Timing:
             previous=(job.out, job.scratch / LAST),
         )
         writer.clean()
-        todo = writer.todo()
-        timing.shards = len(writer.plan())
-        failures = _compute(job, writer, todo, timing)
+        report.shards = len(writer.plan())
+        failures = _compute(job, writer, token, cluster, report)
         _check_budget(failures, len(job.sources), job.scratch / LEDGER)
         writer.publish(failures, keep=job.scratch / LAST)
         _tidy(job.scratch)
-    return timing
+    return report
 
 
-def _compute(job: Job, writer: FeatureStoreWriter, todo: list[tuple[int, list[str]]], timing: Timing) -> list[Failure]:
-    """Write the shards of `todo`; the items that could not be read."""
-    failures: list[Failure] = []
-    keys = [key for _, lacking in todo for key in lacking]
-    done = len(job.sources) - len(keys)
+def _compute(job: Job, writer: FeatureStoreWriter, token: str, cluster: Cluster, report: Report) -> list[Failure]:
+    """Have the workers write all shards that lack something; the items that could not be read, in order."""
+    todo = writer.todo()
+    if not todo:
+        return []
+    run = f"samlove {job.out.name} {uuid4().hex[:8]}"
+    failures: dict[int, list[Failure]] = {}
+    with connect(cluster) as (client, threads):
+        print(f"{job.out.name}: on {_counted(_workers(client))}; dashboard: {client.dashboard_link}")
+        progress = _Progress(job, todo)
+        plugin = Extraction(run, job.encoder, writer, job.batch_size, job.scratch / LOCK, token, threads)
+        futures: list[Future] = []
+        HERE[run] = job.encoder
+        try:
+            client.register_plugin(plugin, name=run)
+            client.subscribe_topic(run, progress.tell)
+            for number, lacking in todo:
+                sources = {key: job.sources[key] for key in lacking}
+                futures.append(client.submit(compute_shard, run, number, sources, key=f"{run}-{number}", pure=False))
+            for future in as_completed(futures):
+                done: Shard = future.result()  # never None: the run has not ended
+                failures[done.number] = done.failures
+                report.add(done)
+                progress.finish(done.number)
+            report.workers = _workers(client)
+        except KilledWorker as error:
+            raise SamloveError(
+                f"{job.out}: {error.task} was given up, for every worker that computed it died; out of memory, most "
+                f"often: use fewer workers, or smaller shards in pipelines/{job.out.name.split('_')[0]}.py"
+            ) from error
+        except CancelledError as error:
+            raise SamloveError(
+                f"{job.out}: the Dask scheduler went away; run the same command again, it computes only what lacks"
+            ) from error
+        finally:
+            progress.close()
+            del HERE[run]
+            if client.status == "running":  # the scheduler is there
+                client.unregister_worker_plugin(run)  # where the run ends early, workers stop after their batch
+                _settle(client, futures)
+    return [failure for number, _ in todo for failure in failures[number]]
 
-    def write(number: int, items: dict[str, Arrays]) -> None:
-        began = time.perf_counter()
-        timing.shards_written += writer.write_shard(number, items)
-        timing.write_s += time.perf_counter() - began
 
-    with (
-        tqdm(total=len(job.sources), initial=done, desc=job.out.name, unit="item", mininterval=2) as bar,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        writing: Future | None = None
-        reading = _read_ahead(job.encoder, {key: job.sources[key] for key in keys}, 2 * job.batch_size, timing)
-        for number, lacking in todo:
-            items: dict[str, Arrays] = {}
-            for batch in (lacking[i : i + job.batch_size] for i in range(0, len(lacking), job.batch_size)):
-                read, failed = _take(reading, batch, job.out.name, timing)
-                failures += failed
-                items |= _encode(job.encoder, read, timing)
-                bar.update(len(batch))
-            if writing:
-                writing.result()  # two shards at most are in memory
-            writing = pool.submit(write, number, items)
-        if writing:
-            writing.result()
-    timing.ended_at = time.perf_counter()
-    return failures
+def _settle(client: Client, futures: list[Future]) -> None:
+    """Wait until no worker is at these tasks any more: what is being written is finished."""
+    while not all(future.done() for future in futures) and _workers(client):
+        with suppress(TimeoutError):
+            wait(futures, timeout=1)
+
+
+def _workers(client: Client) -> int:
+    return len(client.scheduler_info(n_workers=-1)["workers"])
+
+
+def _counted(workers: int) -> str:
+    return f"{workers} worker{'s' * (workers != 1)}"
+
+
+class _Progress:
+    """A bar of items. Workers tell after each batch how far they are with their shard."""
+
+    def __init__(self, job: Job, todo: list[tuple[int, list[str]]]) -> None:
+        self._sizes = {number: len(lacking) for number, lacking in todo}
+        self._tried: dict[int, int] = {}
+        self._before = len(job.sources) - sum(self._sizes.values())
+        self._bar = tqdm(total=len(job.sources), initial=self._before, desc=job.out.name, unit="item", mininterval=2)
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def tell(self, event: tuple[float, list[int]]) -> None:
+        """A worker's word, which may come late: [shard, items tried]."""
+        number, tried = event[1]
+        self._show(number, max(tried, self._tried.get(number, 0)))
+
+    def finish(self, number: int) -> None:
+        self._show(number, self._sizes[number])
+
+    def _show(self, number: int, tried: int) -> None:
+        self._tried[number] = tried
+        self._bar.update(self._before + sum(self._tried.values()) - self._bar.n)
 
 
 def _tidy(scratch: Path) -> None:
@@ -182,71 +235,6 @@ def _tidy(scratch: Path) -> None:
             shutil.rmtree(other)
         elif other.name == LEDGER:
             other.unlink()
-
-
-def _read_ahead(encoder: Encoder, sources: Mapping[str, Any], ahead: int, timing: Timing) -> Iterator[tuple[str, Any]]:
-    """(key, item, or the SamloveError that reading it raised) in order, up to `ahead` items read before their turn."""
-
-    def read(key: str, source: Any) -> tuple[Any, float]:
-        began = time.perf_counter()
-        try:
-            item = encoder.load(source)
-        except SamloveError as error:
-            item = error
-        except Exception as error:
-            error.add_note(f"while reading {key!r}")
-            raise
-        return item, time.perf_counter() - began
-
-    waiting: deque[tuple[str, Future]] = deque()
-    rest = iter(sources.items())
-    with ThreadPoolExecutor(READERS) as pool:
-        try:
-            while True:
-                for key, source in islice(rest, ahead - len(waiting)):
-                    waiting.append((key, pool.submit(read, key, source)))
-                if not waiting:
-                    return
-                key, future = waiting.popleft()
-                item, seconds = future.result()
-                timing.read_s += seconds
-                yield key, item
-        finally:  # where the run ends early, what is queued need not be read
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _take(
-    reading: Iterator[tuple[str, Any]], batch: list[str], stage: str, timing: Timing
-) -> tuple[dict[str, Any], list[Failure]]:
-    """The batch's items by key, and the failures among them."""
-    began = time.perf_counter()
-    read: dict[str, Any] = {}
-    failures = []
-    for key, item in islice(reading, len(batch)):
-        if isinstance(item, SamloveError):
-            failures.append(Failure(key, stage, str(item)))
-        else:
-            read[key] = item
-    timing.wait_s += time.perf_counter() - began
-    return read, failures
-
-
-def _encode(encoder: Encoder, read: dict[str, Any], timing: Timing) -> dict[str, Arrays]:
-    """The arrays of one batch by key."""
-    if not read:
-        return {}
-    began = time.perf_counter()
-    try:
-        arrays = encoder.encode(list(read.values()))
-    except SamloveError as error:
-        keys = list(read)
-        raise type(error)(f"{keys[0]} to {keys[-1]}: {error}") from error
-    timing.compute_s += time.perf_counter() - began
-    timing.items += len(arrays)
-    timing.bytes += sum(array.nbytes for item in arrays for array in item.values())
-    if not timing.first_batch:
-        timing.first_batch, timing.warm_at = len(arrays), time.perf_counter()
-    return dict(zip(read, arrays, strict=True))
 
 
 def _check_budget(failures: list[Failure], items: int, ledger: Path) -> None:

@@ -94,7 +94,7 @@ class Sources:
                 known = {failure.key: f"{failure.stage} failed: {failure.error}" for failure in store.failures}
                 raise SamloveError(
                     f"{store.path}: expected all items that the index lists, found {len(missing)} missing, first "
-                    f"{missing[0]!r} ({known.get(missing[0], 'of another index')}); every expression must be predicted: "
+                    f"{missing[0]!r} ({known.get(missing[0], 'of another index')}); each row must be predicted: "
                     f"dvc repro -f {stages.split()[-1]}, or leave the row out by a policy in dataset.yaml"
                 )
         wanted = {**header.dims, "frames of sam2": header.dims["frames"]}

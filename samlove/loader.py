@@ -82,9 +82,12 @@ class ExpressionDataset(Dataset):
         return [place for place, *_ in self._items]
 
     def to(self, device: torch.device) -> None:
-        """Copy all samples to `device`. Items are tensors there from now on; no worker may then read from a GPU."""
+        """Copy all samples to `device`. Items are tensors there from now on; no worker may then read from a GPU.
+
+        But for text_mask: of each batch the trainer asks how long its texts are, and to ask a GPU is to wait for it.
+        """
         self._held = [
-            {name: torch.tensor(v, device=device) if isinstance(v, np.ndarray) else v for name, v in sample.items()}
+            {name: torch.tensor(v, device=device) if _moves(name, v) else v for name, v in sample.items()}
             for sample in map(self.reader.__getitem__, range(len(self.reader)))
         ]
 
@@ -109,6 +112,10 @@ class ExpressionDataset(Dataset):
             "row_id": row_id,
             "media_id": sample["__key__"],
         }
+
+
+def _moves(name: str, value: Any) -> bool:
+    return isinstance(value, np.ndarray) and name != "text_mask"
 
 
 def _blank(masks: Any) -> Any:

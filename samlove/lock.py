@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +11,8 @@ from samlove.errors import SamloveError
 
 
 @contextmanager
-def only_run(lock: Path, what: str | Path) -> Iterator[None]:
-    """Hold `lock`, a file that is made where it lacks and never removed, while the block runs.
+def only_run(lock: Path, what: str | Path) -> Iterator[str]:
+    """Hold `lock`, a file that is made where it lacks and never removed, while the block runs; its text is given.
 
     Raises SamloveError, naming the process that holds it, where another run is at work on `what`.
     """
@@ -26,6 +27,7 @@ def only_run(lock: Path, what: str | Path) -> Iterator[None]:
                 f"{what}: expected no other run on it, found one at work (process {holder}); wait until it ends"
             ) from None
         file.truncate(0)
-        file.write(f"{os.getpid()}\n")
+        holder = f"{os.getpid()} on {socket.gethostname()}\n"
+        file.write(holder)
         file.flush()
-        yield
+        yield holder

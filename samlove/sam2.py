@@ -162,7 +162,8 @@ class LightSam2(SAM2Base):
         are those of the last level, the only ones SAM2 reads.
         """
         rows = slice(None) if frame is None else slice(frame, frame + 1)
-        levels = [embeds[name][rows].to(self.device, self.no_mem_embed.dtype, non_blocking=True) for name in LEVELS]
+        moved = (embeds[name][rows].to(self.device, non_blocking=True) for name in LEVELS)
+        levels = [level.to(self.no_mem_embed.dtype) for level in moved]  # not in one: that widens before it moves
         if self.cache_point == "pre_conv":
             levels[0] = self.sam_mask_decoder.conv_s0(levels[0])
             levels[1] = self.sam_mask_decoder.conv_s1(levels[1])

@@ -100,6 +100,7 @@ def retry(path: Annotated[Path, typer.Argument(help="A feature store of this pro
     """Try the rows of the failure ledger again; all others stay as they are."""
     from dataclasses import replace
 
+    from samlove.cluster import chosen_cluster
     from samlove.digest import code_digest
     from samlove.errors import SamloveError
     from samlove.extract import extract
@@ -123,7 +124,7 @@ def retry(path: Annotated[Path, typer.Argument(help="A feature store of this pro
             f"the index has changed since: dvc repro {stage}"
         )
     sources = {key: source for key, source in job.sources.items() if key in found or key in failed}
-    print(f"{stage}: {extract(replace(job, sources=sources))}")
+    print(f"{stage}: {extract(replace(job, sources=sources), chosen_cluster())}")
     left = FeatureStore.open(path).failures
     print(f"{path}: {len(failed) - len(left)} of {len(failed)} failed rows are there now; then: dvc commit {stage}")
     for failure in left[:SHOWN]:

@@ -163,16 +163,16 @@ class Trainer:
             losses = self._losses(self._on_device(batch))
             (losses.total.sum() / size).backward()
             parts.append(Losses(*(part.detach() for part in losses)))
-        sums = Losses(*(torch.cat(part).double() for part in zip(*parts, strict=True)))
-        total = sums.total.cpu()
-        if not total.isfinite().all():
-            raise SamloveError(self._not_finite(batches, total))
+        # On the CPU all together: each copy waits for a GPU, and so once a step is enough.
+        values = Losses(*torch.stack([torch.cat(part) for part in zip(*parts, strict=True)]).cpu().double())
+        if not values.total.isfinite().all():
+            raise SamloveError(self._not_finite(batches, values.total))
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.progress.step += 1
-        return {"loss": total.sum().item(), "bce": sums.bce.sum().item(), "dice": sums.dice.sum().item()}
+        return {"loss": values.total.sum().item(), "bce": values.bce.sum().item(), "dice": values.dice.sum().item()}
 
     def _losses(self, batch: Batch) -> Losses:
         mask_logits, object_score = self._forward(batch)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 import zarr
@@ -253,11 +254,16 @@ class FeatureStoreWriter:
         todo = []
         for number, planned in self._plan.items():
             shard = self._shard(number)
-            good = self._good(shard, planned)
-            if len(good) < len(planned) or (shard and len(good) < len(shard.ids)):
-                kept = set(good)
-                todo.append((number, [key for key in planned if key not in kept]))
+            lacking = self.lacking(number)
+            if lacking or (shard and len(planned) < len(shard.ids)):
+                todo.append((number, lacking))
         return todo
+
+    def lacking(self, number: int) -> list[str]:
+        """Those of a shard's keys that it lacks by now: another process may have written it since `todo`."""
+        planned = self._plan[number]
+        kept = set(self._good(self._shard(number), planned))
+        return [key for key in planned if key not in kept]
 
     def write_shard(self, number: int, items: Mapping[str, Mapping[str, np.ndarray]]) -> bool:
         """Write one shard whole, atomically; {key: {name: array}}, of the keys that `todo` named, failed ones left out.
@@ -287,14 +293,13 @@ class FeatureStoreWriter:
             "planned": planned,
             "chunk_rows": self.chunk_rows,
         }
-        partial = self.scratch / "partial" / shard_name(number)
+        # Of this writing alone: a worker that was thought dead may be at the same shard still.
+        partial = self.scratch / "partial" / uuid4().hex / shard_name(number)
         try:
-            shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
             self._write_group(partial, attributes, {key: rows[key] for key in keys})
             self._finish(partial, list_files(partial))
-        except OSError:  # the disk is full, most often: leave the room there is
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        finally:  # the disk is full, most often: leave the room there is
+            shutil.rmtree(partial.parent, ignore_errors=True)
         return True
 
     def _write_group(self, partial: Path, attributes: dict, rows: Mapping[str, Mapping[str, np.ndarray]]) -> None:
@@ -322,7 +327,11 @@ class FeatureStoreWriter:
         write_json(self._records / f"{partial.name}.json", files)
         final = self.staging / partial.name
         shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        try:
+            partial.rename(final)
+        except OSError:
+            if not final.exists():  # another writer put the same shard there since
+                raise
 
     def _check_item(self, key: str, item: Mapping[str, np.ndarray], first: Mapping[str, np.ndarray]) -> None:
         specs, found = ({name: (a.shape, a.dtype) for name, a in arrays.items()} for arrays in (first, item))

@@ -57,7 +57,7 @@ def run(inputs: Path, config: AudioConfig, root: Path, report: Path, kill_at: in
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal seen
-        if event in CHANGES or (event == "open" and arguments[2] & WRITES and str(arguments[0]).startswith(str(root))):
+        if _changes(root, event, arguments):
             if seen == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             seen += 1
@@ -68,12 +68,22 @@ def run(inputs: Path, config: AudioConfig, root: Path, report: Path, kill_at: in
     sys.addaudithook(count)
     try:
         with _files_limited_to(file_limit):
-            timing = extract(Job(encoder, sources, root / "store", root / "scratch", SHARD, BATCH))
-        told: dict[str, Any] = {name: getattr(timing, name) for name in ("shards", "shards_written", "items")}
-        told["text"] = str(timing)
+            done = extract(Job(encoder, sources, root / "store", root / "scratch", SHARD, BATCH))
+        told: dict[str, Any] = {"shards": done.shards, "shards_written": done.spent.shards_written}
+        told |= {"items": done.spent.items, "text": str(done)}
     except SamloveError as error:
         told = {"error": str(error)}
     report.write_text(json.dumps({**told, "events": seen}))
+
+
+def _changes(root: Path, event: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether an event is a change below `root`: Dask has files of its own."""
+    if event not in CHANGES and not (event == "open" and arguments[2] & WRITES):
+        return False
+    path = str(arguments[0])
+    if event in ("os.remove", "os.rmdir") and arguments[1] >= 0:  # a name in an opened folder, as rmtree has it
+        path = f"{os.readlink(f'/proc/self/fd/{arguments[1]}')}/{path}"
+    return path.startswith(str(root))
 
 
 @contextmanager

@@ -102,6 +102,8 @@ def make_project(root: Path) -> None:
         "sam2": sam2_config(root / "weights"),
     }
     (root / "configs" / "small").mkdir(parents=True)
+    (root / "configs" / "cluster").mkdir()
+    (root / "configs" / "cluster" / "local.yaml").write_text("kind: local\n")
     (root / "configs" / "profile.yaml").write_text("profile: small\n")
     for name, section in sections.items():
         (root / "configs" / "small" / f"{name}.yaml").write_text(yaml.safe_dump(section.model_dump()))

@@ -24,6 +24,18 @@ def test_it_ends_with_one_json_object(
     assert not list(tmp_path.glob("tmp*"))
 
 
+@pytest.mark.slow
+def test_workers_are_compared_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    result = run("micro", items=32, rounds=1, workers=2)
+    for stage in ("visual", "sam2"):
+        many = result[stage]["workers"]
+        assert many["workers"] == 2
+        assert many["ratio"] == pytest.approx(many["items_s"] / many["one_items_s"], abs=0.01)
+    with pytest.raises(RequestError, match="--items 1: too few for 2 workers"):
+        run("micro", items=1, rounds=1, workers=2)
+
+
 def test_an_unknown_profile_is_a_wrong_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(RequestError, match="expected one of micro, refavs"):

@@ -48,7 +48,7 @@ class Project:
 
     def run(self) -> FeatureStore:
         self.encoder = Numbers()
-        self.timing = extract(job(self.encoder, self.sources, self.root))
+        self.report = extract(job(self.encoder, self.sources, self.root))
         return self.store
 
     @property
@@ -80,9 +80,9 @@ def test_added_media_add_shards(project: Project, removed: bool) -> None:
     assert project.encoder.computed == list(range(900, 930))
     assert [inodes(store, n) for n in range(3)] == before
     assert [shard["keys"] for shard in store.manifest["shards"]] == [100, 100, 50, 30]
-    assert (project.timing.shards, project.timing.shards_written) == (4, 1)
-    assert "30 of 280 items computed" in str(project.timing)
-    assert "3 of 4 shards were finished before" in str(project.timing)
+    assert (project.report.shards, project.report.spent.shards_written) == (4, 1)
+    assert "30 of 280 items computed" in str(project.report)
+    assert "3 of 4 shards were finished before" in str(project.report)
     project.assert_holds({**{f"k{n:03}": n for n in range(250)}, **{f"k{n:03}": n for n in range(900, 930)}})
 
 
@@ -124,7 +124,7 @@ def test_the_same_media_under_other_paths_are_the_same(project: Project) -> None
     project.sources = {key: project.root / "moved" / path.name for key, path in project.sources.items()}
     project.run()
     assert project.encoder.computed == []
-    assert "nothing to compute; 3 of 3 shards were finished before" in str(project.timing)
+    assert "nothing to compute; 3 of 3 shards were finished before" in str(project.report)
 
 
 def test_rows_of_other_code_or_another_layout_are_not_reused(project: Project) -> None:
@@ -165,7 +165,7 @@ def test_linked_files_are_never_edited(project: Project) -> None:
 
 def test_damage_in_scratch_is_found_and_computed_anew(tmp_path: Path) -> None:
     sources = make_sources(tmp_path / "in", range(250))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="stopped"):
         extract(job(Stopped(), sources, tmp_path))
     (data,) = tmp_path.glob("scratch/*/shard-00001.zarr/x/c/0/0")
     damaged = bytearray(data.read_bytes())
@@ -173,7 +173,7 @@ def test_damage_in_scratch_is_found_and_computed_anew(tmp_path: Path) -> None:
     data.write_bytes(damaged)
     encoder = Numbers()
     extract(job(encoder, sources, tmp_path))
-    assert encoder.computed == list(range(100, 250))
+    assert sorted(encoder.computed) == list(range(100, 250))
 
 
 some_keys = st.lists(st.integers(0, 30).map(str), unique=True)
@@ -251,7 +251,7 @@ def test_a_second_run_is_told_and_harms_nothing(project: Project) -> None:
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(SamloveError, match=rf"numbers: .* at work \(process {holder.pid}\)"):
+    with pytest.raises(SamloveError, match=rf"numbers: .* at work \(process {holder.pid} on "):
         project.run()
     assert project.encoder.computed == []
     after = {path: path.read_bytes() for path in project.root.rglob("*") if path.is_file()}

@@ -45,6 +45,7 @@ class Run:
         self.features, self.checkpoint = root / "features", root / "model" / "best.safetensors"
         self.out, self.scratch = root / "predictions" / "test_s", root / ".scratch" / "infer" / "test_s"
         self.folder = RefAvsFolder(root / "set")
+        self.device = torch.device("cpu")
         media, texts = self.rows["media_id"].unique(), self.rows["exp"].unique()
         generator = np.random.default_rng(seed)
 
@@ -102,7 +103,7 @@ class Run:
             SIZE,
             self.out,
             self.scratch,
-            torch.device("cpu"),
+            self.device,
         )
 
     def bins(self, variant: str = "predictions") -> dict[str, np.ndarray]:

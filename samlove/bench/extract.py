@@ -1,5 +1,7 @@
 """What a feature stage costs beyond its encoder: items a second of the whole stage over those of the encoder alone.
 
+And what more workers bring: items a second, once all are warm, of so many over those of one with all cores.
+
 The stage reads JPEGs, encodes, writes and publishes a store; the encoder alone gets items that are in memory already,
 in the same batches, on the same threads. Weights are random, for speed does not depend on them: nothing is fetched.
 """
@@ -17,7 +19,7 @@ import yaml
 from PIL import Image
 
 from pipelines import sam2, visual
-from samlove.config import Sam2Config, VisualConfig
+from samlove.config import LocalConfig, Sam2Config, VisualConfig
 from samlove.dataset import RefAvsFolder
 from samlove.device import default_device
 from samlove.encoders.base import Encoder
@@ -25,24 +27,28 @@ from samlove.encoders.frames import frame_sources
 from samlove.encoders.sam2_image import Sam2ImageEncoder
 from samlove.encoders.vit import VitEncoder, build_vit
 from samlove.errors import RequestError
-from samlove.extract import Job, extract
+from samlove.extract import Job, Report, extract
 from samlove.sam2_build import instantiate_sam2
+from samlove.worker import READERS
 
 FRAMES = 10  # of a clip for ViT; SAM2's training split has one
 SIZES = {"micro": (128, 128), "refavs": (1280, 720)}  # width and height of the frames
 SHARDS = 4  # a stage's, so that writing one and computing the next overlap as they do in a long run
 
 
-def run(profile: str, items: int, rounds: int = 5) -> dict:
+def run(profile: str, items: int, rounds: int = 5, workers: int = 1) -> dict:
     """Times both ways in turns for ViT and SAM2; prints the result, last line one JSON object, and returns it.
 
-    profile: whose architectures, configs/<profile>. items: clips for ViT, frames for SAM2. Of the rounds the fastest
-    each way counts.
+    profile: whose architectures, configs/<profile>. items: clips for ViT, frames for SAM2. workers: these local ones
+    are compared with one, where they are more. Of the rounds the fastest each way counts.
     Raises RequestError where there is no such profile.
     """
     if profile not in SIZES or not Path("configs", profile).is_dir():
         raise RequestError(f"--profile {profile}: expected one of {', '.join(SIZES)}, in the repository's root")
-    result: dict = {"bench": "extract", "profile": profile, "threads": torch.get_num_threads(), "rounds": rounds}
+    device = default_device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    result: dict = {"bench": "extract", "profile": profile, "device": name, "rounds": rounds}
+    result |= {"threads": torch.get_num_threads(), "readers": READERS}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         clips = RefAvsFolder(root / "clips")
@@ -61,6 +67,12 @@ def run(profile: str, items: int, rounds: int = 5) -> dict:
                 f"by the encoder alone, batches of {batch}: ratio {measured['ratio']:.3f}, "
                 f"of processor time {measured['cpu_ratio']:.3f}"
             )
+            if workers > 1:
+                measured["workers"] = many = _measure_workers(job, rounds, workers)
+                print(
+                    f"{name}: {many['items_s']:.2f} items/s once warm by {workers} workers, {many['one_items_s']:.2f} "
+                    f"by one: ratio {many['ratio']:.3f}"
+                )
     print(json.dumps(result))
     return result
 
@@ -83,9 +95,7 @@ def _measure(job: Job, rounds: int) -> dict:
     alone, stage = [], []
     for _ in range(rounds):
         alone.append(_seconds(bare))
-        stage.append(_seconds(lambda: extract(job)))
-        shutil.rmtree(job.out)  # or the next round would find nothing to do
-        shutil.rmtree(job.scratch)
+        stage.append(_seconds(lambda: _extract(job, 1)))
     (wall_alone, cpu_alone), (wall, cpu) = (tuple(map(min, zip(*times, strict=True))) for times in (alone, stage))
     return {
         "items": len(sources),
@@ -95,6 +105,28 @@ def _measure(job: Job, rounds: int) -> dict:
         "ratio": round(wall_alone / wall, 3),
         "cpu_ratio": round(cpu_alone / cpu, 3),
     }
+
+
+def _measure_workers(job: Job, rounds: int, workers: int) -> dict:
+    rates: dict[int, list[float]] = {1: [], workers: []}
+    for _ in range(rounds):
+        for count, found in rates.items():
+            rate = _extract(job, count).rate
+            if rate is None:
+                raise RequestError(
+                    f"--items {len(job.sources)}: too few for {workers} workers, all is warm-up; give more"
+                )
+            found.append(rate)
+    one, many = max(rates[1]), max(rates[workers])
+    return {"workers": workers, "items_s": round(many, 3), "one_items_s": round(one, 3), "ratio": round(many / one, 3)}
+
+
+def _extract(job: Job, workers: int) -> Report:
+    """The whole stage, by local workers; what it made is removed, or the next round would find nothing to do."""
+    report = extract(job, LocalConfig(kind="local", workers=workers))
+    shutil.rmtree(job.out)
+    shutil.rmtree(job.scratch)
+    return report
 
 
 def _seconds(work: Callable[[], object]) -> tuple[float, float]:

@@ -4,16 +4,21 @@ An encoder is built from its section of the configuration; it finds its weights 
 at once, and loads the network at the first `encode`.
 """
 
+import math
+from functools import cached_property
 from importlib.metadata import version
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from samlove.config import Dtype
+from samlove.device import default_device
 from samlove.errors import SamloveError
 
 Arrays = dict[str, np.ndarray]
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}
 Source = TypeVar("Source", contravariant=True)  # what is read: the path of a wav, the paths of frames, a text
 Item = TypeVar("Item")  # what reading it gives
 
@@ -34,6 +39,19 @@ class Encoder(Protocol[Source, Item]):
         ...
 
 
+class OnDevice:
+    """An encoder that can be sent to another process: its copy has that process's device, and loads its own network."""
+
+    device: torch.device
+
+    def __getstate__(self) -> dict[str, Any]:
+        loaded = {name for name in self.__dict__ if isinstance(getattr(type(self), name, None), cached_property)}
+        return {name: value for name, value in self.__dict__.items() if name not in {"device", *loaded}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, device=default_device())
+
+
 def library_versions(*names: str) -> list[str]:
     """["timm 1.0.31", ...]; a build's local part ("+cpu") is left out, for it names a machine, not a computation."""
     return [f"{name} {version(name).split('+')[0]}" for name in names]
@@ -44,13 +62,14 @@ def to_store(name: str, values: Tensor, dtype: Dtype) -> np.ndarray:
 
     Raises SamloveError, naming the array, where one is not finite or lies outside the dtype's range.
     """
-    array = values.detach().float().cpu().numpy()
-    largest = np.abs(array).max(initial=0)  # NaN where there is any
-    if not np.isfinite(largest):
+    values = values.detach().float()
+    largest = values.abs().max().item() if values.numel() else 0.0  # NaN where there is any
+    if not math.isfinite(largest):
         raise SamloveError(f"{name}: the encoder gave a value that is not finite; its weights are damaged")
     if largest > np.finfo(dtype).max:
         raise SamloveError(
             f"{name}: {largest:.6g} is beyond the range of {dtype} ({np.finfo(dtype).max}); "
             "set dtype: float32 in the encoder's file under configs/"
         )
-    return array.astype(dtype)
+    # Checked, narrowed and put in order where they are: on a GPU all that costs nothing, and half the bytes are moved.
+    return values.to(TORCH_DTYPES[dtype]).contiguous().cpu().numpy()

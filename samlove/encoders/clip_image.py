@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from samlove.config import VisualConfig
-from samlove.encoders.base import Arrays, library_versions
+from samlove.encoders.base import Arrays, OnDevice, library_versions
 from samlove.encoders.frames import encode_frames, load_square, normalise
 from samlove.encoders.transformers_folder import CLIP, load_network, resolve_folder, sha256_model
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # what OpenAI trained it with
 
 
-class ClipImageEncoder:
+class ClipImageEncoder(OnDevice):
     """A clip's frames -> visual (N,1+P,d): tokens of the tower's last block, row 0 of axis 1 the class token.
 
     They are `last_hidden_state`, which transformers leaves before the norm that precedes CLIP's projection. Frames are

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from samlove.config import TextConfig
-from samlove.encoders.base import Arrays, library_versions, to_store
+from samlove.encoders.base import Arrays, OnDevice, library_versions, to_store
 from samlove.encoders.transformers_folder import load_network, load_tokenizer, resolve_folder, sha256_model
 from samlove.errors import RequestError
 
 
-class RobertaEncoder:
+class RobertaEncoder(OnDevice):
     """A text -> text (L,d) and text_mask (L,) bool, True where there is a token: L tokens, padded or cut.
 
     A padding token's row of `text` is what the network gives there; the mask says to leave it.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import samlove.torchvision_ops  # noqa: F401
 from samlove.config import Sam2Config
-from samlove.encoders.base import Arrays, library_versions, to_store
+from samlove.encoders.base import Arrays, OnDevice, library_versions, to_store
 from samlove.encoders.frames import load_square, normalise
 from samlove.errors import RequestError
 from samlove.sam2_build import (
@@ -35,7 +35,7 @@ LEVELS = ("sam2_high_res_0", "sam2_high_res_1", "sam2_image_embed")  # strides 4
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in sam2.utils.misc.load_video_frames
 
 
-class Sam2ImageEncoder:
+class Sam2ImageEncoder(OnDevice):
     """Frames -> sam2_image_embed (F,C,h,w), sam2_high_res_0 (F,C0,4h,4w), sam2_high_res_1 (F,C1,2h,2w).
 
     post_conv: C0 = C/8, C1 = C/4; pre_conv: both C. F is 1 in the train split, whose later frames nothing reads.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from samlove.config import AudioConfig
 from samlove.dataset import load_audio
-from samlove.encoders.base import Arrays, library_versions, to_store
+from samlove.encoders.base import Arrays, OnDevice, library_versions, to_store
 from samlove.encoders.weights import load_into, load_state_dict, resolve_file
 from samlove.errors import SamloveError
 from stores.fingerprint import sha256_file
@@ -77,7 +77,7 @@ def pad_or_trim(samples: np.ndarray, seconds: int) -> tuple[np.ndarray, np.ndarr
     return np.pad(samples[:wanted], (0, max(0, wanted - len(samples)))), valid
 
 
-class VggishEncoder:
+class VggishEncoder(OnDevice):
     """A clip's sound -> audio (N,128), audio_valid (N,) bool, N seconds."""
 
     def __init__(self, config: AudioConfig, seconds: int, device: torch.device):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import samlove.torchvision_ops  # noqa: F401
 from samlove.config import VisualConfig
-from samlove.encoders.base import Arrays, library_versions
+from samlove.encoders.base import Arrays, OnDevice, library_versions
 from samlove.encoders.frames import CENTRE, encode_frames, load_square, normalise
 from samlove.encoders.weights import load_into, load_state_dict, resolve_file
 from samlove.errors import RequestError
@@ -39,7 +39,7 @@ def build_vit(model: str, model_args: Mapping[str, Any], image_size: int) -> nn.
     return network
 
 
-class VitEncoder:
+class VitEncoder(OnDevice):
     """A clip's frames -> visual (N,1+P,d): tokens after the final norm, row 0 of axis 1 the class token.
 
     Frames are resized to image_size x image_size, whole, without the centre crop of ImageNet's evaluation: what is to

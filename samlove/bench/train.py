@@ -1,0 +1,160 @@
+"""How fast training steps are, and what of that the loader costs: steps with their reading against one batch reused.
+
+Shards of random numbers in the shapes of a profile, its architectures with random weights: nothing is fetched, and
+neither speed depends on the values. Steps are the trainer's own, each with its `accumulate` batches.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from samlove.checkpoint import Origin
+from samlove.config import DatasetConfig, FusionConfig, Resident, S, Sam2Config, TextConfig, TrainConfig, VisualConfig
+from samlove.device import default_device
+from samlove.errors import RequestError
+from samlove.loader import FEATURES, ExpressionDataset, PoolSampler, collate, make_resident
+from samlove.sam2_build import instantiate_sam2
+from samlove.sizes import VGGISH_CHANNELS, sam2_shape, text_width, vit_shape
+from samlove.train import Batch, Samples, Trainer
+from stores import ShardWriter
+from stores.fingerprint import sha256_file
+
+PROFILES = ("micro", "refavs")
+EXPRESSIONS = 5  # of a video, as Ref-AVS has them
+WARM_UP = 3  # steps before the clock starts: workers, memory, the choice of kernels
+
+
+def run(profile: str, videos: int = 32, steps: int = 20, rounds: int = 3) -> dict[str, Any]:
+    """Time `steps` steps from every residency there is room for, and from one batch; prints and returns the result.
+
+    expressions_per_s is of the median round. over_reused: the time of a step over that with one batch reused on the
+    device, so that what exceeds 1 is the loader's. The ways take turns.
+    Raises RequestError where there is no such profile.
+    """
+    if profile not in PROFILES or not Path("configs", profile).is_dir():
+        raise RequestError(f"--profile {profile}: expected one of {', '.join(PROFILES)}, in the repository's root")
+    device = default_device()
+    places: tuple[Resident, ...] = ("off", "ram", "gpu") if device.type == "cuda" else ("off", "ram")
+    with TemporaryDirectory(prefix="samlove-bench-") as top:
+        root = Path(top)
+        _write_shards(root / "shards", profile, videos)
+        passes: dict[str, Callable[[], float]] = {}
+        for place in places:
+            dataset = ExpressionDataset(root / "shards")
+            make_resident([dataset], place, device)
+            trainer = _trainer(profile, dataset, device, root, on_gpu=place == "gpu")
+            passes.setdefault("reused", partial(_reused, trainer, steps))
+            passes[place] = partial(_read, trainer, steps)
+        times: dict[str, list[float]] = {name: [] for name in passes}
+        for _ in range(rounds):
+            for name, seconds in passes.items():
+                times[name].append(seconds())
+    spent, config = {name: median(of) for name, of in times.items()}, trainer.config
+    size = config.batch_size * config.accumulate
+    result = {
+        "bench": "train",
+        "profile": profile,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "precision": config.precision,
+        "samples_a_step": size,
+        "workers": config.workers,
+        "steps": steps,
+        "rounds": rounds,
+        "expressions_per_s": {name: round(steps * size / of, 2) for name, of in spent.items()},
+        "over_reused": {name: round(of / spent["reused"], 3) for name, of in spent.items() if name != "reused"},
+    }
+    for name, of in spent.items():
+        print(f"{name:8}{1e3 * of / steps:10.1f} ms a step{steps * size / of:10.1f} expressions/s")
+    print(json.dumps(result))
+    return result
+
+
+def _read(trainer: Trainer, steps: int) -> float:
+    """Seconds of `steps` steps on batches as the loader makes them."""
+    accumulate, size = trainer.config.accumulate, trainer.config.batch_size * trainer.config.accumulate
+    wanted = (WARM_UP + steps) * size
+    epochs = -(-wanted // len(trainer.samples.train))
+    order = [item for epoch in range(epochs) for item in trainer.samples.order(epoch)][:wanted]
+    batches = iter(trainer._loader(trainer.samples.train, order))
+    return _seconds(trainer, lambda: list(islice(batches, accumulate)), steps)
+
+
+def _reused(trainer: Trainer, steps: int) -> float:
+    """Seconds of `steps` steps on one batch that is on the device already."""
+    size = trainer.config.batch_size
+    (batch,) = trainer._loader(trainer.samples.train, list(trainer.samples.order(0))[:size])
+    batch = {**trainer._on_device(batch), "text_mask": batch["text_mask"]}  # the mask as `ExpressionDataset.to` has it
+    return _seconds(trainer, lambda: [batch] * trainer.config.accumulate, steps)
+
+
+def _seconds(trainer: Trainer, batches: Callable[[], list[Batch]], steps: int) -> float:
+    """Each step waits for its losses, so that the clock starts and stops at the same place in a GPU's work."""
+    ended = []
+    for _ in range(WARM_UP + steps):
+        trainer._step(batches(), trainer.config.batch_size * trainer.config.accumulate)
+        ended.append(time.perf_counter())
+    return ended[-1] - ended[WARM_UP - 1]
+
+
+def _section(profile: str, name: str, section: type[S], **changes: Any) -> S:
+    return section(**{**yaml.safe_load(Path("configs", profile, f"{name}.yaml").read_text()), **changes})
+
+
+def _write_shards(root: Path, profile: str, videos: int) -> None:
+    """Videos of random numbers, no two alike, each with EXPRESSIONS expressions of two objects."""
+    dataset = _section(profile, "dataset", DatasetConfig, root="")
+    text, sam2 = _section(profile, "text", TextConfig), _section(profile, "sam2", Sam2Config)
+    tokens, width = vit_shape(_section(profile, "visual", VisualConfig))
+    size, channels = sam2_shape(sam2)
+    grid, fine = size // 16, sam2.cache_point == "pre_conv"
+    shapes = {
+        "audio": (dataset.frames, VGGISH_CHANNELS),
+        "visual": (dataset.frames, tokens, width),
+        "sam2_image_embed": (channels, grid, grid),
+        "sam2_high_res_0": (channels if fine else channels // 8, 4 * grid, 4 * grid),
+        "sam2_high_res_1": (channels if fine else channels // 4, 2 * grid, 2 * grid),
+        "text": (EXPRESSIONS, text.max_tokens, text_width(text)),
+    }
+    random = np.random.default_rng(0)
+    numbers = {name: random.standard_normal(shape, np.float32).astype(np.float16) for name, shape in shapes.items()}
+    masks = np.zeros((2, dataset.mask_size, dataset.mask_size), np.uint8)
+    masks[0, : dataset.mask_size // 2] = masks[1, dataset.mask_size // 2 :] = 1
+    with ShardWriter(root, fingerprint={name: {} for name in FEATURES}) as writer:
+        for video in range(videos):
+            sample: dict[str, Any] = {name: array + np.float16(video / videos) for name, array in numbers.items()}
+            sample["audio_valid"] = np.ones(dataset.frames, bool)
+            sample["text_mask"] = np.arange(text.max_tokens) < 6 + np.arange(EXPRESSIONS)[:, None]  # tokens of a text
+            sample["masks"] = masks
+            sample["rows"] = [{"row_id": f"{video}.{i}", "text": i, "mask": i % 2} for i in range(EXPRESSIONS)]
+            writer.write(str(video), sample)
+
+
+def _trainer(profile: str, dataset: ExpressionDataset, device: torch.device, root: Path, on_gpu: bool) -> Trainer:
+    checkpoint = root / "sam2.safetensors"
+    sam2 = _section(profile, "sam2", Sam2Config, checkpoint=str(checkpoint))
+    if not checkpoint.exists():
+        save_file(instantiate_sam2(sam2.config, image_encoder=False).state_dict(), checkpoint)
+    config, videos = _section(profile, "train", TrainConfig), dataset.videos
+    origin = Origin(
+        fusion=_section(profile, "fusion", FusionConfig),
+        train=config,
+        sam2=sam2,
+        sam2_sha256=sha256_file(checkpoint),
+        dims=dataset.dims,
+        features=dataset.features,
+    )
+    samples = Samples(
+        dataset, dataset, collate, lambda epoch: PoolSampler(videos, config.pool, config.seed, epoch), on_gpu
+    )
+    return Trainer(origin.build(), origin, samples, device, root / "scratch")
