@@ -13,10 +13,11 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import distributed.dashboard.scheduler  # noqa: F401  # as torchvggish below: else imported in every process anew
 import numpy as np
 import soundfile
 import torch
-import torchvggish.vggish_input  # noqa: F401  # VGGish would import it, and numba with it, in every process anew
+import torchvggish.vggish_input  # noqa: F401
 
 from samlove.config import AudioConfig
 from samlove.encoders.vggish import VggishEncoder
