@@ -6,10 +6,8 @@ tests/test_stores_verify.py asks of each whether damage is found.
 """
 
 import multiprocessing
-import os
 import pickle
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -28,6 +26,7 @@ from tests.store_kinds import (
     Exported,
     Items,
     Kind,
+    Steps,
     Tensors,
     Watched,
     assert_same,
@@ -250,24 +249,10 @@ def test_a_reader_during_a_writer_has_what_it_opened_or_an_error_never_other_val
 
 def _write_until(kind: Kind, path: Path, items: Items, kill_at: int, report: Path) -> None:
     """Killed before its n-th step: an item that is taken, or a change to the disk. Reports how many there were."""
-    seen = 0
-
-    def step() -> None:
-        nonlocal seen
-        if seen == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        seen += 1
-
-    def audit(event: str, arguments: tuple) -> None:
-        if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link") or (
-            event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        ):
-            step()
-
-    sys.addaudithook(audit)
-    kind.write(path, Watched(items, step))
-    steps, kill_at = seen, -1
-    report.write_text(str(steps))
+    steps = Steps(kill_at)
+    kind.write(path, Watched(items, steps.step))
+    total, steps.kill_at = steps.seen, -1
+    report.write_text(str(total))
 
 
 @kinds()

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import zarr
 from samlove.errors import RequestError, SamloveError
 from stores import Failure, FeatureStore, FeatureStoreWriter, ShardWriter
 from stores.remote import Cache, as_path
-from tests.store_kinds import tree
+from tests.store_kinds import Steps, tree
 
 KEYS = [f"media_{i}" for i in range(5)]
 
@@ -280,34 +279,33 @@ def test_a_torn_data_file_is_named(tmp_path):
             FeatureStore.open(store.path).read("media_0")
 
 
-def _run(root: Path, diary: Path) -> None:
+def _run(root: Path, diary: Path, kill_at: int, report: Path) -> None:
+    steps = Steps(kill_at)
     writer = make_writer(root)
     for number, keys in writer.todo():
         with open(diary, "a") as file:
             file.write(f"{number}\n")
         writer.write_shard(number, {key: make_item(key) for key in keys})
     writer.publish()
+    total, steps.kill_at = steps.seen, -1
+    report.write_text(str(total))
 
 
 def test_killed_runs_resume_to_the_same_bytes(tmp_path):
-    (tmp_path / "whole").mkdir()
-    started = time.monotonic()
-    expected = tree(fill(make_writer(tmp_path / "whole")).path)
-    duration = time.monotonic() - started
-    context = multiprocessing.get_context("fork")
-    diary = tmp_path / "computes"
-    published = tmp_path / "killed" / "store" / "manifest.json"
-    kills = 0
-    for attempt in range(100):
-        process = context.Process(target=_run, args=(tmp_path / "killed", diary))
+    context, report = multiprocessing.get_context("fork"), tmp_path / "steps"
+
+    def run(name: str, kill_at: int) -> int | None:
+        process = context.Process(target=_run, args=(tmp_path / name, tmp_path / f"{name}_diary", kill_at, report))
         process.start()
-        process.join((attempt + 1) / 12 * duration if attempt < 10 else 60)  # later and later in the work
-        process.kill()
-        process.join()
-        kills += process.exitcode == -signal.SIGKILL
-        if published.exists():  # whole, though the kill may have come right after; another run would begin anew
-            break
-    assert published.exists() and kills > 0
+        process.join(60)
+        return process.exitcode
+
+    assert run("whole", -1) == 0
+    expected, steps = tree(tmp_path / "whole" / "store"), int(report.read_text())
+    for attempt in range(4):  # later and later in the work, of which each leaves less
+        assert run("killed", steps * (attempt + 1) // 8) == -signal.SIGKILL
+    assert run("killed", -1) == 0
     assert tree(tmp_path / "killed" / "store") == expected
     assert not any(p.is_file() for p in (tmp_path / "killed" / "scratch").rglob("*"))
-    assert len(diary.read_text().split()) <= 3 + kills  # a kill costs the shard that it hit, no other
+    computed = (tmp_path / "killed_diary").read_text().split()
+    assert set(computed) == {"0", "1", "2"} and len(computed) <= 3 + 4  # a kill costs the shard that it hit, no other
