@@ -12,6 +12,7 @@ from stores import FeatureStore
 from stores.fingerprint import check_fingerprint
 
 INDEX = Path("data/index/expressions.parquet")
+MASKS = Path("data/index/gt_mask.sha256")
 FEATURES = Path("data/features")
 OUT = Path("data/shards")
 SAM2 = {"train": "sam2_train", "val": "sam2_eval"}  # the store that holds a split's embeddings
@@ -41,6 +42,7 @@ def main() -> None:
             RefAvsFolder(dataset.root),
             dataset.mask_size,
             config.videos_per_shard,
+            MASKS.read_text().strip(),
         )
         print(f"{split}: {packed}")
 

@@ -22,7 +22,7 @@ def main() -> None:
     config, sam2 = load(TrainConfig), load(Sam2Config)
     train_set, val_set = ExpressionDataset(SHARDS / "train"), ExpressionDataset(SHARDS / "val")
     features = train_set.features
-    check_fingerprint(val_set.features, features, SHARDS / "val", "dvc repro pack")
+    check_fingerprint(val_set.made_from, train_set.made_from, SHARDS / "val", "dvc repro pack")
     origin = Origin(
         fusion=load(FusionConfig),
         train=config,
@@ -30,6 +30,7 @@ def main() -> None:
         sam2_sha256=sha256_file(checkpoint_path(sam2.checkpoint)),
         dims=train_set.dims,
         features=features,
+        shards={"train": train_set.id, "val": val_set.id},
     )
     wanted = {"weights_sha256": origin.sam2_sha256, "cache_point": sam2.cache_point}
     found = {name: features["sam2"].get(name) for name in wanted}

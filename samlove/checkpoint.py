@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file with what was trained, and in its header all that made it.
+"""Checkpoints: one safetensors file with what was trained, and in its header all that made it (see stores.tensors).
 
 SAM2's frozen parts are not repeated in it: they come from SAM2's own checkpoint, known by its sha256.
 """
@@ -19,10 +19,10 @@ from samlove.encoders.weights import load_into
 from samlove.errors import RequestError, SamloveError
 from samlove.model import SamLove
 from samlove.sam2_build import checkpoint_path
+from stores import tensors as sealed
 from stores.fingerprint import sha256_file
 
 SCHEMA = 1
-HEADER_KEY = "samlove"  # safetensors headers hold texts only: ours is one JSON text
 
 
 class Origin(BaseModel):
@@ -37,6 +37,7 @@ class Origin(BaseModel):
     sam2_sha256: str
     dims: dict[str, int]  # of the features: audio, visual, text, frames
     features: dict  # fingerprints of what it was trained on, as the shards have them
+    shards: dict[str, str] = {}  # split -> what stands for the very shards, see ExpressionDataset.id
 
     def build(self) -> SamLove:
         """A fresh model, its fusion module initialised from torch's current random state, on the CPU."""
@@ -49,20 +50,25 @@ class Header(Origin):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: str) -> None:
-    """Write a safetensors file, or leave what was there: never half of one."""
+    """Write a safetensors file, or leave what was there: never half of one. header: the text of a JSON object."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, {HEADER_KEY: header})
+    metadata = sealed.metadata(json.loads(header))
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, metadata)
+    sealed.seal(partial)
     os.replace(partial, path)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
     """The tensors of a file of `write_tensors`, on the CPU, and its header.
 
-    Raises RequestError where there is no such file, SamloveError where it is not one of ours.
+    Raises RequestError where there is no such file, SamloveError where it is not one of ours or its bytes are damaged.
     """
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, _header(path, file)
+        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, _header(path, file)
+    if fault := sealed.damage(path, deep=True):
+        raise SamloveError(f"{path}: damaged: {fault}; bring the file back, or delete it and: dvc repro train")
+    return tensors, header
 
 
 def save_checkpoint(path: Path, model: SamLove, header: Header) -> None:
@@ -116,7 +122,7 @@ def _opened(path: Path) -> Any:
 
 
 def _header(path: Path, file: Any) -> str:
-    metadata = file.metadata() or {}
-    if HEADER_KEY not in metadata:
+    text = (file.metadata() or {}).get(sealed.HEADER_KEY)
+    if text is None:
         raise SamloveError(f"{path}: expected a checkpoint of samlove, found a safetensors file without its header")
-    return metadata[HEADER_KEY]
+    return json.dumps(sealed.parse(text, path))

@@ -1,4 +1,5 @@
-"""One line that stands for the content of a folder, of what one item of a feature store is computed from, or of code.
+"""One line that stands for the content of a folder, of what an item of a feature store is computed from, of rows of the
+index, or of code.
 
 The index stage writes one for the data set's media and one for its masks, and later stages depend on these lines:
 DVC then walks the folder, a hundred thousand files in Ref-AVS, for one stage and not for a dozen.
@@ -6,12 +7,16 @@ DVC then walks the folder, a hundred thousand files in Ref-AVS, for one stage an
 
 import ast
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+ROW = {"row_id": str, "media_id": str, "fid": int, "exp": str, "null": bool}  # what is asked for in a row of the index
 IDLE_MODULES = ("samlove.config", "samlove.device", "samlove.errors")
 
 
@@ -50,6 +55,12 @@ def _source_id(source: Any) -> str:
                 return ""
             whole.update(digests[part].encode())
     return whole.hexdigest()[:32]
+
+
+def rows_digest(rows: pd.DataFrame) -> str:
+    """SHA-256, as hex, of what rows of expressions.parquet ask for; their order does not matter."""
+    lines = [json.dumps([kind(row[name]) for name, kind in ROW.items()]) for row in rows[list(ROW)].to_dict("records")]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def code_digest(cls: type) -> str:

@@ -19,9 +19,11 @@ import pandas as pd
 from tqdm import tqdm
 
 from samlove.dataset import RefAvsFolder
+from samlove.digest import rows_digest
 from samlove.errors import RequestError, SamloveError
 from samlove.metrics import EDGES, Scores, histogram, scores_of
 from stores import PredictionReader
+from stores.fingerprint import check_fingerprint, flat
 
 BATCH = 4  # expressions a batch of the benchmark's script
 SPLITS = ("val", "test_s", "test_u", "test_n")
@@ -41,11 +43,13 @@ def evaluate(expressions: pd.DataFrame, folder: RefAvsFolder, predictions: Path,
 
     expressions: the index's table, in file order. predictions: the folder of {split}/{predictions,CONTROL}.h5; val
     and each control are scored where they are there.
-    Raises RequestError where a test split's predictions are missing, SamloveError where an expression's are.
+    Raises RequestError where a test split's predictions are missing, SamloveError where an expression's are, or where
+    files are of other rows than the index's, or not all of one checkpoint, its features and choices.
     """
     flags = {cue: expressions[cue].fillna(False).astype(bool) for cue in CUES if cue in expressions}
     expressions = expressions.assign(**flags)  # a row whose cues are not known counts as needing none
     tables, batches = [], {}
+    _check_made_alike(predictions, {split: expressions[expressions["split"] == split] for split in SPLITS})
     for split in SPLITS:
         rows = expressions[expressions["split"] == split]
         source = predictions / split / "predictions.h5"
@@ -103,6 +107,26 @@ def _score_split(rows: pd.DataFrame, folder: RefAvsFolder, source: Path) -> tupl
                 row |= {f"{k}_{name}": v for k, v in _columns(scores, row["null"]).items()}
         scored.append(row)
     return pd.DataFrame(scored), pd.DataFrame(list(_batch_scores(counts)))
+
+
+def _check_made_alike(predictions: Path, splits: dict[str, pd.DataFrame]) -> None:
+    """Raise SamloveError where a file is of another split, control or rows than asked for, or made unlike the others.
+
+    What a file does not say, as those of older versions, is not compared.
+    """
+    first: tuple[Path, dict] | None = None
+    for split, rows in splits.items():
+        for name in ("predictions", *CONTROLS):
+            path = predictions / split / f"{name}.h5"
+            if rows.empty or not path.exists():
+                continue
+            attrs = _open(path).attrs
+            own = {"split": split, "variant": name, "rows_sha256": rows_digest(rows)}
+            said = {field: attrs[field] for field in own if field in attrs}
+            check_fingerprint(said, {field: own[field] for field in said}, path, f"dvc repro -f infer@{split}")
+            shared = flat({field: value for field, value in attrs.items() if field not in own})
+            first = first or (path, shared)
+            check_fingerprint(shared, first[1], f"{path}, beside {first[0]}", "dvc repro infer")
 
 
 def _open(path: Path) -> PredictionReader:

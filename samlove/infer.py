@@ -26,6 +26,7 @@ from tqdm import tqdm
 from samlove.checkpoint import Header, load_model, read_header
 from samlove.config import CONTROLLED_SPLITS, InferConfig
 from samlove.dataset import RefAvsFolder, load_mask
+from samlove.digest import rows_digest
 from samlove.errors import RequestError, SamloveError
 from samlove.metrics import EDGES, quantise
 from samlove.model import SamLove
@@ -82,6 +83,8 @@ class Sources:
 
     def check(self, header: Header, checkpoint: Path, rows: pd.DataFrame) -> None:
         """Raise SamloveError where a store is not of the kind that the checkpoint was trained on, or lacks an item."""
+        widths = {name: getattr(self, name).shapes[name][-1] for name in ("audio", "visual", "text")}
+        found = {**widths, "frames": self.visual.shapes["visual"][0], "frames of sam2": self.frames}
         for name, stages in STAGES.items():
             remedy = f"dvc repro {stages} pack train, as {checkpoint} was trained on the features expected here"
             store = getattr(self, name)
@@ -90,10 +93,13 @@ class Sources:
             if missing:
                 known = {failure.key: f"{failure.stage} failed: {failure.error}" for failure in store.failures}
                 raise SamloveError(
-                    f"{store.path}: lacks {len(missing)} of the items that the index lists, first {missing[0]!r} "
-                    f"({known.get(missing[0], 'of another index')}); every expression must be predicted: "
+                    f"{store.path}: expected all items that the index lists, found {len(missing)} missing, first "
+                    f"{missing[0]!r} ({known.get(missing[0], 'of another index')}); each row must be predicted: "
                     f"dvc repro -f {stages.split()[-1]}, or leave the row out by a policy in dataset.yaml"
                 )
+        wanted = {**header.dims, "frames of sam2": header.dims["frames"]}
+        remedy = f"dvc repro pack train, as {checkpoint} was trained on the sizes expected here"
+        check_fingerprint(found, wanted, self.visual.path, remedy)
 
 
 def infer(
@@ -121,6 +127,7 @@ def infer(
     videos = plan(rows, controls)
     made_by = {
         "split": split,
+        "rows_sha256": rows_digest(rows),
         "checkpoint_sha256": sha256_file(checkpoint),
         "sam2_sha256": header.sam2_sha256,
         "features": sources.fingerprints,

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Sampler
 from samlove.config import Resident
 from samlove.errors import RequestError, SamloveError
 from stores import ShardReader
+from stores.fingerprint import fingerprint_id, flat
 from stores.remote import AnyPath
 
 FEATURES = ("audio", "visual", "text", "sam2")  # the sources whose fingerprints a shard set carries
@@ -45,8 +46,28 @@ class ExpressionDataset(Dataset):
 
     @property
     def features(self) -> dict[str, Any]:
-        """The fingerprints of the four feature stores that the shards were packed from."""
-        return {name: self.reader.manifest["fingerprint"][name] for name in FEATURES}
+        """The fingerprints of the four feature stores that the shards were packed from.
+
+        Raises SamloveError where the shards do not say.
+        """
+        made = self.reader.manifest.get("fingerprint", {})
+        if missing := [name for name in FEATURES if name not in made]:
+            raise SamloveError(
+                f"{self.reader.root}: expected shards that say what they were packed from, found nothing of "
+                f"{', '.join(missing)} in their manifest; pack them: dvc repro pack"
+            )
+        return {name: made[name] for name in FEATURES}
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """What the shards say that they come from, a field each, but for their own rows."""
+        made = {**self.reader.manifest.get("fingerprint", {}), **self.features}
+        return {name: value for name, value in flat(made).items() if name != "rows_sha256"}
+
+    @property
+    def id(self) -> str:
+        """Stands for the very shards: what they come from, and every byte of them by its checksum."""
+        return fingerprint_id(self.reader.manifest)
 
     @property
     def dims(self) -> dict[str, int]:

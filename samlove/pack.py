@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from samlove.config import Section
 from samlove.dataset import RefAvsFolder, load_mask, resize_mask
+from samlove.digest import rows_digest
 from samlove.errors import SamloveError
 from stores import FeatureStore, ShardWriter
 from stores.fingerprint import check_fingerprint
@@ -62,17 +63,20 @@ def pack(
     folder: RefAvsFolder,
     mask_size: int,
     videos_per_shard: int,
+    gt_mask_sha256: str = "",
 ) -> Packed:
-    """Write the shards of one split to `out`; the manifest carries the fingerprint of each source.
+    """Write the shards of one split to `out`; the manifest carries what they come from: the fingerprint of each source,
+    and what stands for the rows and the masks.
 
     rows: of expressions.parquet, one split: row_id, media_id, fid, exp, null. sources: audio, visual, text, sam2.
     A row whose features are in a store's failure ledger is left out and counted. Raises SamloveError where
     they are in neither the store nor its ledger, or where a mask cannot be read.
     """
     packed = Packed()
-    fingerprint = {name: source.manifest["fingerprint"] for name, source in sources.items()}
+    fingerprint: dict[str, Any] = {name: source.manifest["fingerprint"] for name, source in sources.items()}
+    fingerprint |= {"mask_size": mask_size, "rows_sha256": rows_digest(rows), "gt_mask_sha256": gt_mask_sha256}
     failed = {name: {f.key: f.error for f in source.failures} for name, source in sources.items()}
-    with ShardWriter(out, videos_per_shard, {**fingerprint, "mask_size": mask_size}) as writer:
+    with ShardWriter(out, videos_per_shard, fingerprint) as writer:
         for media_id, group in tqdm(rows.groupby("media_id", sort=False), desc=out.name, unit="video", mininterval=2):
             usable = []
             for row in group.itertuples():

@@ -15,10 +15,12 @@ WIDTH = 11  # of the first column
 SHOWN = 5  # keys, failures and faults named; the counts say how many there are
 
 store = typer.Typer(
-    help="Feature stores, shard sets and predictions files: what they are, whether they are whole, how they differ.",
+    help="Feature stores, shard sets, predictions files, checkpoints: what they are, whether whole, how they differ.",
     no_args_is_help=True,
 )
-Place = Annotated[Path, typer.Argument(help="A feature store, a shard set, or a predictions file.")]
+Place = Annotated[
+    Path, typer.Argument(help="A feature store, exported or not, a shard set, a predictions file, or a checkpoint.")
+]
 
 
 @store.command()

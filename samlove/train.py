@@ -30,10 +30,12 @@ from samlove.errors import RequestError, SamloveError
 from samlove.loss import Losses, mask_loss, upsample
 from samlove.metrics import quantise, scores_from_bins
 from samlove.model import SamLove
-from stores.fingerprint import fingerprint_id, sha256_file
+from stores.fingerprint import differing, fingerprint_id, flat, sha256_file
+from stores.manifest import write_json
 
 SAVE_SECONDS = 300  # at most this much work is lost by a kill that gives no notice
 SELECTED_BY = "J&F"
+STATE, MADE_BY = "state.safetensors", "made_by.json"  # of an interrupted run, in its folder
 # A state left by other code must not be taken up: these files decide what a step does.
 CODE = ("fusion.py", "loader.py", "loss.py", "model.py", "sam2.py", "train.py")
 
@@ -91,14 +93,14 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=self.config.weight_decay, fused=True)
         self.progress = Progress()
-        self.folder = scratch / run_id(origin)
+        self.folder = scratch / fingerprint_id(made_by(origin))
         self.stop_asked = False
         if self.state_file.exists():
             self._restore()
 
     @property
     def state_file(self) -> Path:
-        return self.folder / "state.safetensors"
+        return self.folder / STATE
 
     @property
     def best_file(self) -> Path:
@@ -314,6 +316,9 @@ def train(
             raise RequestError(f"the {split} shards hold no expression; look at the index: samlove audit DIR")
     torch.manual_seed(origin.train.seed)
     trainer = Trainer(origin.build(), origin, samples, device, scratch)
+    tell_other_runs(trainer.folder, origin)
+    trainer.folder.mkdir(parents=True, exist_ok=True)
+    write_json(trainer.folder / MADE_BY, made_by(origin))
     with Live(str(live_folder), save_dvc_exp=False, dvcyaml=None) as live:
         trainer.run(live)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -335,11 +340,23 @@ def warmup_decay(step: int, total: int, warmup: int) -> float:
     return max(0.0, (total - step) / max(1, total - warmup))
 
 
-def run_id(origin: Origin) -> str:
-    """Stands for everything that the outcome of a run depends on."""
+def made_by(origin: Origin) -> dict[str, Any]:
+    """Everything that the outcome of a run depends on."""
     code = {name: sha256_file(Path(__file__).with_name(name)) for name in CODE}
-    made_by = origin.model_dump(mode="json", exclude={"train": {"workers", "resident"}})
-    return fingerprint_id({"origin": made_by, "code": code, "torch": torch.__version__})
+    asked = origin.model_dump(mode="json", exclude={"train": {"workers", "resident"}})
+    return {**asked, "code": code, "torch": torch.__version__}
+
+
+def tell_other_runs(folder: Path, origin: Origin) -> None:
+    """Say which interrupted runs beside that in `folder` are not gone on with, and in what they differ."""
+    for other in sorted(folder.parent.glob(f"*/{MADE_BY}")):
+        if other.parent != folder and (other.parent / STATE).exists():
+            then, now = flat(json.loads(other.read_text())), flat(made_by(origin))
+            fields = "; ".join(f"{name}: {a!r} there, {b!r} now" for name, (a, b) in differing(then, now).items())
+            tqdm.write(
+                f"{other.parent}: an interrupted run of another kind is not gone on with ({fields}); "
+                f"to go on with it, bring those back and: dvc repro train; to be rid of it, remove that folder"
+            )
 
 
 def _log(live: Live, row: dict[str, float]) -> None:

@@ -7,6 +7,7 @@ against zarr itself.
 """
 
 import json
+import math
 import mmap
 from typing import Any, Literal
 
@@ -53,6 +54,8 @@ class ShardArray:
         self._per_key = shard[1] // chunk[1] if len(shard) > 1 else 1
         with folder.joinpath("c", *["0"] * len(shard)).open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if not self._zstd and math.prod(self.shape) * dtype.itemsize > len(self._map):
+            raise ValueError(f"{folder}: {self.shape} of {dtype} do not fit into a file of {len(self._map)} bytes")
         size = shard[0] * self._per_key * 2 * _PLACE.itemsize
         index = self._checked(len(self._map) - size - _CRC.itemsize, size + _CRC.itemsize, "index")
         self._places = [(int(o), int(n)) for o, n in np.frombuffer(index, _PLACE).reshape(-1, 2)]  # offset, size

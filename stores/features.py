@@ -32,7 +32,19 @@ from stores.chunks import Compression, ShardArray, compressors
 from stores.codec import decode, is_coded, shapes
 from stores.earlier import Shard, layout, link_folder, published_shards, shard_attributes, shard_name
 from stores.fingerprint import fingerprint_id
-from stores.manifest import Files, file_entry, list_files, read_manifest, replace_folder, write_json, write_manifest
+from stores.manifest import (
+    NAME,
+    Files,
+    check_part,
+    file_entry,
+    identity,
+    list_files,
+    read_manifest,
+    refuse_replaced,
+    replace_folder,
+    write_json,
+    write_manifest,
+)
 from stores.remote import AnyPath, as_path, keep_open
 
 Arrays = dict[str, np.ndarray]
@@ -62,14 +74,24 @@ class FeatureStore:
 
     def __init__(self, path: str | AnyPath) -> None:
         self.path = as_path(path)
+        self._identity = identity(self.path / NAME)
         self.manifest: dict[str, Any] = read_manifest(self.path, "run the stage that makes it, or dvc pull")
+        try:
+            names = [*(shard["name"] for shard in self.manifest["shards"]), *self.manifest["arrays"]]
+            total, _ = self.manifest["keys"], self.manifest["fingerprint"]
+        except (KeyError, TypeError) as error:
+            raise SamloveError(
+                f"{self.path / NAME}: expected a feature store's ({error!r}); remake the store"
+            ) from None
+        for name in names:
+            check_part(name, self.path / NAME)
         self._place: dict[str, tuple[str, int]] = {}  # key -> shard, row in it
         for shard in self.manifest["shards"]:
             keys = shard_attributes(self.path / shard["name"])["keys"]
             self._place.update({key: (shard["name"], row) for row, key in enumerate(keys)})
-        if len(self._place) != self.manifest["keys"]:
+        if len(self._place) != total:
             raise SamloveError(
-                f"{self.path}: expected {self.manifest['keys']} keys by its manifest, found {len(self._place)} "
+                f"{self.path}: expected {total} keys by its manifest, found {len(self._place)} "
                 "in its shards; remake the store"
             )
         self._opened: dict[str, dict[str, ShardArray]] = {}
@@ -115,7 +137,9 @@ class FeatureStore:
 
     def _arrays(self, shard: str) -> dict[str, ShardArray]:
         if shard not in self._opened:
-            self._opened[shard] = {name: ShardArray(self.path / shard / name) for name in self.manifest["arrays"]}
+            arrays = {name: ShardArray(self.path / shard / name) for name in self.manifest["arrays"]}
+            refuse_replaced(self.path / NAME, self._identity)
+            self._opened[shard] = arrays
             keep_open(self._opened, self.path)
         return self._opened[shard]
 
@@ -138,7 +162,7 @@ class FeatureStore:
         shard, row = self._place[key]
         try:
             return {name: array.read(row, rows) for name, array in self._arrays(shard).items()}
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (OSError, ValueError, KeyError, TypeError, IndexError, MemoryError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise SamloveError(f"{self.path / shard}: {key!r} cannot be read ({reason}); remake the store") from error
 
@@ -314,6 +338,7 @@ class FeatureStoreWriter:
         if found != specs:
             raise SamloveError(f"{self.path}: {key!r}: expected arrays {specs} as the shard's first, found {found}")
         for name, array in item.items():
+            check_part(name, f"{self.path}: {key!r}")
             if array.dtype.name not in DTYPES or 0 in array.shape:
                 raise SamloveError(
                     f"{self.path}: {key!r}: {name}: expected a non-empty array of {', '.join(DTYPES)}, "

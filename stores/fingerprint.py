@@ -61,6 +61,14 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A fingerprint with the fields of its parts as part.field."""
+    fields: dict[str, Any] = {}
+    for name, part in value.items():
+        fields |= flat(part, f"{prefix}{name}.") if isinstance(part, Mapping) else {prefix + name: part}
+    return fields
+
+
 def check_fingerprint(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str | AnyPath, remedy: str) -> None:
     """Raise SamloveError naming every field that differs, both values, and the command that mends it."""
     found, wanted = json.loads(canonical_json(found)), json.loads(canonical_json(wanted))  # tuples compare as lists

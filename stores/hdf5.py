@@ -1,13 +1,17 @@
 """A feature store as one HDF5 file, for other programs and for sending, and back without a bit's difference.
 
-    FILE.h5
+    FILE.h5             sealed (see stores.sealed)
         keys            (n,) text, in the store's order
         arrays/NAME     (n, *item shape), as stored, every chunk with a checksum
         files/PATH      (bytes,) uint8: each file of the store that holds no array's data, as it is
 
-The way back writes those files, fills the arrays that they describe, and compares what it then reads.
+The way back writes those files, fills the arrays that they describe, and compares what it then reads. A file is read
+in place too.
 """
 
+import csv
+import io
+import json
 import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,10 +22,13 @@ import zarr
 
 from samlove.errors import RequestError, SamloveError
 from stores.chunks import ShardArray
-from stores.features import FeatureStore
-from stores.manifest import read_manifest, refuse_existing, replace_folder
+from stores.codec import decode
+from stores.features import FAILURES, Arrays, Failure, FeatureStore
+from stores.manifest import NAME, SCHEMA, read_manifest, refuse_existing, replace_folder
+from stores.sealed import BROKEN, Handle, create, seal
 
 DATA = "c"  # SHARD/ARRAY/c holds an array's data, as Zarr v3 names it
+REMEDY = "export the store again, or fetch the file again"
 
 
 def export_store(path: str | Path, file: str | Path) -> int:
@@ -34,7 +41,7 @@ def export_store(path: str | Path, file: str | Path) -> int:
     refuse_existing(file)
     partial = file.with_name(f".{file.name}.partial")
     try:
-        with h5py.File(partial, "w") as out:
+        with create(partial) as out:
             out["keys"] = np.array(store.keys(), dtype=h5py.string_dtype())
             files, arrays = out.create_group("files"), out.create_group("arrays")
             shards = {shard["name"] for shard in store.manifest["shards"]}
@@ -47,6 +54,7 @@ def export_store(path: str | Path, file: str | Path) -> int:
                     if name not in arrays:
                         _create(arrays, name, array, len(store))
                     arrays[name][place] = array
+        seal(partial)
         partial.rename(file)
     finally:
         partial.unlink(missing_ok=True)
@@ -57,6 +65,51 @@ def _create(group: h5py.Group, name: str, first: np.ndarray, items: int) -> None
     shape = first.shape
     rows = (1, *shape[1:]) if first.nbytes > 2**20 else shape  # a frame is read alone where an item is large
     group.create_dataset(name, (items, *shape), first.dtype, chunks=(1, *rows), fletcher32=True)
+
+
+class ExportReader:
+    """What `export_store` wrote, read in place; each process opens it for itself.
+
+    Raises RequestError where there is no such file, SamloveError where it is not a whole one.
+    """
+
+    def __init__(self, file: str | Path) -> None:
+        self.path = Path(file)
+        if not self.path.is_file():
+            raise RequestError(f"{self.path}: no such file; run samlove store export, or dvc pull")
+        self._handle = Handle(self.path)
+        try:
+            opened = self._handle.open()
+            self.manifest: dict[str, Any] = json.loads(opened["files"][NAME][()].tobytes())
+            ledger = opened["files"][FAILURES][()].tobytes().decode()
+            self.failures = [Failure(**row) for row in csv.DictReader(io.StringIO(ledger, newline=""))]
+            keys = [str(key) for key in opened["keys"].asstr()[:]]
+            if self.manifest["schema"] != SCHEMA or self.manifest["keys"] != len(keys):
+                raise ValueError(f"expected schema {SCHEMA} and the keys that its manifest counts")
+        except BROKEN as error:
+            raise SamloveError(f"{self.path}: not a whole exported store ({_line(error)}); {REMEDY}") from None
+        self._place = {key: place for place, key in enumerate(keys)}
+
+    def keys(self) -> list[str]:
+        """All keys, in the store's order."""
+        return list(self._place)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def read(self, key: str) -> Arrays:
+        """As `FeatureStore.read`."""
+        if key not in self._place:
+            raise SamloveError(f"{self.path}: no item {key!r} among its {len(self)}")
+        try:
+            arrays = self._handle.open()["arrays"]
+            return decode({name: np.asarray(arrays[name][self._place[key]]) for name in self.manifest["arrays"]})
+        except BROKEN as error:
+            raise SamloveError(f"{self.path}: {key!r} cannot be read ({_line(error)}); {REMEDY}") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def import_store(file: str | Path, path: str | Path) -> int:
@@ -84,10 +137,9 @@ def import_store(file: str | Path, path: str | Path) -> int:
         if FeatureStore.open(partial).keys() != keys:
             raise ValueError("its keys are not those of its shards")
         replace_folder(partial, path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:  # what h5py and zarr raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+    except BROKEN as error:  # zarr's are the same
         raise SamloveError(
-            f"{file}: cannot be imported, expected a whole file that samlove store export wrote ({reason})"
+            f"{file}: cannot be imported, expected a whole file that samlove store export wrote ({_line(error)})"
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

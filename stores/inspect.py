@@ -1,29 +1,35 @@
-"""What an artefact is, and how two of them differ: one view of feature stores, shard sets and predictions files."""
+"""What an artefact is, and how two of them differ: one view of stores, shard sets, predictions and checkpoints."""
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 
 from samlove.errors import RequestError
 from stores.features import Failure, FeatureStore
-from stores.fingerprint import differing
+from stores.fingerprint import differing, flat
+from stores.hdf5 import ExportReader
 from stores.manifest import NAME, files_below
 from stores.predictions import PredictionReader
-from stores.shards import ShardReader
+from stores.sealed import BROKEN
+from stores.shards import INDEX, ShardReader
+from stores.tensors import TensorReader, is_tensors
 
+ARTEFACTS = "a feature store, exported or not, a shard set, a predictions file or a checkpoint"
 Item = dict[str, Any]  # {name: array or JSON value}
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """Any of the three kinds, read only.
+    """Any of the kinds, read only.
 
-    arrays: {name: {"shape": [...], "dtype": str}}; where items differ, as in shard sets, of the first.
+    arrays: {name: {"shape": [...], "dtype": str}}; where items differ, as in shard sets, of the first; of a checkpoint,
+    whose items are tensors, none.
     files, bytes: on the disk. read: an item by its key; SamloveError where its bytes are damaged.
     """
 
@@ -42,13 +48,15 @@ class Artefact:
 def open_artefact(path: str | Path) -> Artefact:
     """The artefact at `path`. Raises RequestError where there is none, SamloveError where it cannot be opened."""
     path = Path(path)
-    if path.is_dir() and any(path.glob("*.tar")):
+    if path.is_dir() and ((path / INDEX).is_file() or any(path.glob("*.tar"))):
         return _open_shards(path)
-    if path.is_dir() and (path / NAME).is_file():
+    if (path / NAME).is_file():
         return _open_features(path)
     if path.is_file():
-        return _open_predictions(path)
-    raise RequestError(f"{path}: expected a feature store, a shard set or a predictions file, found none there")
+        if is_tensors(path):
+            return _open_tensors(path)
+        return _open_export(path) if _is_export(path) else _open_predictions(path)
+    raise RequestError(f"{path}: expected {ARTEFACTS}, found none there")
 
 
 def _open_features(path: Path) -> Artefact:
@@ -82,6 +90,41 @@ def _open_predictions(path: Path) -> Artefact:
 
     size = path.stat().st_size
     return Artefact("predictions file", path, reader.attrs, reader.row_ids, arrays, [], 1, 1, size, read=read)
+
+
+def _is_export(path: Path) -> bool:
+    try:
+        with h5py.File(path) as file:
+            return "files" in file
+    except BROKEN:
+        return False
+
+
+def _open_export(path: Path) -> Artefact:
+    reader = ExportReader(path)
+    made, arrays, shards = (reader.manifest[name] for name in ("fingerprint", "arrays", "shards"))
+    size, kind = path.stat().st_size, "exported feature store"
+    return Artefact(
+        kind,
+        path,
+        made,
+        reader.keys(),
+        arrays,
+        reader.failures,
+        len(shards),
+        1,
+        size,
+        read=lambda key: {**reader.read(key)},
+    )
+
+
+def _open_tensors(path: Path) -> Artefact:
+    reader = TensorReader(path)
+
+    def read(name: str) -> Item:
+        return {"tensor": reader.read(name)}
+
+    return Artefact("checkpoint", path, reader.header, reader.keys(), {}, [], 1, 1, path.stat().st_size, read=read)
 
 
 def _sample(reader: ShardReader, i: int) -> Item:
@@ -131,14 +174,6 @@ def diff(first: str | Path, second: str | Path) -> Difference:
             for name in x.keys() & y.keys():
                 found.largest[name] = max(found.largest.get(name, 0.0), _distance(x[name], y[name]))
     return found
-
-
-def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A fingerprint with the fields of its parts as part.field."""
-    fields: dict[str, Any] = {}
-    for name, part in value.items():
-        fields |= flat(part, f"{prefix}{name}.") if isinstance(part, Mapping) else {prefix + name: part}
-    return fields
 
 
 def _same(x: Item, y: Item) -> bool:

@@ -90,6 +90,30 @@ def read_manifest(folder: AnyPath, remedy: str) -> dict[str, Any]:
     return manifest
 
 
+def check_part(name: object, where: object) -> None:
+    """Raise SamloveError unless a name is that of a file or folder right below the one that it is said to be in."""
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise SamloveError(f"{where}: expected a name of something in it, found {name!r}, which leads elsewhere")
+
+
+def identity(path: AnyPath) -> object:
+    """Tells a file from one that comes to take its place; None where there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size) if isinstance(stat, os.stat_result) else stat
+
+
+def refuse_replaced(path: AnyPath, opened: object) -> None:
+    """Raise SamloveError where `path` is no longer the file whose `identity` is given.
+
+    To be asked after another file beside it was opened: then that one belongs to what was opened first.
+    """
+    if identity(path) != opened:
+        raise SamloveError(f"{path}: another has taken its place since it was opened; run the same command again")
+
+
 def refuse_existing(path: Path) -> None:
     """Raise RequestError where there is something at `path` already."""
     if path.exists():

@@ -2,14 +2,10 @@
 
 Layout: `row_ids` (n,) utf-8, `bins` (n,T,H,W) uint8, one chunk a row, gzip and a checksum (fletcher32) each,
 `edges` (E,) float32, where bin b holds the probabilities p (sigmoids of mask logits) with edges[b-1] <= p < edges[b],
-and the attribute `attrs`, a JSON text saying what made the file. No pickles.
-
-The file begins with HDF5's user block, which HDF5 itself leaves alone: there a JSON line with the size of the whole
-file and the crc32c of all that follows the block, zeros after it.
+and the attribute `attrs`, a JSON text saying what made the file. No pickles. The file is sealed (see stores.sealed).
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,9 +16,8 @@ import numpy as np
 
 from samlove.errors import RequestError, SamloveError
 from stores.fingerprint import canonical_json
-from stores.manifest import SCHEMA, crc32c_file
-
-USER_BLOCK = 512  # bytes, the least that HDF5 has
+from stores.manifest import SCHEMA
+from stores.sealed import BROKEN, Handle, create, seal
 
 
 class PredictionWriter:
@@ -39,7 +34,7 @@ class PredictionWriter:
         self._shape = (frames, size, size)
         self._ids: set[str] = set()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = h5py.File(self._partial, "w", userblock_size=USER_BLOCK)  # replaces what a killed run left
+        self._file = create(self._partial)
         self._file.attrs["attrs"] = canonical_json(attrs or {})
         self._file.attrs["schema"] = SCHEMA
         self._file.create_dataset("edges", data=np.asarray(edges, np.float32))
@@ -79,49 +74,32 @@ class PredictionWriter:
     ) -> None:
         self._file.close()
         if kind is None:
-            seal = expected_seal(self._partial)
-            with open(self._partial, "r+b") as file:
-                file.write(seal)
+            seal(self._partial)
             self._partial.replace(self.path)
         else:
             self._partial.unlink()
 
 
-def expected_seal(path: Path) -> bytes:
-    """The user block that a predictions file of these bytes has."""
-    line = canonical_json({"bytes": path.stat().st_size, "crc32c": crc32c_file(path, start=USER_BLOCK)})
-    return f"{line}\n".encode().ljust(USER_BLOCK, b"\0")
-
-
 class PredictionReader:
-    """A predictions file, read only; each process opens its own handle, as HDF5's do not survive a fork."""
+    """A predictions file, read only; each process opens it for itself."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._file: h5py.File | None = None
-        self._owner = -1
         if not self.path.is_file():
             raise RequestError(f"{self.path}: no such file; run the stage that makes it, or dvc pull")
+        self._handle = Handle(self.path)
         try:
-            file = self._open()
+            file = self._handle.open()
             self.row_ids: list[str] = [str(row) for row in file["row_ids"].asstr()[:]]
             self.edges: np.ndarray = file["edges"][:]  # (E,) float32
             self.attrs: dict[str, Any] = json.loads(file.attrs["attrs"])
             found = int(file.attrs["schema"])
             self.shape: tuple[int, int, int] = file["bins"].shape[1:]  # T, H, W
-        except (OSError, KeyError, ValueError) as error:
+        except BROKEN as error:
             raise SamloveError(f"{self.path}: not a whole predictions file ({error}); run infer again") from None
         if found != SCHEMA:
             raise SamloveError(f"{self.path}: expected schema {SCHEMA}, found {found}; run infer again")
         self._place = {row_id: place for place, row_id in enumerate(self.row_ids)}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None, "_owner": -1}
-
-    def _open(self) -> h5py.File:
-        if self._owner != os.getpid() or self._file is None:
-            self._file, self._owner = h5py.File(self.path, "r"), os.getpid()
-        return self._file
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -134,6 +112,6 @@ class PredictionReader:
         if row_id not in self._place:
             raise SamloveError(f"{self.path}: no row {row_id!r} among its {len(self)}; run infer again")
         try:
-            return self._open()["bins"][self._place[row_id]]
-        except OSError as error:
+            return self._handle.open()["bins"][self._place[row_id]]
+        except BROKEN as error:
             raise SamloveError(f"{self.path}: row {row_id!r} cannot be read ({error}); run infer again") from None

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from samlove.errors import RequestError, SamloveError
-from stores.manifest import NAME, SCHEMA, read_manifest, replace_folder, write_manifest
+from stores.manifest import NAME, SCHEMA, identity, read_manifest, refuse_replaced, replace_folder, write_manifest
 from stores.remote import AnyPath, as_path, keep_open
 from stores.tar import ESCAPED, KINDS, check_name, check_place, escape_key, scan_tar
 
@@ -143,10 +143,12 @@ class ShardReader:
         self.root = as_path(root)
         if not any(self.root.glob("*.tar")) and not (self.root / INDEX).is_file():
             raise RequestError(f"{self.root}: expected a folder with .tar shards; {REMEDY}")
+        self._identity = identity(self.root / NAME)
         self.manifest: dict[str, Any] = read_manifest(self.root, REMEDY) if (self.root / NAME).is_file() else {}
         index = self._load_index()
         self._shards: list[AnyPath] = [self.root / shard["name"] for shard in index["shards"]]
-        self.nbytes: int = sum(shard["bytes"] for shard in index["shards"])  # of all tar files
+        self._sizes: list[int] = [shard["bytes"] for shard in index["shards"]]
+        self.nbytes: int = sum(self._sizes)  # of all tar files
         self._maps: dict[int, mmap.mmap] = {}
         self._samples: list[tuple[str, int, list[_Place]]] = []
         for sample in index["samples"]:
@@ -214,9 +216,13 @@ class ShardReader:
         path = self._shards[shard]
         try:
             with path.open("rb") as file:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise SamloveError(f"{path}: cannot be mapped ({error}); {REMEDY}") from None
+        refuse_replaced(self.root / NAME, self._identity)
+        if len(mapped) != self._sizes[shard]:
+            raise SamloveError(f"{path}: expected {self._sizes[shard]} bytes, found {len(mapped)}; {REMEDY}")
+        return mapped
 
 
 def _place(name: str, place: Mapping[str, Any]) -> _Place:

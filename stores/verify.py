@@ -1,7 +1,7 @@
 """Whether what lies on the disk is what was written: every file by name and size or, `deep`, every byte by checksum.
 
-Works on feature stores and shard sets, whose manifests list their files, and on predictions files, which carry their
-own checksum. Reads only.
+Works on feature stores and shard sets, whose manifests list their files, and on predictions, exported stores and
+checkpoints, single files that carry their own checksum. Reads only.
 """
 
 import json
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from samlove.errors import RequestError, SamloveError
+from stores import sealed, tensors
 from stores.features import FeatureStore
+from stores.inspect import ARTEFACTS, open_artefact
 from stores.manifest import NAME, SCHEMA, crc32c_file, files_below, render_json, seal
-from stores.predictions import USER_BLOCK, PredictionReader, expected_seal
 
-HDF5 = b"\x89HDF\r\n\x1a\n"  # how such a file begins, after its user block
 SHOWN = 5  # keys named of a damaged file
 
 
@@ -28,8 +28,8 @@ def verify(path: str | Path, deep: bool = False) -> list[str]:
     if path.is_dir():
         return _verify_folder(path, deep)
     if not path.exists():
-        raise RequestError(f"{path}: expected a store, a shard set or a predictions file, found nothing there")
-    return _verify_predictions(path, deep)
+        raise RequestError(f"{path}: expected {ARTEFACTS}, found nothing there")
+    return _verify_file(path, deep)
 
 
 def _verify_folder(folder: Path, deep: bool) -> list[str]:
@@ -106,29 +106,24 @@ def _cost(keys: Iterable[str], read: Callable[[str], object], what: str) -> str:
     return f"; cannot be read: {', '.join(lost[:SHOWN])}{more}"
 
 
-def _verify_predictions(path: Path, deep: bool) -> list[str]:
-    with open(path, "rb") as file:
-        block, magic = file.read(USER_BLOCK), file.read(len(HDF5))
-    if block.startswith(HDF5):
-        return [f"{path}: has no checksum: an older version made it; run infer again to have one"]
-    try:
-        size = json.loads(block.rstrip(b"\0"))["bytes"]
-        if type(size) is not int:
-            raise ValueError(f"size {size!r}")
-    except (ValueError, KeyError, TypeError):
-        if magic != HDF5:
-            raise RequestError(f"{path}: expected a predictions file (HDF5), found another kind of file") from None
-        return [f"{path}: damaged: its first {USER_BLOCK} bytes should hold its checksum"]
-    if (found := path.stat().st_size) != size:
-        return [f"{path}: expected {size} bytes, found {found}"]
-    if deep and expected_seal(path) != block:
-        return [f"{path}: its bytes do not have its checksum{_hurt_rows(path)}"]
-    return []
+def _verify_file(path: Path, deep: bool) -> list[str]:
+    if tensors.is_tensors(path):
+        fault = tensors.damage(path, deep)
+        if not fault and not tensors.is_sealed(path):
+            fault = "has no checksum: an older version made it; train again to have one"
+    elif sealed.is_hdf5(path):
+        fault = sealed.damage(path, deep)
+        if fault == sealed.DAMAGED:
+            fault += _hurt_rows(path)
+    else:
+        raise RequestError(f"{path}: expected {ARTEFACTS}, found another kind of file")
+    return [f"{path}: {fault}"] if fault else []
 
 
 def _hurt_rows(path: Path) -> str:
+    """Which rows of a predictions file, or items of an exported store, its damage costs."""
     try:
-        reader = PredictionReader(path)
+        artefact = open_artefact(path)
     except SamloveError:
         return "; it cannot be opened"
-    return _cost(reader.row_ids, reader.read, "row's masks")
+    return _cost(artefact.keys, artefact.read, "item's values")

@@ -3,24 +3,34 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
+import distributed.dashboard.scheduler  # noqa: F401  # as torchvggish below: else imported in every process anew
 import numpy as np
 import soundfile
 import torch
+import torchvggish.vggish_input  # noqa: F401
 
+from samlove.config import AudioConfig
 from samlove.encoders.vggish import VggishEncoder
 from samlove.errors import SamloveError
 from samlove.extract import Job, extract
-from tests.small_encoders import audio_config
 
 SHARD, BATCH = 8, 3
-# What changes a folder. The interpreter announces each before it happens, "open" also of the files that it reads.
-EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link")
+# What changes a folder: the interpreter announces each before it happens. Between two of them the disk stays the same,
+# but for the bytes of files that are open.
+CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate")
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC  # of a file that is opened
 CONTEXT = multiprocessing.get_context("forkserver")  # torch is imported once, in a process without threads
+STARTING = Lock()  # start() also asks after the processes of other threads: two that ask at once get a wrong answer
 CONTEXT.set_forkserver_preload(["tests.kill_run"])
 
 
@@ -36,27 +46,30 @@ def write_wavs(folder: Path, numbers: range) -> dict[str, Path]:
     return paths
 
 
-def run(inputs: Path, root: Path, kill_at: int, report: Path) -> None:
-    """Extract all wavs of `inputs` into root/store; kill_at: the event before which to kill this process, or -1.
+def run(inputs: Path, config: AudioConfig, root: Path, report: Path, kill_at: int, file_limit: int) -> None:
+    """Extract all wavs of `inputs` into root/store.
 
-    A run that lives writes to `report`: {"events", "shards", "shards_written", "items"} or {"error"}.
+    kill_at: the change before which to kill this process, or -1. file_limit: bytes that no file may outgrow, as on a
+    disk that is full, or -1. A run that lives writes to `report`: {"events", "shards", "shards_written", "items"} or
+    {"error"}.
     """
     torch.set_num_threads(1)
     seen = 0
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal seen
-        if event in EVENTS and str(arguments[0]).startswith(str(root)):  # Dask has files of its own
+        if _changes(root, event, arguments):
             if seen == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             seen += 1
 
     sources = {f"clip_{path.stem}": path for path in sorted(inputs.glob("*.wav"))}
-    encoder = VggishEncoder(audio_config(inputs / "weights"), 1, torch.device("cpu"))
+    encoder = VggishEncoder(config, 1, torch.device("cpu"))
     sys.modules["samlove.extract"].FAILURE_BUDGET = 1.0  # type: ignore[attr-defined]
     sys.addaudithook(count)
     try:
-        done = extract(Job(encoder, sources, root / "store", root / "scratch", SHARD, BATCH))
+        with _files_limited_to(file_limit):
+            done = extract(Job(encoder, sources, root / "store", root / "scratch", SHARD, BATCH))
         told: dict[str, Any] = {"shards": done.shards, "shards_written": done.spent.shards_written}
         told |= {"items": done.spent.items, "text": str(done)}
     except SamloveError as error:
@@ -64,18 +77,46 @@ def run(inputs: Path, root: Path, kill_at: int, report: Path) -> None:
     report.write_text(json.dumps({**told, "events": seen}))
 
 
-def run_apart(inputs: Path, root: Path, report: Path, kill_at: int = -1, after: float | None = None) -> dict | None:
+def _changes(root: Path, event: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether an event is a change below `root`: Dask has files of its own."""
+    if event not in CHANGES and not (event == "open" and arguments[2] & WRITES):
+        return False
+    path = str(arguments[0])
+    if event in ("os.remove", "os.rmdir") and arguments[1] >= 0:  # a name in an opened folder, as rmtree has it
+        path = f"{os.readlink(f'/proc/self/fd/{arguments[1]}')}/{path}"
+    return path.startswith(str(root))
+
+
+@contextmanager
+def _files_limited_to(size: int) -> Iterator[None]:
+    """Writing beyond `size` fails with EFBIG. What is printed is thrown away: it goes to a file too, perhaps."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # Python ignores the signal that comes with it
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def run_apart(
+    inputs: Path, config: AudioConfig, root: Path, kill_at: int = -1, after: float | None = None, file_limit: int = -1
+) -> dict | None:
     """`run` in a process of its own; what it told, None where it was killed.
 
     after: kill it from outside after so many seconds, wherever it is then.
     """
+    report = root.with_name(f"{root.name}.json")
     report.unlink(missing_ok=True)
-    process = CONTEXT.Process(target=run, args=(inputs, root, kill_at, report))
-    process.start()
-    process.join(after)
+    process = CONTEXT.Process(target=run, args=(inputs, config, root, report, kill_at, file_limit))
+    with STARTING:
+        process.start()
+    wait([process.sentinel], after)
     if after is not None:
         process.kill()
-    process.join(120)
+    wait([process.sentinel], 120)
+    with STARTING:
+        process.join(0)
     if process.exitcode == -signal.SIGKILL:
         return None
     assert process.exitcode == 0, process.exitcode

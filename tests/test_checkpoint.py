@@ -1,9 +1,13 @@
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from samlove.checkpoint import Header, load_model, read_header, read_tensors, save_checkpoint, write_tensors
 from samlove.errors import RequestError, SamloveError
+from stores.inspect import diff, open_artefact
+from stores.verify import verify
 from tests.tiny_training import Items, collate, origin, write_sam2
 
 
@@ -91,3 +95,41 @@ def test_a_failed_write_leaves_the_file_that_was_there(made):
     with pytest.raises(Exception, match="."):
         write_tensors(path, {"a": torch.zeros(2), "b": torch.zeros(2).to("meta")}, "header")
     assert path.read_bytes() == before
+
+
+def test_a_flipped_bit_is_refused_and_found_by_verify(made):
+    _, _, path = made
+    whole = path.read_bytes()
+    assert verify(path, deep=True) == []
+    for place in (len(whole) - 1, len(whole) // 2, whole.index(b'"blocks') + 12):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(SamloveError, match=r"best\.safetensors: (damaged: expected crc32c|expected a)"):
+            load_model(path)
+        (fault,) = verify(path, deep=True)
+        assert fault.startswith(f"{path}: ")
+
+
+def test_a_checkpoint_of_an_older_version_is_read_as_before(made):
+    model, header, path = made
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: value for name, value in header.model_dump(mode="json").items() if name != "shards"}
+    save_file(trained, path, {"samlove": json.dumps(before)})
+    assert read_header(path) == header
+    loaded = load_model(path).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in trained.items())
+    (fault,) = verify(path)
+    assert "has no checksum: an older version made it" in fault
+
+
+def test_two_checkpoints_differ_in_what_made_them_and_in_their_tensors(made):
+    model, header, path = made
+    other = path.with_name("other.safetensors")
+    with torch.no_grad():
+        model.fusion.aud += 0.5
+    save_checkpoint(other, model, header.model_copy(update={"epoch": 4, "sam2_sha256": "0" * 64}))
+    found = diff(path, other)
+    assert found.fingerprint == {"epoch": (3, 4), "sam2_sha256": (header.sam2_sha256, "0" * 64)}
+    assert found.changed == ["fusion.aud"] and found.largest["tensor"] == pytest.approx(0.5)
+    assert open_artefact(path).fingerprint["fusion"]["dim"] == 16

@@ -1,4 +1,4 @@
-"""Digests of folders, sources and code change with their content and with nothing else."""
+"""Digests of folders, sources, rows and code change with their content and with nothing else."""
 
 import os
 import shutil
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from samlove.digest import code_digest, folder_digest, source_ids
+from samlove.digest import code_digest, folder_digest, rows_digest, source_ids
 from samlove.encoders.vit import VitEncoder
+from tests.tiny_pack import ROWS
 
 
 @pytest.fixture
@@ -78,3 +79,11 @@ def test_code_is_known_by_all_that_it_imports(tmp_path: Path) -> None:
         after = digest()
         assert (after == before) == same, file
         before = after
+
+
+@pytest.mark.parametrize("name", ["row_id", "media_id", "fid", "exp", "null"])
+def test_rows_are_known_by_what_they_ask_for_not_by_their_order(name):
+    changed = ROWS.copy()
+    changed.loc[2, name] = {"fid": 7, "null": True}.get(name, "another")
+    assert rows_digest(changed) != rows_digest(ROWS)
+    assert rows_digest(ROWS[::-1].assign(sight=True)) == rows_digest(ROWS)

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from samlove.errors import SamloveError
@@ -17,6 +19,7 @@ from samlove.extract import extract
 from samlove.lock import only_run
 from stores import FeatureStore, FeatureStoreWriter
 from stores.earlier import layout
+from stores.verify import verify
 from tests.test_extract import Numbers, Stopped, job
 
 SIZE = 100  # of a shard
@@ -189,6 +192,43 @@ def test_every_key_has_one_place_and_keeps_it(wanted: list[str], history: list[l
         for finished in ({}, {n: placed[n] for n in list(placed)[::2]}, {n: placed[n] for n in list(placed)[1::2]}):
             assert dict(layout(keys, {**standing, **finished}, size)) == placed
         standing = placed
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[dict[str, int]]:
+    """Runs, one after the other: the version of each key that is asked for; keys come, change and go."""
+    run = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 2), min_size=1)
+    return draw(st.lists(run, min_size=1, max_size=4))
+
+
+@settings(max_examples=15, deadline=None)
+@given(histories(), st.integers(1, 4), st.booleans())
+def test_whatever_came_changed_and_went_the_store_is_as_if_made_at_once(
+    history: list[dict[str, int]], size: int, stopped: bool
+) -> None:
+    """And nothing is computed that the store before has. `stopped`: each run ends once before it publishes."""
+    with TemporaryDirectory() as name:
+        root, before = Path(name), {}
+        for versions in history:
+            computed: dict[str, int] = {}
+            for last in [False, True][not stopped :]:
+                writer = FeatureStoreWriter(
+                    root / "store", root / "scratch", {"encoder": "x"}, list(versions), size,
+                    ids={key: str(version) for key, version in versions.items()}, previous=[root / "store"],
+                )  # fmt: skip
+                for number, lacking in writer.todo()[: None if last else 1]:
+                    items = {key: {"x": np.array([versions[key], ord(key)], np.int32)} for key in lacking}
+                    assert not computed.keys() & items.keys()
+                    computed |= {key: versions[key] for key in lacking}
+                    writer.write_shard(number, items)
+            writer.publish()
+            assert computed == {key: v for key, v in versions.items() if before.get(key) != v}
+            store = FeatureStore.open(root / "store")
+            assert {key: store.read(key)["x"].tolist() for key in store.keys()} == {
+                key: [version, ord(key)] for key, version in versions.items()
+            }
+            assert verify(root / "store", deep=True) == []
+            before = versions
 
 
 # --- two runs ----------------------------------------------------------------------------------------------------

@@ -5,7 +5,10 @@ A moment is a change to the file system, counted; that makes every kill repeatab
 
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,8 @@ import pytest
 from stores import FeatureStore
 from stores.verify import verify
 from tests.kill_run import run_apart, write_wavs
-from tests.test_stores_contract import tree
+from tests.small_encoders import audio_config
+from tests.store_kinds import tree
 
 FIRST, MORE = range(22), range(22, 33)  # wavs at first, and those added later
 
@@ -24,15 +28,17 @@ class Trial:
 
     def __init__(self, root: Path, incremental: bool) -> None:
         self.root, self.incremental = root, incremental
-        self.inputs, self.report = root / "inputs", root / "report.json"
+        self.inputs, self.config = root / "inputs", audio_config(root / "weights")
         write_wavs(self.inputs, FIRST)
         if incremental:
             self.run(root / "base")
             write_wavs(self.inputs, MORE)
             shutil.copy(self.inputs / "01.wav", self.inputs / "02.wav")  # a changed medium
             (self.inputs / "10.wav").unlink()  # a removed one
+        started = time.monotonic()
         whole = self.run(self.fresh("whole"))
         assert whole is not None
+        self.seconds = time.monotonic() - started
         self.events, self.expected = whole["events"], tree(root / "whole" / "store")
         assert len(FeatureStore.open(root / "whole" / "store").failures) == (4 if incremental else 3)
 
@@ -44,7 +50,7 @@ class Trial:
         return self.root / name
 
     def run(self, root: Path, **kill: float) -> dict | None:
-        return run_apart(self.inputs, root, self.report, **kill)  # type: ignore[arg-type]
+        return run_apart(self.inputs, self.config, root, **kill)  # type: ignore[arg-type]
 
     def finished(self, root: Path) -> int:
         """Shards that need not be computed again: none that is not whole counts."""
@@ -59,7 +65,7 @@ def trial(request: pytest.FixtureRequest, tmp_path: Path) -> Trial:
     return Trial(tmp_path, request.param)
 
 
-def kill_and_finish(trial: Trial, seed: int, times: int, by_clock: float = 0.0) -> None:
+def kill_and_finish(trial: Trial, seed: int, times: int, by_clock: bool = False) -> None:
     """Kill at random moments, run again, and so on; DVC may remove the store before a run. Prints the counts."""
     rng = np.random.default_rng(seed)
     kills = survived = recomputed = whole = 0
@@ -71,7 +77,9 @@ def kill_and_finish(trial: Trial, seed: int, times: int, by_clock: float = 0.0) 
                 moment = {"kill_at": int((number + rng.random()) / times * trial.events)}
             elif killed < rng.integers(1, 4):
                 moment = (
-                    {"after": rng.uniform(0, by_clock)} if by_clock else {"kill_at": int(rng.integers(trial.events))}
+                    {"after": rng.uniform(0, trial.seconds)}
+                    if by_clock
+                    else {"kill_at": int(rng.integers(trial.events))}
                 )
             else:
                 moment = {}
@@ -100,22 +108,34 @@ def test_killed_runs_end_bit_identical(trial: Trial) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_killed_runs_end_bit_identical_at_every_moment(trial: Trial) -> None:
-    """Before each single change to the file system, then run to the end."""
-    for moment in range(trial.events):
-        root = trial.fresh("killed")
+    """Before a single change to the file system, then run to the end: every third change a day, all within three days.
+
+    Two at a time; all of them would take a quarter of an hour.
+    """
+    moments = range(date.today().toordinal() % 3, trial.events, 3)
+
+    def kill_before(moment: int) -> bool:
+        root = trial.fresh(f"killed_{moment}")
         assert trial.run(root, kill_at=moment) is None
         if trial.incremental and moment % 2:
             shutil.rmtree(root / "store", ignore_errors=True)
         assert trial.run(root) is not None
-        assert tree(root / "store") == trial.expected, moment
-    print(f"\n{trial.events} moments, each killed at and survived")
+        same = tree(root / "store") == trial.expected
+        shutil.rmtree(root)
+        return same
+
+    with ThreadPoolExecutor(2) as pool:
+        survived = list(pool.map(kill_before, moments))
+    print(f"\nkilled at {len(moments)} of {trial.events} moments, from {moments[0]} on: ", end="")
+    print(f"{sum(survived)} ended bit-identical to an uninterrupted run")
+    assert [moment for moment, same in zip(moments, survived, strict=True) if not same] == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_killed_from_outside_runs_end_bit_identical(trial: Trial) -> None:
     """By the clock, so that a kill may fall between two changes: while bytes are written, or computed."""
-    kill_and_finish(trial, seed=1, times=60, by_clock=1.0)
+    kill_and_finish(trial, seed=1, times=40, by_clock=True)
 
 
 # --- a full disk -------------------------------------------------------------------------------------------------
@@ -148,3 +168,24 @@ def test_a_full_disk_is_told_and_survived(tmp_path: Path, small_disk: Path) -> N
     assert tree(small_disk / "store") == trial.expected
     print(f"\nfull {full} times, at sizes from 8 kB to {8 * full} kB; then whole, bit-identical")
     assert full > 3
+
+
+def test_a_file_that_cannot_be_written_to_its_end_is_told_and_survived(tmp_path: Path) -> None:
+    """As a full disk, without the right to mount one: no file may outgrow a limit, which rises from run to run.
+
+    The limits are the sizes of the store's files less one byte: whichever is written first of those beyond it fails.
+    """
+    trial = Trial(tmp_path, incremental=False)
+    limits = sorted({len(content) - 1 for content in trial.expected.values()})
+    root = tmp_path / "small"
+    for limit in limits:
+        told = trial.run(root, file_limit=limit)
+        assert told is not None and "File too large" in told["error"], (limit, told)
+        assert "\n" not in told["error"] and str(root / "scratch") in told["error"]
+        assert not (root / "store").exists()
+    assert "error" not in (trial.run(root) or {"error": "killed"})
+    assert tree(root / "store") == trial.expected
+    print(
+        f"\nstopped at {len(limits)} sizes of a file, from {limits[0]} to {limits[-1]} bytes; then whole, bit-identical"
+    )
+    assert len(limits) > 3

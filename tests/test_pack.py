@@ -5,6 +5,7 @@ import pytest
 
 from samlove.config import AudioConfig, Sam2Config, TextConfig, VisualConfig
 from samlove.dataset import resize_mask
+from samlove.digest import rows_digest
 from samlove.errors import SamloveError
 from samlove.pack import check_asked, pack
 from stores import ShardReader
@@ -42,7 +43,9 @@ def test_a_sample_holds_its_video_texts_and_masks(tmp_path):
 def test_the_manifest_says_what_it_was_packed_from(tmp_path):
     make_shards(tmp_path)
     fingerprint = ShardReader(tmp_path / "shards").manifest["fingerprint"]
-    assert set(fingerprint) == {"audio", "visual", "text", "sam2", "mask_size"}
+    assert set(fingerprint) == {"audio", "visual", "text", "sam2", "mask_size", "rows_sha256", "gt_mask_sha256"}
+    assert fingerprint["mask_size"] == SIZE
+    assert fingerprint["rows_sha256"] == rows_digest(ROWS) != rows_digest(ROWS[1:])
     assert fingerprint["visual"] == {"encoder": "visual", "dtype": "float16"}
 
 

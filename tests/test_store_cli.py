@@ -16,7 +16,7 @@ from samlove.dataset import RefAvsFolder
 from stores import FeatureStore
 from stores.inspect import diff
 from tests import small_encoders as small
-from tests.test_stores_contract import KEYS, STORES, make_items
+from tests.store_kinds import KEYS, STORES, make_items
 
 
 class Done(NamedTuple):
@@ -56,14 +56,18 @@ def test_verify_names_the_damage_and_exits_1(samlove: Callable[..., Done], tmp_p
 
 
 def test_info_says_what_and_from_what(samlove: Callable[..., Done], tmp_path: Path) -> None:
-    for kind, what in zip(STORES, ("feature store", "shard set", "predictions file"), strict=True):
+    for kind in STORES:
+        what = kind.what
         path = tmp_path / what
         kind.write(path, make_items(KEYS))
         done = samlove("store", "info", str(path))
         assert (done.returncode, done.stderr) == (0, "")
         assert f"{path}: {what}\n" in done.stdout
-        for line in (f"items      {len(KEYS)} in ", "(3, 4, 4) uint8", "made by    made: here"):
+        for line in (f"items      {len(KEYS)} in ", "made by    made: here"):
             assert line in done.stdout
+        assert ("(3, 4, 4) uint8" in done.stdout) == (what != "checkpoint")  # each tensor has a shape of its own
+        kind.write(path, {})
+        assert "items      0 in " in samlove("store", "info", str(path)).stdout
 
 
 @pytest.mark.parametrize("command", ["info", "verify", "retry"])

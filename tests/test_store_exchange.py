@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.store_kinds import KEYS, tree
 from tests.test_cli import samlove
-from tests.test_stores_contract import KEYS, tree
 from tests.test_stores_hdf5 import make_store
 
 

@@ -1,9 +1,17 @@
-"""What every store promises, asked of each: one suite, one small adapter a store."""
+"""What every store promises, asked of each: one suite over the adapters of tests/store_kinds.py.
+
+What cannot apply: an export never writes over a file, so that nothing is there that a failed one could leave alone (it
+leaves no file: tests/test_stores_hdf5.py); and the tensors of a checkpoint come as a dict, in which no key repeats.
+tests/test_stores_verify.py asks of each whether damage is found.
+"""
 
 import multiprocessing
 import pickle
-from collections.abc import Mapping
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,171 +19,118 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from samlove.errors import RequestError, SamloveError
-from stores import FeatureStore, FeatureStoreWriter, PredictionReader, PredictionWriter, ShardReader, ShardWriter
+from stores.verify import verify
+from tests.store_kinds import (
+    KEYS,
+    STORES,
+    Exported,
+    Items,
+    Kind,
+    Steps,
+    Tensors,
+    Watched,
+    assert_same,
+    files_of,
+    make_items,
+    tree,
+)
 
-SHAPE = (3, 4, 4)
-KEYS = [
-    "plain",
-    "-dash",
-    "--null_m-07",
-    "_under.dots.npy",
-    "a/b\\c",
-    "..",
-    "50%2E",
-    "ünï 東京 \U0001f3bb",
-    " the object, making the loudest sound\t(for 10 s). " * 8,
-]
-Items = Mapping[str, np.ndarray]
-
-
-class Features:
-    def write(self, path: Path, items: Items, fail_after: int | None = None) -> None:
-        writer = FeatureStoreWriter(path, path.parent / "scratch", {"made": "here"}, list(items), shard_size=2)
-        for number, keys in writer.todo():
-            if number == fail_after:
-                raise RuntimeError("stopped")
-            writer.write_shard(number, {key: {"x": items[key]} for key in keys})
-        writer.publish()
-
-    def open(self, path: Path) -> FeatureStore:
-        return FeatureStore.open(path)
-
-    def keys(self, store: FeatureStore) -> list[str]:
-        return store.keys()
-
-    def read(self, store: FeatureStore, key: str) -> np.ndarray:
-        return store.read(key)["x"]
+quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-class Shards:
-    def write(self, path: Path, items: Items, fail_after: int | None = None) -> None:
-        with ShardWriter(path, samples_per_shard=2, fingerprint={"made": "here"}) as writer:
-            for number, (key, value) in enumerate(items.items()):
-                if number == fail_after:
-                    raise RuntimeError("stopped")
-                writer.write(key, {"x": value})
-
-    def open(self, path: Path) -> ShardReader:
-        return ShardReader(path)
-
-    def keys(self, store: ShardReader) -> list[str]:
-        return store.keys()
-
-    def read(self, store: ShardReader, key: str) -> np.ndarray:
-        sample = store[store.keys().index(key)]
-        assert sample["__key__"] == key
-        return sample["x"]
+def kinds(*left_out: type) -> pytest.MarkDecorator:
+    chosen = [kind for kind in STORES if not isinstance(kind, left_out)]
+    return pytest.mark.parametrize("kind", chosen, ids=lambda kind: type(kind).__name__)
 
 
-class Predictions:
-    def write(self, path: Path, items: Items, fail_after: int | None = None) -> None:
-        edges = np.linspace(0, 1, 255, dtype=np.float32)
-        with PredictionWriter(path, SHAPE[0], SHAPE[1], edges, {"made": "here"}) as writer:
-            for number, (key, value) in enumerate(items.items()):
-                if number == fail_after:
-                    raise RuntimeError("stopped")
-                writer.write([key], value[None])
-
-    def open(self, path: Path) -> PredictionReader:
-        return PredictionReader(path)
-
-    def keys(self, store: PredictionReader) -> list[str]:
-        return store.row_ids
-
-    def read(self, store: PredictionReader, key: str) -> np.ndarray:
-        return store.read(key)
-
-
-STORES = [Features(), Shards(), Predictions()]
-
-
-@pytest.fixture(params=STORES, ids=lambda s: type(s).__name__)
-def kind(request):
-    return request.param
-
-
-def make_items(keys: list[str], seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {key: rng.integers(0, 256, SHAPE, np.uint8) for key in keys}
-
-
-def tree(path: Path) -> dict[str, bytes]:
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    return {str(p.relative_to(path)): p.read_bytes() for p in files}
-
-
-def assert_same(kind, path: Path, items: Items) -> None:
-    store = kind.open(path)
-    assert kind.keys(store) == list(items)
-    assert len(store) == len(items)
-    for key, value in items.items():
-        found = kind.read(store, key)
-        assert found.dtype == value.dtype
-        np.testing.assert_array_equal(found, value)
-
-
+@kinds()
 @pytest.mark.parametrize("count", [0, 1, 2, len(KEYS)])
-def test_round_trip(kind, tmp_path, count):
+def test_round_trip(kind: Kind, tmp_path: Path, count: int) -> None:
     items = make_items(KEYS[:count])
     kind.write(tmp_path / "store", items)
     assert_same(kind, tmp_path / "store", items)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@kinds()
+@quick
 @given(
     keys=st.lists(
         st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1), unique=True, max_size=5
     )
 )
-def test_any_text_is_a_key(kind, tmp_path, keys):
+def test_any_text_is_a_key(kind: Kind, tmp_path: Path, keys: list[str]) -> None:
     items = make_items(keys)
     kind.write(tmp_path / "store", items)
     assert_same(kind, tmp_path / "store", items)
 
 
-def test_zeros_come_back(kind, tmp_path):
-    items = {"a": np.zeros(SHAPE, np.uint8)}
+@kinds()
+@quick
+@given(data=st.data())
+def test_any_array_that_it_takes_comes_back(kind: Kind, tmp_path: Path, data: st.DataObject) -> None:
+    value = data.draw(kind.values)
+    items = {"first": value, "second": np.array(np.flip(value)), "zeros": np.zeros_like(value)}
     kind.write(tmp_path / "store", items)
     assert_same(kind, tmp_path / "store", items)
 
 
-def test_same_input_same_bytes(kind, tmp_path):
+@kinds()
+def test_same_input_same_bytes(kind: Kind, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         kind.write(tmp_path / name / "store", make_items(KEYS))
     assert tree(tmp_path / "one" / "store") == tree(tmp_path / "two" / "store")
 
 
-def test_a_write_that_fails_leaves_what_was_there(kind, tmp_path):
+def stop_after(count: int) -> Callable[[], None]:
+    """Raises when it is called for the time after `count`."""
+    left = iter(range(count))
+
+    def on_each() -> None:
+        if next(left, None) is None:
+            raise RuntimeError("stopped")
+
+    return on_each
+
+
+@kinds(Exported)
+def test_a_write_that_fails_leaves_what_was_there(kind: Kind, tmp_path: Path) -> None:
     path = tmp_path / "store"
     with pytest.raises(RuntimeError, match="stopped"):
-        kind.write(path, make_items(KEYS), fail_after=1)
+        kind.write(path, Watched(make_items(KEYS), stop_after(3)))
     assert not path.exists()
     kind.write(path, make_items(KEYS[:3]))
     before = tree(path)
     with pytest.raises(RuntimeError, match="stopped"):
-        kind.write(path, make_items(KEYS), fail_after=1)
+        kind.write(path, Watched(make_items(KEYS), stop_after(3)))
     assert tree(path) == before
 
 
-def test_write_replaces_and_leaves_nothing_beside(kind, tmp_path):
+def beside(path: Path) -> list[Path]:
+    """Files around a store that are none of its own."""
+    return [p for p in path.parent.rglob("*") if p.is_file() and path not in (p, *p.parents)]
+
+
+@kinds()
+def test_write_replaces_and_leaves_nothing_beside(kind: Kind, tmp_path: Path) -> None:
     path = tmp_path / "store"
     kind.write(path, make_items(KEYS))
     kind.write(path, make_items(KEYS[:2], seed=1))
     assert_same(kind, path, make_items(KEYS[:2], seed=1))
-    beside = [p for p in tmp_path.rglob("*") if p.is_file() and path not in (p, *p.parents)]
-    assert beside == []
+    assert beside(path) == []
 
 
-def test_absent_is_a_request_error_that_names_it(kind, tmp_path):
+@kinds(Tensors)
+def test_absent_is_a_request_error_that_names_it(kind: Kind, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"nowhere.*(run|dvc pull)"):
         kind.open(tmp_path / "nowhere")
 
 
-def test_unknown_schema_or_torn_file_is_named(kind, tmp_path):
+@kinds()
+def test_a_torn_file_is_named(kind: Kind, tmp_path: Path) -> None:
     path = tmp_path / "store"
     kind.write(path, make_items(KEYS))
-    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in (".json", ".tar")]:
+    for file in [path] if path.is_file() else [p for p in files_of(path) if p.suffix in (".json", ".tar")]:
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(SamloveError, match="store"):
@@ -186,7 +141,15 @@ def test_unknown_schema_or_torn_file_is_named(kind, tmp_path):
     assert_same(kind, path, make_items(KEYS))
 
 
-def test_a_repeated_key_is_refused(kind, tmp_path):
+@kinds()
+def test_an_unknown_key_is_named(kind: Kind, tmp_path: Path) -> None:
+    kind.write(tmp_path / "store", make_items(KEYS[:2]))
+    with pytest.raises((SamloveError, ValueError), match="nothing of this name"):
+        kind.read(kind.open(tmp_path / "store"), "nothing of this name")
+
+
+@kinds(Tensors)
+def test_a_repeated_key_is_refused(kind: Kind, tmp_path: Path) -> None:
     class Twice(dict):
         def items(self):
             return [*super().items()] * 2
@@ -198,28 +161,54 @@ def test_a_repeated_key_is_refused(kind, tmp_path):
         kind.write(tmp_path / "store", Twice(make_items(["a"])))
 
 
-def _read_all(kind, store, queue) -> None:
-    queue.put({key: kind.read(store, key).tobytes() for key in kind.keys(store)})
+# --- more than one process -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_store_that_was_read_works_in_another_process(kind, tmp_path, method):
+def read_all(kind: Kind, store: Any) -> dict[str, bytes]:
+    return {key: kind.read(store, key).tobytes() for key in kind.keys(store)}
+
+
+def read_into(queue: Any, kind: Kind, store: Any) -> None:
+    queue.put(read_all(kind, store))
+
+
+@kinds()
+def test_a_store_that_was_read_works_in_forked_processes(kind: Kind, tmp_path: Path) -> None:
     items = make_items(KEYS)
     kind.write(tmp_path / "store", items)
     store = kind.open(tmp_path / "store")
     kind.read(store, KEYS[0])  # its files are open now
-    context = multiprocessing.get_context(method)
+    context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    processes = [context.Process(target=_read_all, args=(kind, store, queue)) for _ in range(2)]
+    processes = [context.Process(target=read_into, args=(queue, kind, store)) for _ in range(3)]
     for process in processes:
         process.start()
     found = [queue.get(timeout=60) for _ in processes]
     for process in processes:
         process.join(60)
-    assert found == [{key: value.tobytes() for key, value in items.items()}] * 2
+    assert found == [{key: items[key].tobytes() for key in kind.keys(store)}] * 3
     np.testing.assert_array_equal(kind.read(store, KEYS[1]), items[KEYS[1]])
 
 
+@pytest.fixture(scope="module")
+def spawned() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+@kinds()
+def test_a_store_that_was_read_works_in_spawned_processes(
+    kind: Kind, tmp_path: Path, spawned: ProcessPoolExecutor
+) -> None:
+    items = make_items(KEYS)
+    kind.write(tmp_path / "store", items)
+    store = kind.open(tmp_path / "store")
+    kind.read(store, KEYS[0])
+    found = list(spawned.map(read_all, [kind] * 4, [store] * 4))
+    assert found == [{key: items[key].tobytes() for key in kind.keys(store)}] * 4
+
+
+@kinds()
 def test_pickling_takes_no_data_along(kind, tmp_path):
     kind.write(tmp_path / "store", make_items(KEYS))
     store = kind.open(tmp_path / "store")
@@ -228,10 +217,74 @@ def test_pickling_takes_no_data_along(kind, tmp_path):
     np.testing.assert_array_equal(kind.read(copy, KEYS[0]), make_items(KEYS)[KEYS[0]])
 
 
-def test_a_reader_is_not_disturbed_by_a_new_store_in_its_place(kind, tmp_path):
-    kind.write(tmp_path / "store", make_items(KEYS))
-    store = kind.open(tmp_path / "store")
-    kept = np.array(kind.read(store, KEYS[0]))
-    kind.write(tmp_path / "store", make_items(KEYS[1:], seed=1))
-    np.testing.assert_array_equal(kept, make_items(KEYS)[KEYS[0]])
-    assert_same(kind, tmp_path / "store", make_items(KEYS[1:], seed=1))
+@kinds()
+def test_a_reader_during_a_writer_has_what_it_opened_or_an_error_never_other_values(kind: Kind, tmp_path: Path) -> None:
+    path, before, after = tmp_path / "store", make_items(KEYS), make_items(KEYS[::-1], seed=1)
+    kind.write(path, before)
+    reader = kind.open(path)
+    reads = 0
+
+    def while_writing() -> None:
+        nonlocal reads
+        reads += 1
+        fresh = kind.open(path)
+        for key in KEYS:
+            np.testing.assert_array_equal(kind.read(reader, key), before[key])
+            np.testing.assert_array_equal(kind.read(fresh, key), before[key])
+
+    late = kind.open(path)  # some of its files it opens when the new store has come
+    kind.read(late, KEYS[0])
+    kind.write(path, Watched(after, while_writing))
+    assert reads >= len(KEYS)
+    for old in (reader, late, pickle.loads(pickle.dumps(late))):
+        for key in KEYS:
+            try:
+                found = kind.read(old, key)
+            except SamloveError as error:
+                assert "another has taken its place" in str(error)
+            else:
+                np.testing.assert_array_equal(found, before[key])
+    assert_same(kind, path, after)
+
+
+def _write_until(kind: Kind, path: Path, items: Items, kill_at: int, report: Path) -> None:
+    """Killed before its n-th step: an item that is taken, or a change to the disk. Reports how many there were."""
+    steps = Steps(kill_at)
+    kind.write(path, Watched(items, steps.step))
+    total, steps.kill_at = steps.seen, -1
+    report.write_text(str(total))
+
+
+@kinds()
+def test_a_writer_that_is_killed_leaves_the_old_store_or_the_new_and_the_next_one_ends_the_same(
+    kind: Kind, tmp_path: Path
+) -> None:
+    """Or none, where it is killed between two renames; never a half."""
+    context, report = multiprocessing.get_context("fork"), tmp_path / "steps"
+    before, after = make_items(KEYS), make_items(KEYS[::-1], seed=1)
+
+    def write(folder: str, kill_at: int) -> int | None:
+        (tmp_path / folder).mkdir()
+        kind.write(tmp_path / folder / "store", before)
+        process = context.Process(target=_write_until, args=(kind, tmp_path / folder / "store", after, kill_at, report))
+        process.start()
+        process.join(60)
+        return process.exitcode
+
+    assert write("whole", -1) == 0
+    expected, steps = tree(tmp_path / "whole" / "store"), int(report.read_text())
+    assert steps > len(KEYS)
+    states = set()
+    for kill_at in np.unique(np.linspace(0, steps - 1, 12).astype(int)):
+        path = tmp_path / f"killed_{kill_at}" / "store"
+        assert write(path.parent.name, int(kill_at)) == -signal.SIGKILL
+        if path.exists():
+            assert verify(path, deep=True) == []
+            store = kind.open(path)
+            new = all((kind.read(store, key) == after[key]).all() for key in kind.keys(store))
+            assert_same(kind, path, after if new else before)
+            states.add("new" if new else "old")
+        kind.write(path, after)
+        assert tree(path) == expected
+        assert beside(path) == []
+    assert "old" in states

@@ -2,8 +2,8 @@
 
 import json
 import multiprocessing
+import shutil
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,9 @@ import pytest
 import zarr
 
 from samlove.errors import RequestError, SamloveError
-from stores import Failure, FeatureStore, FeatureStoreWriter
-from tests.test_stores_contract import tree
+from stores import Failure, FeatureStore, FeatureStoreWriter, ShardWriter
+from stores.remote import Cache, as_path
+from tests.store_kinds import Steps, tree
 
 KEYS = [f"media_{i}" for i in range(5)]
 
@@ -194,6 +195,59 @@ def test_a_manifest_that_contradicts_its_shards_is_refused(tmp_path):
         FeatureStore.open(store.path)
 
 
+@pytest.mark.parametrize("part", ["shards", "arrays"])
+@pytest.mark.parametrize("name", ["..", ".", "", "../other/{}", "/etc/{}", "sub/../../other/{}", "{}/../{}", None, 3])
+@pytest.mark.parametrize("by_url", [False, True])
+def test_a_manifest_whose_names_lead_elsewhere_is_refused(tmp_path, part, name, by_url):
+    store = fill(make_writer(tmp_path))
+    shutil.copytree(store.path, tmp_path / "other")  # what a name that leads out of the store could reach
+    manifest = store.manifest
+    if part == "shards":
+        manifest["shards"][1]["name"] = name.replace("{}", "shard-00001.zarr") if isinstance(name, str) else name
+    else:
+        manifest["arrays"][name.replace("{}", "audio") if isinstance(name, str) else name] = manifest["arrays"]["audio"]
+    (store.path / "manifest.json").write_text(json.dumps(manifest))
+    where = as_path(f"file://{store.path}", Cache(tmp_path / "cache", 10**9)) if by_url else store.path
+    if part == "arrays" and not isinstance(name, str):  # JSON makes a text of it, and there is no such array
+        with pytest.raises(SamloveError, match="media_0"):
+            FeatureStore.open(where).read("media_0")
+    else:
+        with pytest.raises(SamloveError, match=r"manifest\.json: expected .*, found"):
+            FeatureStore.open(where)
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "/a", ""])
+def test_an_array_is_not_written_under_a_name_that_leads_elsewhere(tmp_path, name):
+    with pytest.raises(SamloveError, match="'media_0': expected a name"):
+        make_writer(tmp_path).write_shard(0, {"media_0": {name: np.zeros(3, np.float32)}})
+
+
+@pytest.mark.parametrize("change", [{"shards": None}, {"shards": [1]}, {"shards": [{}]}, {"arrays": None}, {"keys": 0}])
+def test_a_manifest_of_something_else_is_refused(tmp_path, change):
+    store = fill(make_writer(tmp_path))
+    (store.path / "manifest.json").write_text(json.dumps({**store.manifest, **change}))
+    with pytest.raises(SamloveError, match="store"):
+        FeatureStore.open(store.path)
+    with ShardWriter(tmp_path / "shards") as writer:
+        writer.write("a", {"x": np.zeros(3)})
+    with pytest.raises(SamloveError, match=r"manifest\.json: expected a feature store's"):
+        FeatureStore.open(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize(
+    "shape", [[2, 10**9, 10**9], [2, 10**13, 6], [2, -1, 6], [10**12, 10, 6], [2, 10], [2.5, 10, 6], []]
+)
+def test_a_size_that_does_not_fit_is_refused(tmp_path, shape, compression):
+    store = fill(make_writer(tmp_path, compression=compression))
+    path = store.path / "shard-00000.zarr" / "audio" / "zarr.json"
+    meta = json.loads(path.read_text())
+    meta["shape"] = shape
+    path.write_text(json.dumps(meta))
+    with pytest.raises(SamloveError, match=r"shard-00000.*media_0"):
+        FeatureStore.open(store.path).read("media_0")
+
+
 @pytest.mark.parametrize("chunk_rows", [None, 1, 3])
 def test_zarr_itself_reads_the_same(tmp_path, chunk_rows):
     store = fill(make_writer(tmp_path, chunk_rows=chunk_rows))
@@ -225,34 +279,33 @@ def test_a_torn_data_file_is_named(tmp_path):
             FeatureStore.open(store.path).read("media_0")
 
 
-def _run(root: Path, diary: Path) -> None:
+def _run(root: Path, diary: Path, kill_at: int, report: Path) -> None:
+    steps = Steps(kill_at)
     writer = make_writer(root)
     for number, keys in writer.todo():
         with open(diary, "a") as file:
             file.write(f"{number}\n")
         writer.write_shard(number, {key: make_item(key) for key in keys})
     writer.publish()
+    total, steps.kill_at = steps.seen, -1
+    report.write_text(str(total))
 
 
 def test_killed_runs_resume_to_the_same_bytes(tmp_path):
-    (tmp_path / "whole").mkdir()
-    started = time.monotonic()
-    expected = tree(fill(make_writer(tmp_path / "whole")).path)
-    duration = time.monotonic() - started
-    context = multiprocessing.get_context("fork")
-    diary = tmp_path / "computes"
-    published = tmp_path / "killed" / "store" / "manifest.json"
-    kills = 0
-    for attempt in range(100):
-        process = context.Process(target=_run, args=(tmp_path / "killed", diary))
+    context, report = multiprocessing.get_context("fork"), tmp_path / "steps"
+
+    def run(name: str, kill_at: int) -> int | None:
+        process = context.Process(target=_run, args=(tmp_path / name, tmp_path / f"{name}_diary", kill_at, report))
         process.start()
-        process.join((attempt + 1) / 12 * duration if attempt < 10 else 60)  # later and later in the work
-        process.kill()
-        process.join()
-        kills += process.exitcode == -signal.SIGKILL
-        if published.exists():  # whole, though the kill may have come right after; another run would begin anew
-            break
-    assert published.exists() and kills > 0
+        process.join(60)
+        return process.exitcode
+
+    assert run("whole", -1) == 0
+    expected, steps = tree(tmp_path / "whole" / "store"), int(report.read_text())
+    for attempt in range(4):  # later and later in the work, of which each leaves less
+        assert run("killed", steps * (attempt + 1) // 8) == -signal.SIGKILL
+    assert run("killed", -1) == 0
     assert tree(tmp_path / "killed" / "store") == expected
     assert not any(p.is_file() for p in (tmp_path / "killed" / "scratch").rglob("*"))
-    assert len(diary.read_text().split()) <= 3 + kills  # a kill costs the shard that it hit, no other
+    computed = (tmp_path / "killed_diary").read_text().split()
+    assert set(computed) == {"0", "1", "2"} and len(computed) <= 3 + 4  # a kill costs the shard that it hit, no other

@@ -10,7 +10,7 @@ import pytest
 
 from samlove.errors import RequestError, SamloveError
 from stores import Failure, FeatureStore, FeatureStoreWriter, export_store, import_store
-from tests.test_stores_contract import KEYS, tree
+from tests.store_kinds import KEYS, tree
 
 STORABLE = ("bool", "uint8", "int32", "int64", "float16", "float32")
 

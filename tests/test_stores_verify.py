@@ -1,20 +1,23 @@
 """Damage of every kind, done to every kind of artefact: found, and named."""
 
+import json
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from samlove.errors import RequestError
+from stores.manifest import file_entry, render_json, seal
+from stores.tensors import HEADER_KEY
 from stores.verify import verify
-from tests.test_stores_contract import KEYS, STORES, Predictions, make_items
+from tests.store_kinds import KEYS, STORES, Exported, Kind, Tensors, files_of, make_items
 
 FLIPS = 150  # bits flipped an artefact, about, spread over all its files
-
-
-def files_of(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
 
 
 @pytest.fixture(params=STORES, ids=lambda s: type(s).__name__)
@@ -63,6 +66,19 @@ def test_every_flipped_bit_is_found_and_named(path: Path) -> None:
     assert verify(path, deep=True) == []
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_other_byte_anywhere_is_found_and_named(path: Path, data: st.DataObject) -> None:
+    file = data.draw(st.sampled_from(files_of(path)))
+    whole = file.read_bytes()
+    place = data.draw(st.integers(0, len(whole) - 1))
+    other = whole[place] ^ data.draw(st.integers(1, 255))
+    file.write_bytes(whole[:place] + bytes([other]) + whole[place + 1 :])
+    faults = verify(path, deep=True)
+    file.write_bytes(whole)
+    assert names(faults, file)
+
+
 @pytest.mark.parametrize("deep", [False, True])
 def test_every_truncated_or_longer_file_is_found_and_named(path: Path, deep: bool) -> None:
     for file in files_of(path):
@@ -73,10 +89,9 @@ def test_every_truncated_or_longer_file_is_found_and_named(path: Path, deep: boo
         file.write_bytes(whole)
 
 
+@pytest.mark.parametrize("kind", STORES[:2], ids=lambda kind: type(kind).__name__)  # the others are one file each
 @pytest.mark.parametrize("deep", [False, True])
 def test_missing_files_and_shards_and_extra_files_are_found_and_named(path: Path, deep: bool, tmp_path: Path) -> None:
-    if path.is_file():
-        pytest.skip("one file: it is there or it is not")
     for file in files_of(path):
         file.rename(tmp_path / "away")
         assert names(verify(path, deep), file)
@@ -125,16 +140,39 @@ def test_what_is_no_artefact_is_a_wrong_request(tmp_path: Path, deep: bool) -> N
 
 
 def test_what_an_older_version_wrote_says_so(tmp_path: Path) -> None:
-    import h5py
-
     for kind in STORES[:2]:
         path = tmp_path / type(kind).__name__
         kind.write(path, make_items(KEYS))
         (path / "manifest.json").write_text('{"schema": 1, "fingerprint": {}, "keys": 9}\n')
         (fault,) = verify(path)
         assert "an older version made it" in fault
-    assert isinstance(STORES[2], Predictions)
     with h5py.File(tmp_path / "old.h5", "w") as file:
         file["bins"] = np.zeros(3)
     (fault,) = verify(tmp_path / "old.h5")
     assert "an older version made it" in fault
+    save_file({"x": np.zeros(3)}, tmp_path / "old.safetensors", {HEADER_KEY: "{}"})
+    (fault,) = verify(tmp_path / "old.safetensors")
+    assert "an older version made it" in fault
+
+
+def test_a_manifest_that_lists_files_elsewhere_has_them_neither_read_nor_found(tmp_path: Path) -> None:
+    STORES[0].write(tmp_path / "store", make_items(KEYS))
+    (tmp_path / "away").write_bytes(b"x" * 9)
+    path = tmp_path / "store" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in ("../away", str(tmp_path / "away")):
+        changed = {**manifest, "files": {**manifest["files"], name: file_entry(tmp_path / "away")}}
+        path.write_text(render_json(seal(changed)))
+        (fault,) = verify(tmp_path / "store", deep=True)
+        assert "missing" in fault and "away" in fault
+
+
+@pytest.mark.parametrize("kind", [Exported(), Tensors()], ids=["Exported", "Tensors"])
+def test_a_file_that_only_begins_like_one_is_damaged_or_refused_in_one_line(kind: Kind, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    kind.write(path, make_items(KEYS))
+    whole = path.read_bytes()
+    for size in (70, 600, len(whole) // 2):
+        path.write_bytes(whole[:size])
+        (fault,) = verify(path)
+        assert fault.startswith(f"{path}: ") and "\n" not in fault

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.fft  # else NumPy imports it at first use, which fails where two readers are the first at once
 import torch
 from torch import Tensor, nn
 

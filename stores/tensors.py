@@ -1,0 +1,149 @@
+"""Tensors by name in one safetensors file, whose header says in a JSON text what made them and how its bytes sum up.
+
+The text, under HEADER_KEY of safetensors' own metadata, begins {"crc32c": "XXXXXXXX": the checksum of the whole file
+with zeros in the place of these eight digits.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from samlove.errors import SamloveError
+from stores.manifest import BLOCK, identity, refuse_replaced
+
+HEADER_KEY = "samlove"  # safetensors' metadata hold texts only: ours is one JSON text
+_ROOM = "0" * 8
+_MARK = rb"{\"crc32c\": \""  # what stands before the digits: a JSON text within JSON
+_START = b'{"__metadata__":{"'
+_LENGTH = 8  # bytes at the start of the file: how long the header is that follows
+
+
+def metadata(header: Mapping[str, Any]) -> dict[str, str]:
+    """What to give safetensors as metadata, with room for the checksum that `seal` fills in."""
+    return {HEADER_KEY: json.dumps({"crc32c": _ROOM, **header}, ensure_ascii=False)}
+
+
+def seal(path: Path) -> None:
+    """Write the checksum of a file that is otherwise complete, and closed."""
+    with open(path, "r+b") as file:
+        header = _header_bytes(file)
+        place = header.index(_MARK) + len(_MARK)
+        file.seek(place)
+        file.write(_checksum(path, place).encode())
+
+
+def _header_bytes(file: Any) -> bytes:
+    """The file up to the end of its header; ValueError where that is not in it."""
+    start = file.read(_LENGTH)
+    length = int.from_bytes(start, "little")
+    size = file.seek(0, 2)
+    if len(start) < _LENGTH or length > size - _LENGTH:
+        raise ValueError(f"a header of {length} bytes in a file of {size}")
+    file.seek(0)
+    return file.read(_LENGTH + length)
+
+
+def _checksum(path: Path, place: int) -> str:
+    """crc32c, as 8 hex digits, of a file's bytes with _ROOM at `place`."""
+    with open(path, "rb") as file:
+        crc = google_crc32c.value(file.read(place) + _ROOM.encode())
+        file.seek(place + len(_ROOM))
+        while block := file.read(BLOCK):
+            crc = google_crc32c.extend(crc, block)
+    return f"{crc:08x}"
+
+
+def is_tensors(path: Path) -> bool:
+    """Whether a file is one of these, or was before it was damaged."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    return start[_LENGTH:].startswith(_START) or HEADER_KEY.encode() in start
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether the file has a checksum: those of older versions have none."""
+    with open(path, "rb") as file:
+        try:
+            return _MARK in _header_bytes(file)
+        except ValueError:
+            return False
+
+
+def damage(path: Path, deep: bool) -> str:
+    """What is wrong with the bytes of a file, by its size or, `deep`, its checksum; empty where nothing is."""
+    with open(path, "rb") as file:
+        try:
+            header = _header_bytes(file)
+            entries = json.loads(header[_LENGTH:])
+            ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+            size = len(header) + max(ends, default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            return f"torn or damaged: its header cannot be read ({error})"
+    if (found := path.stat().st_size) != size:
+        return f"expected {size} bytes, found {found}"
+    if deep and (place := header.find(_MARK)) >= 0:
+        place += len(_MARK)
+        stored = header[place : place + len(_ROOM)].decode(errors="replace")
+        if (crc := _checksum(path, place)) != stored:
+            return f"expected crc32c {stored}, found {crc}"
+    return ""
+
+
+class TensorReader:
+    """The tensors of a file as arrays, read only; opened at first use, by each process for itself.
+
+    `header` is what made them. Raises SamloveError where the file is not whole, or has no such header.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._identity = identity(self.path)
+        self._file: Any = None
+        file = self._open()
+        text = (file.metadata() or {}).get(HEADER_KEY)
+        if text is None:
+            raise SamloveError(f"{path}: expected a checkpoint of samlove, found a safetensors file without its header")
+        self.header = parse(text, self.path)
+        self._keys: list[str] = list(file.keys())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+    def _open(self) -> Any:
+        if self._file is None:
+            try:
+                file = safe_open(self.path, framework="np")
+            except (SafetensorError, OSError) as error:
+                raise SamloveError(f"{self.path}: not a whole safetensors file ({error}); make it anew") from None
+            refuse_replaced(self.path, self._identity)
+            self._file = file
+        return self._file
+
+    def keys(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor; SamloveError where there is none of this name."""
+        try:
+            return self._open().get_tensor(key)
+        except SafetensorError as error:
+            raise SamloveError(f"{self.path}: no tensor {key!r} ({error})") from None
+
+
+def parse(text: str, path: Path) -> dict[str, Any]:
+    """What made a file, from the text of its header; SamloveError where that is no JSON object."""
+    try:
+        header = dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise SamloveError(f"{path}: expected a JSON text as its header ({error}); make it anew") from None
+    header.pop("crc32c", None)
+    return header
