@@ -35,10 +35,11 @@ class Trial:
             write_wavs(self.inputs, MORE)
             shutil.copy(self.inputs / "01.wav", self.inputs / "02.wav")  # a changed medium
             (self.inputs / "10.wav").unlink()  # a removed one
-        started = time.monotonic()
-        whole = self.run(self.fresh("whole"))
+        for _ in range(2):  # the first process of all waits for imports that the later ones share
+            started = time.monotonic()
+            whole = self.run(self.fresh("whole"))
+            self.seconds = time.monotonic() - started
         assert whole is not None
-        self.seconds = time.monotonic() - started
         self.events, self.expected = whole["events"], tree(root / "whole" / "store")
         assert len(FeatureStore.open(root / "whole" / "store").failures) == (4 if incremental else 3)
 
