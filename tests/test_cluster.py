@@ -297,7 +297,8 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, text in {
-        "sbatch": 'PYTHONPATH=$SOURCE nohup bash "$1" >"$1.log" 2>&1 & echo "Submitted batch job $!"',
+        # The script is gone once sbatch returns, so it is read first.
+        "sbatch": 'job=$(cat "$1"); PYTHONPATH=$SOURCE bash -c "$job" >/dev/null 2>&1 & echo "Submitted batch job $!"',
         "scancel": 'pkill -P "$1"; kill "$1"',
     }.items():
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
