@@ -53,7 +53,8 @@ def verify(
     if not faults:
         artefact = open_artefact(path)
         checked = "every byte has its checksum" if deep else "names and sizes are right (--deep reads every byte)"
-        print(f"{path}: {len(artefact.keys)} items, {artefact.files} files, {_bytes(artefact.bytes)}: {checked}")
+        size = f"{_counted(artefact.files, 'file')}, {_bytes(artefact.bytes)}"
+        print(f"{path}: {_counted(len(artefact.keys), 'item')}, {size}: {checked}")
         if live:
             faults += _verify_live(path)
     if faults:
@@ -175,8 +176,8 @@ def _lines(artefact: "Artefact") -> Iterator[tuple[str, str]]:
 
     count, failures = len(artefact.keys), artefact.failures
     each = f", {_bytes(artefact.bytes / count)} an item" if count else ""
-    shards = f" in {artefact.shards} shard{'s' * (artefact.shards != 1)}"
-    yield "items", f"{count:,}{shards}, {artefact.files} files of {_bytes(artefact.bytes)}{each}"
+    shards, files = _counted(artefact.shards, "shard"), _counted(artefact.files, "file")
+    yield "items", f"{count:,} in {shards}, {files} of {_bytes(artefact.bytes)}{each}"
     for number, (name, spec) in enumerate(artefact.arrays.items()):
         yield "" if number else "arrays", f"{name} {tuple(spec['shape'])} {spec['dtype']}"
     yield "failed", f"{len(failures)}{': see failures.csv' if failures else ''}"
@@ -217,6 +218,10 @@ def _difference(found: "Difference") -> Iterator[str]:
         yield f"{len(found.changed)} items of both with other values: {_some(found.changed)}"
         for name, largest in found.largest.items():
             yield f"  {name}: by {largest:.3g} at most"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _some(keys: list[str]) -> str:
