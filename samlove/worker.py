@@ -5,6 +5,8 @@ of them, for a whole shard; meanwhile the other writes the shard that it has com
 next. So reading, computing and writing overlap, and two shards at most are in a worker's memory.
 """
 
+import ctypes
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -26,6 +28,7 @@ from stores.features import Failure
 TASKS = 2  # at a time, the threads that a worker is to be started with
 # Threads of a task; decoding leaves Python's lock. Four keep up with a processor, a GPU takes what sixteen can give.
 READERS = min(16, max(4, CPU_COUNT))
+M_ARENA_MAX = -8  # of glibc's malloc.h
 # The encoders of runs that this process started: where the worker lives in it too, it takes the very object, whose
 # network may be loaded; elsewhere it has the copy that it was sent.
 HERE: dict[str, Encoder] = {}
@@ -58,6 +61,16 @@ class Shard:
     timing: Timing
     warm_at: float = 0.0
     ended_at: float = 0.0
+
+
+def _share_one_heap() -> None:
+    """Let all threads allocate from the main thread's heap, where the C library is glibc.
+
+    It gives each thread one of its own, which gives large activations back to the system and asks for them again: on
+    two cores SAM 2-L took 9 % longer in a thread than in the main one (docs/benchmarks.md).
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_ARENA_MAX, 1)
 
 
 class ReadAhead:
@@ -128,6 +141,8 @@ class Extraction(WorkerPlugin):
         self.worker = worker
         self.encoder = HERE.get(self.name, self.encoder)
         self.turn, self.stopped, self.warm = Lock(), Event(), False
+        if not torch.cuda.is_available():
+            _share_one_heap()
         if self.threads:
             torch.set_num_threads(self.threads)
 
