@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 
 from pipelines import sam2, visual
+from samlove.bench.profile import check_profile, device_name, section
 from samlove.config import LocalConfig, Sam2Config, VisualConfig
 from samlove.dataset import RefAvsFolder
 from samlove.device import default_device
@@ -43,11 +43,9 @@ def run(profile: str, items: int, rounds: int = 5, workers: int = 1) -> dict:
     are compared with one, where they are more. Of the rounds the fastest each way counts.
     Raises RequestError where there is no such profile.
     """
-    if profile not in SIZES or not Path("configs", profile).is_dir():
-        raise RequestError(f"--profile {profile}: expected one of {', '.join(SIZES)}, in the repository's root")
-    device = default_device()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    result: dict = {"bench": "extract", "profile": profile, "device": name, "rounds": rounds}
+    check_profile(profile)
+    device = device_name(default_device())
+    result: dict = {"bench": "extract", "profile": profile, "device": device, "rounds": rounds}
     result |= {"threads": torch.get_num_threads(), "readers": READERS}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -151,14 +149,12 @@ def _write_clips(folder: RefAvsFolder, count: int, size: tuple[int, int]) -> lis
 
 
 def _vit(profile: str, root: Path) -> Encoder:
-    values = yaml.safe_load(Path("configs", profile, "visual.yaml").read_text())
-    config = VisualConfig(**{**values, "weights": str(root / "vit.pth")})
+    config = section(profile, "visual", VisualConfig, weights=str(root / "vit.pth"))
     torch.save(build_vit(config.model, config.model_args, config.image_size).state_dict(), config.weights)
     return VitEncoder(config, default_device())
 
 
 def _sam2(profile: str, root: Path) -> Encoder:
-    values = yaml.safe_load(Path("configs", profile, "sam2.yaml").read_text())
-    config = Sam2Config(**{**values, "checkpoint": str(root / "sam2.pt")})
+    config = section(profile, "sam2", Sam2Config, checkpoint=str(root / "sam2.pt"))
     torch.save({"model": instantiate_sam2(config.config).state_dict()}, config.checkpoint)
     return Sam2ImageEncoder(config, default_device())

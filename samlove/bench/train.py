@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from safetensors.torch import save_file
 
+from samlove.bench.profile import check_profile, device_name, section
 from samlove.checkpoint import Origin
-from samlove.config import DatasetConfig, FusionConfig, Resident, S, Sam2Config, TextConfig, TrainConfig, VisualConfig
+from samlove.config import DatasetConfig, FusionConfig, Resident, Sam2Config, TextConfig, TrainConfig, VisualConfig
 from samlove.device import default_device
-from samlove.errors import RequestError
 from samlove.loader import FEATURES, ExpressionDataset, PoolSampler, collate, make_resident
 from samlove.sam2_build import instantiate_sam2
 from samlove.sizes import VGGISH_CHANNELS, sam2_shape, text_width, vit_shape
@@ -30,7 +29,6 @@ from samlove.train import Batch, Samples, Trainer
 from stores import ShardWriter
 from stores.fingerprint import sha256_file
 
-PROFILES = ("micro", "refavs")
 EXPRESSIONS = 5  # of a video, as Ref-AVS has them
 WARM_UP = 3  # steps before the clock starts: workers, memory, the choice of kernels
 
@@ -42,8 +40,7 @@ def run(profile: str, videos: int = 32, steps: int = 20, rounds: int = 3) -> dic
     device, so that what exceeds 1 is the loader's. The ways take turns.
     Raises RequestError where there is no such profile.
     """
-    if profile not in PROFILES or not Path("configs", profile).is_dir():
-        raise RequestError(f"--profile {profile}: expected one of {', '.join(PROFILES)}, in the repository's root")
+    check_profile(profile)
     device = default_device()
     places: tuple[Resident, ...] = ("off", "ram", "gpu") if device.type == "cuda" else ("off", "ram")
     with TemporaryDirectory(prefix="samlove-bench-") as top:
@@ -65,7 +62,7 @@ def run(profile: str, videos: int = 32, steps: int = 20, rounds: int = 3) -> dic
     result = {
         "bench": "train",
         "profile": profile,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "precision": config.precision,
         "samples_a_step": size,
         "workers": config.workers,
@@ -107,15 +104,11 @@ def _seconds(trainer: Trainer, batches: Callable[[], list[Batch]], steps: int) -
     return ended[-1] - ended[WARM_UP - 1]
 
 
-def _section(profile: str, name: str, section: type[S], **changes: Any) -> S:
-    return section(**{**yaml.safe_load(Path("configs", profile, f"{name}.yaml").read_text()), **changes})
-
-
 def _write_shards(root: Path, profile: str, videos: int) -> None:
     """Videos of random numbers, no two alike, each with EXPRESSIONS expressions of two objects."""
-    dataset = _section(profile, "dataset", DatasetConfig, root="")
-    text, sam2 = _section(profile, "text", TextConfig), _section(profile, "sam2", Sam2Config)
-    tokens, width = vit_shape(_section(profile, "visual", VisualConfig))
+    dataset = section(profile, "dataset", DatasetConfig, root="")
+    text, sam2 = section(profile, "text", TextConfig), section(profile, "sam2", Sam2Config)
+    tokens, width = vit_shape(section(profile, "visual", VisualConfig))
     size, channels = sam2_shape(sam2)
     grid, fine = size // 16, sam2.cache_point == "pre_conv"
     shapes = {
@@ -142,12 +135,12 @@ def _write_shards(root: Path, profile: str, videos: int) -> None:
 
 def _trainer(profile: str, dataset: ExpressionDataset, device: torch.device, root: Path, on_gpu: bool) -> Trainer:
     checkpoint = root / "sam2.safetensors"
-    sam2 = _section(profile, "sam2", Sam2Config, checkpoint=str(checkpoint))
+    sam2 = section(profile, "sam2", Sam2Config, checkpoint=str(checkpoint))
     if not checkpoint.exists():
         save_file(instantiate_sam2(sam2.config, image_encoder=False).state_dict(), checkpoint)
-    config, videos = _section(profile, "train", TrainConfig), dataset.videos
+    config, videos = section(profile, "train", TrainConfig), dataset.videos
     origin = Origin(
-        fusion=_section(profile, "fusion", FusionConfig),
+        fusion=section(profile, "fusion", FusionConfig),
         train=config,
         sam2=sam2,
         sam2_sha256=sha256_file(checkpoint),
