@@ -75,23 +75,27 @@ def _client(cluster: Any, what: str) -> Iterator[Client]:
 
 def _local_cluster(workers: int, threads: int | None) -> SpecCluster:
     """One worker lives in this process; several in their own, each with a GPU, restarted where they die."""
-    alone = workers == 1
     options: dict[str, Any] = {
         "nthreads": TASKS,
         "memory_limit": 0,  # a shard is as large as it is: a worker that is paused or restarted would not help
         "dashboard_address": f"{LOOPBACK}:0",
     }
-    gpus = torch.cuda.device_count()
-    spec = {}
-    for i in range(workers):
-        env = {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {})
-        apart = {} if alone else {"host": LOOPBACK, "env": env, "silence_logs": QUIET, "preload": [__name__]}
-        spec[i] = {"cls": Worker if alone else Nanny, "options": options | apart}
-    scheduler = {"dashboard": True, "dashboard_address": DASHBOARD}
-    scheduler |= {"protocol": "inproc://"} if alone else {"protocol": "tcp://", "host": LOOPBACK, "port": 0}
+    scheduler: dict[str, Any] = {"dashboard": True, "dashboard_address": DASHBOARD}
+    if workers == 1:
+        spec = {0: {"cls": Worker, "options": options}}
+        scheduler |= {"protocol": "inproc://"}
+    else:
+        options |= {"host": LOOPBACK, "silence_logs": QUIET, "preload": [__name__]}
+        spec = {i: {"cls": Nanny, "options": options | {"env": _environment(i, threads)}} for i in range(workers)}
+        scheduler |= {"protocol": "tcp://", "host": LOOPBACK, "port": 0}
     return SpecCluster(
         workers=spec, scheduler={"cls": Scheduler, "options": scheduler}, silence_logs=QUIET, name="samlove"
     )
+
+
+def _environment(worker: int, threads: int | None) -> dict[str, str]:
+    gpus = torch.cuda.device_count()
+    return {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": str(worker % gpus)} if gpus else {})
 
 
 def dask_setup(worker: Worker) -> None:

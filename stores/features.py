@@ -254,15 +254,17 @@ class FeatureStoreWriter:
         todo = []
         for number, planned in self._plan.items():
             shard = self._shard(number)
-            lacking = self.lacking(number)
+            lacking = self._lacking(shard, planned)
             if lacking or (shard and len(planned) < len(shard.ids)):
                 todo.append((number, lacking))
         return todo
 
     def lacking(self, number: int) -> list[str]:
         """Those of a shard's keys that it lacks by now: another process may have written it since `todo`."""
-        planned = self._plan[number]
-        kept = set(self._good(self._shard(number), planned))
+        return self._lacking(self._shard(number), self._plan[number])
+
+    def _lacking(self, shard: Shard | None, planned: Sequence[str]) -> list[str]:
+        kept = set(self._good(shard, planned))
         return [key for key in planned if key not in kept]
 
     def write_shard(self, number: int, items: Mapping[str, Mapping[str, np.ndarray]]) -> bool:
