@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from samlove.cluster import chosen_cluster
 from samlove.config import AudioConfig, DatasetConfig, load
-from samlove.dataset import RefAvsFolder
+from samlove.data.dataset import RefAvsFolder
 from samlove.device import default_device
-from samlove.encoders.vggish import VggishEncoder
 from samlove.errors import one_line_errors
-from samlove.extract import Job, extract
+from samlove.features.cluster import chosen_cluster
+from samlove.features.encoders.vggish import VggishEncoder
+from samlove.features.extract import Job, extract
 
 INDEX = Path("data/index/videos.parquet")
 OUT = Path("data/features/audio")

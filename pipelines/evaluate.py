@@ -5,9 +5,9 @@ from pathlib import Path
 import pandas as pd
 
 from samlove.config import DatasetConfig, EvaluateConfig, load
-from samlove.dataset import RefAvsFolder
+from samlove.data.dataset import RefAvsFolder
 from samlove.errors import RequestError, one_line_errors
-from samlove.evaluate import evaluate, render_table, write
+from samlove.scoring.evaluate import evaluate, render_table, write
 
 INDEX = Path("data/index/expressions.parquet")
 PREDICTIONS = Path("data/predictions")

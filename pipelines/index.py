@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from samlove.config import DatasetConfig, load
-from samlove.digest import folder_digest
+from samlove.data.digest import folder_digest
+from samlove.data.index import audit_folder, write_index
 from samlove.errors import one_line_errors
-from samlove.index import audit_folder, write_index
 
 OUT = Path("data/index")
 

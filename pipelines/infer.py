@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from samlove.config import SPLITS, DatasetConfig, InferConfig, load
-from samlove.dataset import RefAvsFolder
+from samlove.data.dataset import RefAvsFolder
 from samlove.device import default_device
 from samlove.errors import RequestError, one_line_errors
 from samlove.infer import infer

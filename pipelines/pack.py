@@ -5,9 +5,9 @@ from pathlib import Path
 import pandas as pd
 
 from samlove.config import AudioConfig, DatasetConfig, PackConfig, Sam2Config, TextConfig, VisualConfig, load
-from samlove.dataset import RefAvsFolder
+from samlove.data.dataset import RefAvsFolder
+from samlove.data.pack import check_asked, pack
 from samlove.errors import one_line_errors
-from samlove.pack import check_asked, pack
 from stores import FeatureStore
 from stores.fingerprint import check_fingerprint
 

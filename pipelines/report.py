@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from samlove.config import SECTIONS, DatasetConfig, ReportConfig, active_profile, load
-from samlove.dataset import RefAvsFolder
+from samlove.data.dataset import RefAvsFolder
 from samlove.errors import one_line_errors
-from samlove.report import build_report
+from samlove.scoring.report import build_report
 
 DATA = Path("data")
 

@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from samlove.cluster import chosen_cluster
 from samlove.config import DatasetConfig, Sam2Config, load
-from samlove.dataset import RefAvsFolder
+from samlove.data.dataset import RefAvsFolder
 from samlove.device import default_device
-from samlove.encoders.frames import frame_sources
-from samlove.encoders.sam2_image import Sam2ImageEncoder
 from samlove.errors import RequestError, one_line_errors
-from samlove.extract import Job, extract
+from samlove.features.cluster import chosen_cluster
+from samlove.features.encoders.frames import frame_sources
+from samlove.features.encoders.sam2_image import Sam2ImageEncoder
+from samlove.features.extract import Job, extract
 
 INDEX = Path("data/index/videos.parquet")
 FEATURES = Path("data/features")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from samlove.errors import RequestError, one_line_errors
-from samlove.evaluate import render_table
+from samlove.scoring.evaluate import render_table
 
 METRICS, DETAILS, REPORT = (
     Path("data/metrics.json"),

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from samlove.cluster import chosen_cluster
 from samlove.config import TextConfig, load
 from samlove.device import default_device
-from samlove.encoders.clip_text import ClipTextEncoder
-from samlove.encoders.roberta import RobertaEncoder
 from samlove.errors import one_line_errors
-from samlove.extract import Job, extract
+from samlove.features.cluster import chosen_cluster
+from samlove.features.encoders.clip_text import ClipTextEncoder
+from samlove.features.encoders.roberta import RobertaEncoder
+from samlove.features.extract import Job, extract
 
 INDEX = Path("data/index/expressions.parquet")
 OUT = Path("data/features/text")

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from samlove.checkpoint import Origin
 from samlove.config import FusionConfig, Sam2Config, TrainConfig, load
+from samlove.data.loader import ExpressionDataset, PoolSampler, collate, make_resident
 from samlove.device import default_device
 from samlove.errors import one_line_errors
-from samlove.loader import ExpressionDataset, PoolSampler, collate, make_resident
-from samlove.sam2_build import checkpoint_path
+from samlove.model.checkpoint import Origin
+from samlove.model.sam2_build import checkpoint_path
 from samlove.train import Samples, train
 from stores.fingerprint import check_fingerprint, sha256_file
 

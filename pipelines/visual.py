@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from samlove.cluster import chosen_cluster
 from samlove.config import DatasetConfig, VisualConfig, load
-from samlove.dataset import RefAvsFolder
+from samlove.data.dataset import RefAvsFolder
 from samlove.device import default_device
-from samlove.encoders.clip_image import ClipImageEncoder
-from samlove.encoders.frames import frame_sources
-from samlove.encoders.vit import VitEncoder
 from samlove.errors import one_line_errors
-from samlove.extract import Job, extract
+from samlove.features.cluster import chosen_cluster
+from samlove.features.encoders.clip_image import ClipImageEncoder
+from samlove.features.encoders.frames import frame_sources
+from samlove.features.encoders.vit import VitEncoder
+from samlove.features.extract import Job, extract
 
 INDEX = Path("data/index/videos.parquet")
 OUT = Path("data/features/visual")

@@ -39,7 +39,7 @@ class DatasetConfig(Section):
     frames: int = Field(10, gt=0)  # frames a video, one a second; shorter ones repeat their last
     mask_size: int = Field(256, gt=0)  # masks are compared at mask_size x mask_size, as the benchmark does
     check_media: bool = True
-    policy: dict[str, Policy] = {}  # fault kind -> policy; kinds and defaults: samlove.index.POLICIES
+    policy: dict[str, Policy] = {}  # fault kind -> policy; kinds and defaults: samlove.data.index.POLICIES
 
 
 class AudioConfig(Section):

@@ -23,14 +23,14 @@ from sam2.modeling.sam2_base import NO_OBJ_SCORE
 from torch import Tensor
 from tqdm import tqdm
 
-from samlove.checkpoint import Header, load_model, read_header
 from samlove.config import CONTROLLED_SPLITS, InferConfig
-from samlove.dataset import RefAvsFolder, load_mask
-from samlove.digest import rows_digest
+from samlove.data.dataset import RefAvsFolder, load_mask
+from samlove.data.digest import rows_digest
 from samlove.errors import RequestError, SamloveError
-from samlove.metrics import EDGES, quantise
-from samlove.model import SamLove
-from samlove.sam2 import LEVELS
+from samlove.model.checkpoint import Header, load_model, read_header
+from samlove.model.sam2 import LEVELS
+from samlove.model.sam2_love import SamLove
+from samlove.scoring.metrics import EDGES, quantise
 from stores import FeatureStore, PredictionReader, PredictionWriter
 from stores.fingerprint import check_fingerprint, fingerprint_id, sha256_file
 from stores.manifest import replace_folder
@@ -51,7 +51,7 @@ class Job(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """A job's arrays, on the CPU: fusion inputs by the names of samlove.loader, or masks of frame 0."""
+    """A job's arrays, on the CPU: fusion inputs by the names of samlove.data.loader, or masks of frame 0."""
 
     row_ids: list[str]
     fusion: dict[str, Tensor]
@@ -118,7 +118,7 @@ def infer(
 
     rows: of expressions.parquet, this split's. features: as for `Sources.open`. out: the folder to make, with
     predictions.h5 and, for the splits that have controls, {control}.h5; each row (T, S, S) uint8 bins of
-    samlove.metrics. scratch: a folder of this split's own, outside every DVC out, on the file system of `out`.
+    samlove.scoring.metrics. scratch: a folder of this split's own, outside every DVC out, on the file system of `out`.
     Raises RequestError where an input is missing, SamloveError where inputs do not belong together.
     """
     header, sources = read_header(checkpoint), Sources.open(features)

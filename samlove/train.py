@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from samlove.checkpoint import Header, Origin, read_tensors, save_checkpoint, write_tensors
 from samlove.config import TrainConfig
 from samlove.errors import RequestError, SamloveError
-from samlove.loss import Losses, mask_loss, upsample
-from samlove.metrics import quantise, scores_from_bins
-from samlove.model import SamLove
+from samlove.model.checkpoint import Header, Origin, read_tensors, save_checkpoint, write_tensors
+from samlove.model.loss import Losses, mask_loss, upsample
+from samlove.model.sam2_love import SamLove
+from samlove.scoring.metrics import quantise, scores_from_bins
 from stores.fingerprint import differing, fingerprint_id, flat, sha256_file
 from stores.manifest import write_json
 
@@ -50,7 +50,7 @@ class Items(Protocol):
 
 @dataclass(frozen=True)
 class Samples:
-    """What is trained on. `collate` makes the batch of samlove.loader from items."""
+    """What is trained on. `collate` makes the batch of samlove.data.loader from items."""
 
     train: Items
     val: Items

@@ -20,9 +20,9 @@ import torch
 import torchvggish.vggish_input  # noqa: F401
 
 from samlove.config import AudioConfig
-from samlove.encoders.vggish import VggishEncoder
 from samlove.errors import SamloveError
-from samlove.extract import Job, extract
+from samlove.features.encoders.vggish import VggishEncoder
+from samlove.features.extract import Job, extract
 
 SHARD, BATCH = 8, 3
 # What changes a folder: the interpreter announces each before it happens. Between two of them the disk stays the same,
@@ -65,7 +65,7 @@ def run(inputs: Path, config: AudioConfig, root: Path, report: Path, kill_at: in
 
     sources = {f"clip_{path.stem}": path for path in sorted(inputs.glob("*.wav"))}
     encoder = VggishEncoder(config, 1, torch.device("cpu"))
-    sys.modules["samlove.extract"].FAILURE_BUDGET = 1.0  # type: ignore[attr-defined]
+    sys.modules["samlove.features.extract"].FAILURE_BUDGET = 1.0  # type: ignore[attr-defined]
     sys.addaudithook(count)
     try:
         with _files_limited_to(file_limit):

@@ -11,9 +11,9 @@ import soundfile
 from dvclive import Live
 from PIL import Image
 
-from samlove.dataset import RefAvsFolder
-from samlove.evaluate import CONTROLS
-from samlove.metrics import EDGES, quantise
+from samlove.data.dataset import RefAvsFolder
+from samlove.scoring.evaluate import CONTROLS
+from samlove.scoring.metrics import EDGES, quantise
 from stores import PredictionWriter
 
 SAID = ("the red disc on the left", "the object making the loudest sound", "the first object to make a sound")

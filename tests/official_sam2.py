@@ -10,7 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image, ImageDraw
 from sam2.build_sam import build_sam2_video_predictor
 
-from samlove.sam2_build import instantiate_sam2
+from samlove.model.sam2_build import instantiate_sam2
 
 TINY = str(Path(__file__).parent / "sam2_tiny.yaml")  # image 64: embedding 4x4, mask logits 16x16
 

@@ -11,10 +11,10 @@ import yaml
 from PIL import Image
 
 from samlove.config import AudioConfig, Sam2Config, Section, TextConfig, VisualConfig
-from samlove.dataset import RefAvsFolder
-from samlove.encoders.vggish import build_vggish
-from samlove.encoders.vit import build_vit
-from samlove.sam2_build import instantiate_sam2
+from samlove.data.dataset import RefAvsFolder
+from samlove.features.encoders.vggish import build_vggish
+from samlove.features.encoders.vit import build_vit
+from samlove.model.sam2_build import instantiate_sam2
 
 TINY_SAM2 = str(Path(__file__).parent / "sam2_tiny.yaml")
 VIT = "vit_tiny_patch16_224"

@@ -161,7 +161,7 @@ class Tensors:
     def write(self, path: Path, items: Items) -> None:
         import torch  # here, for spawned processes that but read
 
-        from samlove.checkpoint import write_tensors
+        from samlove.model.checkpoint import write_tensors
 
         tensors = {key: torch.from_numpy(np.array(value)) for key, value in items.items()}
         write_tensors(path, tensors, json.dumps(MADE))

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from samlove.audio_embed import import_audio_embed
 from samlove.config import AudioConfig
+from samlove.data.pack import check_asked
 from samlove.errors import RequestError, SamloveError
-from samlove.pack import check_asked
+from samlove.features.audio_embed import import_audio_embed
 from stores import FeatureStore
 
 

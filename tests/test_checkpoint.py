@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from samlove.checkpoint import Header, load_model, read_header, read_tensors, save_checkpoint, write_tensors
 from samlove.errors import RequestError, SamloveError
+from samlove.model.checkpoint import Header, load_model, read_header, read_tensors, save_checkpoint, write_tensors
 from stores.inspect import diff, open_artefact
 from stores.verify import verify
 from tests.tiny_training import Items, collate, origin, write_sam2

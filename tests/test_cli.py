@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from samlove import doctor
-from samlove.sizes import read_choices
+from samlove.cli import doctor
+from samlove.data.sizes import read_choices
 
 ROOT = Path(__file__).parents[1]
 
 
 def samlove(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Runs the command on one thread: on a busy machine more only wait for one another."""
-    command = [sys.executable, "-m", "samlove.cli", *arguments]
+    command = [sys.executable, "-m", "samlove.cli.main", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
@@ -46,7 +46,7 @@ def test_help_lists_the_commands_without_loading_torch() -> None:
     assert done.returncode == 0
     for command in ("synth", "audit", "doctor", "plan", "store", "bench"):
         assert f"  {command} " in done.stdout
-    loaded = "import sys, samlove.cli; sys.exit('torch' in sys.modules)"
+    loaded = "import sys, samlove.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", loaded], cwd=ROOT).returncode == 0
 
 

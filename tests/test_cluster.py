@@ -20,12 +20,12 @@ import pytest
 import torch
 from torch import nn
 
-from samlove.cluster import Cluster, chosen_cluster, slurm_cluster
 from samlove.config import LocalConfig, SchedulerConfig, SlurmConfig, load_cluster
-from samlove.encoders.base import Arrays
-from samlove.encoders.vggish import VggishEncoder
 from samlove.errors import RequestError, SamloveError
-from samlove.extract import Job, Report, extract
+from samlove.features.cluster import Cluster, chosen_cluster, slurm_cluster
+from samlove.features.encoders.base import Arrays
+from samlove.features.encoders.vggish import VggishEncoder
+from samlove.features.extract import Job, Report, extract
 from stores import FeatureStore
 from stores.verify import verify
 from tests.kill_run import write_wavs
@@ -225,7 +225,7 @@ def test_workers_in_another_folder_are_told_apart(
 def test_no_scheduler_is_one_line(
     tmp_path: Path, make: Callable, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
-    monkeypatch.setattr("samlove.cluster.CONNECT_S", 1)
+    monkeypatch.setattr("samlove.features.cluster.CONNECT_S", 1)
     with pytest.raises(SamloveError, match=f"{address}: no Dask scheduler answers there") as raised:
         make("none", SchedulerConfig(kind="scheduler", address=address))
     assert "\n" not in str(raised.value)

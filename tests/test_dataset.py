@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from samlove.dataset import RefAvsFolder, image_size, load_audio, load_frame, load_mask, read_table, resize_mask
+from samlove.data.dataset import RefAvsFolder, image_size, load_audio, load_frame, load_mask, read_table, resize_mask
 from samlove.errors import RequestError, SamloveError
 
 RATE = 8000

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from samlove.digest import code_digest, folder_digest, rows_digest, source_ids
-from samlove.encoders.vit import VitEncoder
+from samlove.data.digest import code_digest, folder_digest, rows_digest, source_ids
+from samlove.features.encoders.vit import VitEncoder
 from tests.tiny_pack import ROWS
 
 
@@ -63,9 +63,8 @@ def test_code_is_known_by_all_that_it_imports(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     shutil.copytree(root / "samlove", tmp_path / "samlove", ignore=shutil.ignore_patterns("__pycache__", "*.npz"))
     shutil.copytree(root / "stores", tmp_path / "stores", ignore=shutil.ignore_patterns("__pycache__"))
-    code = (
-        "from samlove.encoders import vit; from samlove.digest import code_digest; print(code_digest(vit.VitEncoder))"
-    )
+    imports = "from samlove.data.digest import code_digest; from samlove.features.encoders import vit"
+    code = f"{imports}; print(code_digest(vit.VitEncoder))"
 
     def digest() -> str:
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -73,7 +72,9 @@ def test_code_is_known_by_all_that_it_imports(tmp_path: Path) -> None:
 
     before = digest()
     assert before == code_digest(VitEncoder)
-    for file, same in {"encoders/vit": False, "dataset": False, "encoders/roberta": True, "config": True}.items():
+    encoders = "features/encoders"
+    edits = {f"{encoders}/vit": False, "data/dataset": False, f"{encoders}/roberta": True, "config": True}
+    for file, same in edits.items():
         path = tmp_path / "samlove" / f"{file}.py"
         path.write_text(path.read_text() + "# edited\n")
         after = digest()

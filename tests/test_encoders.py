@@ -12,18 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from samlove.config import AudioConfig, Sam2Config, TextConfig, VisualConfig
-from samlove.dataset import RefAvsFolder
-from samlove.encoders.base import to_store
-from samlove.encoders.clip_image import ClipImageEncoder
-from samlove.encoders.clip_text import ClipTextEncoder
-from samlove.encoders.frames import frame_sources
-from samlove.encoders.roberta import RobertaEncoder
-from samlove.encoders.sam2_image import LEVELS, Sam2ImageEncoder
-from samlove.encoders.vggish import RATE, VggishEncoder, build_vggish, log_mel, pad_or_trim
-from samlove.encoders.vit import VitEncoder, build_vit
-from samlove.encoders.weights import load_state_dict
+from samlove.data.dataset import RefAvsFolder
 from samlove.errors import RequestError, SamloveError
-from samlove.sam2_build import instantiate_sam2, load_sam2_weights
+from samlove.features.encoders.base import to_store
+from samlove.features.encoders.clip_image import ClipImageEncoder
+from samlove.features.encoders.clip_text import ClipTextEncoder
+from samlove.features.encoders.frames import frame_sources
+from samlove.features.encoders.roberta import RobertaEncoder
+from samlove.features.encoders.sam2_image import LEVELS, Sam2ImageEncoder
+from samlove.features.encoders.vggish import RATE, VggishEncoder, build_vggish, log_mel, pad_or_trim
+from samlove.features.encoders.vit import VitEncoder, build_vit
+from samlove.model.sam2_build import instantiate_sam2, load_sam2_weights
+from samlove.model.weights import load_state_dict
 from stores.codec import decode
 from tests import small_encoders as small
 
@@ -337,8 +337,8 @@ def test_a_folder_that_lacks_a_weight_is_refused_not_filled_at_random(tmp_path: 
 def test_frames_are_prepared_as_sam2_does_it(tmp_path: Path, folder: RefAvsFolder) -> None:
     from sam2.utils.misc import load_video_frames
 
-    from samlove.encoders.frames import normalise
-    from samlove.encoders.sam2_image import MEAN, STD
+    from samlove.features.encoders.frames import normalise
+    from samlove.features.encoders.sam2_image import MEAN, STD
 
     encoder = Sam2ImageEncoder(small.sam2_config(tmp_path), CPU)
     ours = normalise(encoder.load(frame_sources(folder, ["whole"], 3)["whole"]), MEAN, STD)

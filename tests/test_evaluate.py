@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from samlove.dataset import RefAvsFolder
+from samlove.data.dataset import RefAvsFolder
 from samlove.errors import RequestError, SamloveError
-from samlove.evaluate import Evaluation, evaluate, render_table, write
-from samlove.metrics import EDGES, histogram, scores_of
+from samlove.scoring.evaluate import Evaluation, evaluate, render_table, write
+from samlove.scoring.metrics import EDGES, histogram, scores_of
 from stores import PredictionReader, PredictionWriter
 from tests.made_run import make_run
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from pipelines import audio, sam2, text, visual
-from samlove.dataset import RefAvsFolder
-from samlove.encoders.base import Arrays, to_store
-from samlove.encoders.frames import frame_sources
-from samlove.encoders.roberta import RobertaEncoder
-from samlove.encoders.sam2_image import Sam2ImageEncoder
-from samlove.encoders.vggish import VggishEncoder
-from samlove.encoders.vit import VitEncoder
+from samlove.data.dataset import RefAvsFolder
 from samlove.errors import SamloveError
-from samlove.extract import FAILURE_BUDGET, Job, extract
+from samlove.features.encoders.base import Arrays, to_store
+from samlove.features.encoders.frames import frame_sources
+from samlove.features.encoders.roberta import RobertaEncoder
+from samlove.features.encoders.sam2_image import Sam2ImageEncoder
+from samlove.features.encoders.vggish import VggishEncoder
+from samlove.features.encoders.vit import VitEncoder
+from samlove.features.extract import FAILURE_BUDGET, Job, extract
 from stores import FeatureStore
 from tests import small_encoders as small
 

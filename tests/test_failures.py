@@ -11,11 +11,11 @@ import pytest
 import soundfile
 import torch
 
-from samlove.dataset import RefAvsFolder
-from samlove.encoders.frames import frame_sources
-from samlove.encoders.vggish import VggishEncoder
-from samlove.encoders.vit import VitEncoder
-from samlove.extract import Job, extract
+from samlove.data.dataset import RefAvsFolder
+from samlove.features.encoders.frames import frame_sources
+from samlove.features.encoders.vggish import VggishEncoder
+from samlove.features.encoders.vit import VitEncoder
+from samlove.features.extract import Job, extract
 from stores import FeatureStore
 from tests import small_encoders as small
 
@@ -58,7 +58,7 @@ BROKEN_FRAME: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RefAvsFolder:
     """Three sound clips, and room for failures: the budget is for thousands."""
-    monkeypatch.setattr("samlove.extract.FAILURE_BUDGET", 1.0)
+    monkeypatch.setattr("samlove.features.extract.FAILURE_BUDGET", 1.0)
     folder = RefAvsFolder(tmp_path / "clips")
     for media_id in ("before", "sound", "after"):
         small.write_clip(folder, media_id, frames=3, seconds=SECONDS)

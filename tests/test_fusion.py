@@ -6,7 +6,7 @@ from torch import nn
 
 from samlove.config import FusionConfig
 from samlove.errors import RequestError
-from samlove.fusion import Block, Fusion
+from samlove.model.fusion import Block, Fusion
 
 B, N, P, L, D = 3, 4, 6, 5, 32
 DIMS = {"audio": 7, "visual": 9, "text": 11, "frames": N}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from samlove.golden import TOLERANCE, Row, distance
+from samlove.features.golden import TOLERANCE, Row, distance
 
 
 def test_rounding_is_within_and_another_computation_without() -> None:

@@ -14,20 +14,20 @@ import torch
 from dvclive import Live
 
 from pipelines import audio, sam2, text, visual
-from samlove.checkpoint import Origin, read_tensors
 from samlove.config import AudioConfig, Sam2Config, TextConfig, VisualConfig, load
-from samlove.dataset import RefAvsFolder
-from samlove.encoders.frames import frame_sources
-from samlove.encoders.roberta import RobertaEncoder
-from samlove.encoders.sam2_image import Sam2ImageEncoder
-from samlove.encoders.vggish import VggishEncoder
-from samlove.encoders.vit import VitEncoder
-from samlove.extract import Job, extract
-from samlove.golden import TOLERANCE, check_live, distance
-from samlove.loader import ExpressionDataset, collate, make_resident
-from samlove.metrics import JACCARD_BIN
+from samlove.data.dataset import RefAvsFolder
+from samlove.data.loader import ExpressionDataset, collate, make_resident
+from samlove.features.encoders.frames import frame_sources
+from samlove.features.encoders.roberta import RobertaEncoder
+from samlove.features.encoders.sam2_image import Sam2ImageEncoder
+from samlove.features.encoders.vggish import VggishEncoder
+from samlove.features.encoders.vit import VitEncoder
+from samlove.features.extract import Job, extract
+from samlove.features.golden import TOLERANCE, check_live, distance
 from samlove.micro.clips import draw_clip
-from samlove.sam2 import LightSam2
+from samlove.model.checkpoint import Origin, read_tensors
+from samlove.model.sam2 import LightSam2
+from samlove.scoring.metrics import JACCARD_BIN
 from samlove.train import Samples, Trainer
 from stores import FeatureStore
 from tests import small_encoders as small

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from samlove.errors import SamloveError
-from samlove.extract import extract
-from samlove.lock import only_run
+from samlove.features.extract import extract
+from samlove.features.lock import only_run
 from stores import FeatureStore, FeatureStoreWriter
 from stores.earlier import layout
 from stores.verify import verify
@@ -236,7 +236,7 @@ def test_whatever_came_changed_and_went_the_store_is_as_if_made_at_once(
 HOLDER = """
 import sys, time
 from pathlib import Path
-from samlove.lock import only_run
+from samlove.features.lock import only_run
 with only_run(Path(sys.argv[1]), "x"):
     print("held", flush=True)
     sys.stdin.read()

@@ -13,11 +13,11 @@ import soundfile
 from PIL import Image
 
 from pipelines import index as stage
-from samlove.audit import KINDS, UNUSABLE
 from samlove.config import DatasetConfig
-from samlove.dataset import RefAvsFolder
+from samlove.data.audit import KINDS, UNUSABLE
+from samlove.data.dataset import RefAvsFolder
+from samlove.data.index import POLICIES, Audit, audit_folder, merge_policies, write_index
 from samlove.errors import RequestError, SamloveError
-from samlove.index import POLICIES, Audit, audit_folder, merge_policies, write_index
 
 FRAMES = 3
 SIZE = (24, 16)  # width, height

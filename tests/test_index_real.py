@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from samlove.config import SPLITS
-from samlove.index import Audit, audit_folder
+from samlove.data.index import Audit, audit_folder
 
 REAL = Path(__file__).parents[1] / ".." / "shared" / "refavs"
 

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 import pipelines.infer
-from samlove.checkpoint import Header, Origin, load_model, save_checkpoint
 from samlove.config import InferConfig, Sam2Config
-from samlove.dataset import RefAvsFolder
+from samlove.data.dataset import RefAvsFolder
 from samlove.errors import RequestError, SamloveError
 from samlove.infer import infer, plan
-from samlove.metrics import EDGES, f_score, jaccard, null_score, scores_from_bins
-from samlove.sam2 import LEVELS
+from samlove.model.checkpoint import Header, Origin, load_model, save_checkpoint
+from samlove.model.sam2 import LEVELS
+from samlove.scoring.metrics import EDGES, f_score, jaccard, null_score, scores_from_bins
 from stores import Failure, FeatureStoreWriter, PredictionReader, PredictionWriter
 from tests.tiny_training import CONFIG, DIMS, PATCHES, TOKENS, origin, write_sam2
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from samlove.dataset import resize_mask
+from samlove.data.dataset import resize_mask
+from samlove.data.loader import ExpressionDataset, PoolSampler, collate, make_resident
 from samlove.errors import RequestError, SamloveError
-from samlove.loader import ExpressionDataset, PoolSampler, collate, make_resident
 from stores import ShardWriter
 from tests.tiny_pack import PATCHES, ROWS, SIZE, L, N, features_of, make_shards, true_mask
 

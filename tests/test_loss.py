@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from samlove.config import LossConfig
-from samlove.loss import mask_loss, upsample
+from samlove.model.loss import mask_loss, upsample
 
 
 def test_it_is_bce_plus_dice_by_hand():

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from samlove import metrics
 from samlove.bench.metrics import loop_f_score, loop_jaccard, loop_null_score
 from samlove.errors import SamloveError
-from samlove.metrics import EDGES, f_score, jaccard, null_score, quantise, scores_from_bins
+from samlove.scoring import metrics
+from samlove.scoring.metrics import EDGES, f_score, jaccard, null_score, quantise, scores_from_bins
 
 REFERENCE = Path(__file__).parents[1] / ".." / "shared" / "refavs" / "metric_reference.npz"
 CASES = ["plain", "some_empty_frames", "all_empty_frames", "sharp", "flat", "predicts_nothing", "two_frames_odd_size"]

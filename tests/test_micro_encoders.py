@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-import samlove.torchvision_ops  # noqa: F401
+import samlove.model.torchvision_ops  # noqa: F401
 from samlove.config import AudioConfig, TextConfig, VisualConfig, load
-from samlove.encoders.roberta import RobertaEncoder
-from samlove.encoders.vggish import build_vggish
-from samlove.encoders.vit import build_vit
-from samlove.encoders.weights import load_state_dict
+from samlove.features.encoders.roberta import RobertaEncoder
+from samlove.features.encoders.vggish import build_vggish
+from samlove.features.encoders.vit import build_vit
 from samlove.micro import code
 from samlove.micro.pretrain_encoders import (
     Examples,
@@ -23,6 +22,7 @@ from samlove.micro.pretrain_encoders import (
     sound_loss,
     voices,
 )
+from samlove.model.weights import load_state_dict
 from samlove.synth.scene import SEEN, sample_scene
 
 FRESH = 77  # a seed of scenes that no training drew

@@ -10,10 +10,10 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 
-import samlove.torchvision_ops  # noqa: F401
+import samlove.model.torchvision_ops  # noqa: F401
 from samlove.micro import code, pretrain_sam2
 from samlove.micro.clips import absent, augment, describe, draw_clip, name_map
-from samlove.sam2_build import instantiate_sam2, load_sam2_weights
+from samlove.model.sam2_build import instantiate_sam2, load_sam2_weights
 
 WEIGHTS = Path(__file__).parents[1] / "weights" / "micro" / "sam2" / "sam2.safetensors"
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from samlove.config import AudioConfig, Sam2Config, TextConfig, VisualConfig
-from samlove.dataset import resize_mask
-from samlove.digest import rows_digest
+from samlove.data.dataset import resize_mask
+from samlove.data.digest import rows_digest
+from samlove.data.pack import check_asked, pack
 from samlove.errors import SamloveError
-from samlove.pack import check_asked, pack
 from stores import ShardReader
 from tests.tiny_pack import ROWS, SIZE, features_of, make_folder, make_shards, make_store, make_stores, true_mask
 

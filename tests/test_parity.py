@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from samlove.config import Sam2Config
-from samlove.encoders.sam2_image import Sam2ImageEncoder
-from samlove.sam2 import LightSam2, Points
+from samlove.features.encoders.sam2_image import Sam2ImageEncoder
+from samlove.model.sam2 import LightSam2, Points
 from tests.official_sam2 import (
     TINY,
     live_embeds,

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.plan import PER_SHARD, measured, run, seconds_an_item
+from samlove.cli.plan import PER_SHARD, measured, run, seconds_an_item
 from samlove.config import SECTIONS, DatasetConfig
-from samlove.encoders.roberta import RobertaEncoder
-from samlove.index import audit_folder, write_index
-from samlove.sizes import REF_AVS, Choices, count, item_bytes, planned, read_choices
+from samlove.data.index import audit_folder, write_index
+from samlove.data.sizes import REF_AVS, Choices, count, item_bytes, planned, read_choices
+from samlove.features.encoders.roberta import RobertaEncoder
 from samlove.synth.write import write_dataset
 from tests.small_encoders import roberta_config
 from tests.test_cli import ROOT, samlove, select

@@ -18,8 +18,8 @@ import yaml
 from PIL import Image
 
 from pipelines import evaluate, infer, pack, train
-from samlove.dataset import RefAvsFolder
-from samlove.sam2 import LEVELS
+from samlove.data.dataset import RefAvsFolder
+from samlove.model.sam2 import LEVELS
 from samlove.train import MADE_BY, STATE
 from stores import FeatureStore, FeatureStoreWriter, ShardReader, ShardWriter
 from stores.fingerprint import sha256_file

@@ -11,12 +11,12 @@ import pytest
 
 from pipelines.evaluate import main as run_evaluate
 from pipelines.report import main as run_report
-from samlove.dataset import RefAvsFolder
+from samlove.data.dataset import RefAvsFolder
 from samlove.errors import RequestError
-from samlove.evaluate import evaluate, write
-from samlove.report import build_report
-from samlove.report.clips import DASHES, FILL, FLOOR_DB, OUTLINE, choose, draw_frame, second_loudness
-from samlove.report.paper import TABLE_1
+from samlove.scoring.evaluate import evaluate, write
+from samlove.scoring.report import build_report
+from samlove.scoring.report.clips import DASHES, FILL, FLOOR_DB, OUTLINE, choose, draw_frame, second_loudness
+from samlove.scoring.report.paper import TABLE_1
 from tests.made_run import make_curves, make_run
 
 ROOT = Path(__file__).parents[1]

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from samlove.errors import RequestError, SamloveError
-from samlove.sam2 import LEVELS, LightSam2, Points
-from samlove.sam2_build import instantiate_sam2
+from samlove.model.sam2 import LEVELS, LightSam2, Points
+from samlove.model.sam2_build import instantiate_sam2
 from tests.official_sam2 import TINY, random_checkpoint
 
 FRAMES, BATCH = 12, 3
@@ -83,9 +83,8 @@ def test_packaged_configuration_is_built_without_the_image_encoder():
 
 
 def test_imports_none_of_the_other_encoders():
-    code = (
-        "import json, sys, samlove.sam2; print(json.dumps([m for m in ('transformers', 'timm') if m in sys.modules]))"
-    )
+    others = "[m for m in ('transformers', 'timm') if m in sys.modules]"
+    code = f"import json, sys, samlove.model.sam2; print(json.dumps({others}))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(found) == []
 

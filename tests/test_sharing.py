@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.plan import PER_SHARD
-from samlove.sizes import count, planned, read_choices
+from samlove.cli.plan import PER_SHARD
+from samlove.data.sizes import count, planned, read_choices
 from tests.s3_service import s3_service
 from tests.stage_code import ROOT
 from tests.test_graph import FEATURES

@@ -11,8 +11,8 @@ import soundfile
 import yaml
 
 from pipelines import audio, sam2, text, visual
-from samlove import cli
-from samlove.dataset import RefAvsFolder
+from samlove.cli import main as cli
+from samlove.data.dataset import RefAvsFolder
 from stores import FeatureStore
 from stores.inspect import diff
 from tests import small_encoders as small
@@ -148,7 +148,7 @@ def test_retry_computes_the_failed_rows_alone(
     project: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("samlove.extract.FAILURE_BUDGET", 1.0)
+    monkeypatch.setattr("samlove.features.extract.FAILURE_BUDGET", 1.0)
     wav = RefAvsFolder("data/dataset/small").audio_path("b")
     shutil.copy(wav, project / "whole.wav")
     wav.write_bytes(wav.read_bytes()[:100])
@@ -171,7 +171,7 @@ def test_retry_computes_the_failed_rows_alone(
 def test_retry_refuses_another_encoder(
     samlove: Callable[..., Done], project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("samlove.extract.FAILURE_BUDGET", 1.0)
+    monkeypatch.setattr("samlove.features.extract.FAILURE_BUDGET", 1.0)
     RefAvsFolder("data/dataset/small").audio_path("b").unlink()
     audio.main()
     section = project / "configs" / "small" / "audio.yaml"

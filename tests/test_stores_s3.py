@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
+from samlove.data.loader import ExpressionDataset, collate
 from samlove.errors import RequestError, SamloveError
-from samlove.loader import ExpressionDataset, collate
 from stores import FeatureStore, ShardReader, ShardWriter
 from stores.remote import OPEN, Cache, RemotePath, as_path
 from tests.s3_service import ask, connect_anew, s3_service, upload

@@ -10,8 +10,8 @@ import yaml
 from dvclive import Live
 
 from pipelines import train as stage
-from samlove.checkpoint import Origin, load_model, read_header, read_tensors
 from samlove.errors import RequestError, SamloveError
+from samlove.model.checkpoint import Origin, load_model, read_header, read_tensors
 from samlove.train import Samples, Trainer, train, warmup_decay
 from stores import ShardWriter
 from tests.tiny_training import DIMS, Items, collate, origin, samples, write_sam2

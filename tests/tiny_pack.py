@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from samlove.dataset import RefAvsFolder
-from samlove.pack import Packed, pack
+from samlove.data.dataset import RefAvsFolder
+from samlove.data.pack import Packed, pack
 from stores import Failure, FeatureStore, FeatureStoreWriter
 from stores.codec import Coding, encode
 

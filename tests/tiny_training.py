@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from samlove.checkpoint import Origin
 from samlove.config import FusionConfig, Sam2Config, TrainConfig
-from samlove.sam2_build import instantiate_sam2
+from samlove.model.checkpoint import Origin
+from samlove.model.sam2_build import instantiate_sam2
 from samlove.train import Samples
 from stores.fingerprint import sha256_file
 

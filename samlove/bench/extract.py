@@ -20,16 +20,16 @@ from PIL import Image
 from pipelines import sam2, visual
 from samlove.bench.profile import check_profile, device_name, section
 from samlove.config import LocalConfig, Sam2Config, VisualConfig
-from samlove.dataset import RefAvsFolder
+from samlove.data.dataset import RefAvsFolder
 from samlove.device import default_device
-from samlove.encoders.base import Encoder
-from samlove.encoders.frames import frame_sources
-from samlove.encoders.sam2_image import Sam2ImageEncoder
-from samlove.encoders.vit import VitEncoder, build_vit
 from samlove.errors import RequestError
-from samlove.extract import Job, Report, extract
-from samlove.sam2_build import instantiate_sam2
-from samlove.worker import READERS
+from samlove.features.encoders.base import Encoder
+from samlove.features.encoders.frames import frame_sources
+from samlove.features.encoders.sam2_image import Sam2ImageEncoder
+from samlove.features.encoders.vit import VitEncoder, build_vit
+from samlove.features.extract import Job, Report, extract
+from samlove.features.worker import READERS
+from samlove.model.sam2_build import instantiate_sam2
 
 FRAMES = 10  # of a clip for ViT; SAM2's training split has one
 SIZES = {"micro": (128, 128), "refavs": (1280, 720)}  # width and height of the frames

@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 
-from samlove.metrics import BETA_SQUARED, f_score
+from samlove.scoring.metrics import BETA_SQUARED, f_score
 
 FRAMES, SIZE = 10, 256  # one expression of Ref-AVS
 ROUNDS = 5

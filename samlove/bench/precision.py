@@ -18,10 +18,10 @@ from sam2.modeling.sam2_base import NO_OBJ_SCORE
 from torch import Tensor
 
 from samlove.config import Sam2Config, Sam2Dtype
-from samlove.encoders.sam2_image import Sam2ImageEncoder
-from samlove.metrics import f_score, jaccard
+from samlove.features.encoders.sam2_image import Sam2ImageEncoder
 from samlove.micro.clips import Clip, draw_clip
-from samlove.sam2 import LightSam2
+from samlove.model.sam2 import LightSam2
+from samlove.scoring.metrics import f_score, jaccard
 from stores import FeatureStore, FeatureStoreWriter
 from stores.chunks import Compression
 

@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import save_file
 
 from samlove.bench.profile import check_profile, device_name, section
-from samlove.checkpoint import Origin
 from samlove.config import DatasetConfig, FusionConfig, Resident, Sam2Config, TextConfig, TrainConfig, VisualConfig
+from samlove.data.loader import FEATURES, ExpressionDataset, PoolSampler, collate, make_resident
+from samlove.data.sizes import VGGISH_CHANNELS, sam2_shape, text_width, vit_shape
 from samlove.device import default_device
-from samlove.loader import FEATURES, ExpressionDataset, PoolSampler, collate, make_resident
-from samlove.sam2_build import instantiate_sam2
-from samlove.sizes import VGGISH_CHANNELS, sam2_shape, text_width, vit_shape
+from samlove.model.checkpoint import Origin
+from samlove.model.sam2_build import instantiate_sam2
 from samlove.train import Batch, Samples, Trainer
 from stores import ShardWriter
 from stores.fingerprint import sha256_file

@@ -19,14 +19,14 @@ import typer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-import samlove.torchvision_ops  # noqa: F401
+import samlove.model.torchvision_ops  # noqa: F401
 from samlove.config import AudioConfig, VisualConfig, load
-from samlove.encoders.vggish import build_vggish, log_mel
-from samlove.encoders.vit import build_vit
-from samlove.encoders.weights import load_into, load_state_dict
+from samlove.features.encoders.vggish import build_vggish, log_mel
+from samlove.features.encoders.vit import build_vit
 from samlove.micro import code
 from samlove.micro.clips import cover, random_scene
 from samlove.micro.export import export
+from samlove.model.weights import load_into, load_state_dict
 from samlove.synth.expressions import expressions
 from samlove.synth.scene import SECONDS, SEEN, UNSEEN, background, render, sample_scene
 from samlove.synth.voice import mix

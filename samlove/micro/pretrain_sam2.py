@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from samlove.micro import code
 from samlove.micro.clips import SIDE, Clip, ClipPool, absent, augment, describe, draw_clip, name_map
 from samlove.micro.export import export
-from samlove.sam2_build import instantiate_sam2, load_sam2_weights
+from samlove.model.sam2_build import instantiate_sam2, load_sam2_weights
 from samlove.synth.scene import SECONDS
 
 CONFIG = Path(__file__).with_name("sam2_micro.yaml")
@@ -158,7 +158,7 @@ def track(
 
 
 def _joins_once(model: SAM2Base, token: Tensor) -> Callable:
-    """A hook that adds a token to what the prompt encoder returns the first time, as samlove.sam2 adds [seg].
+    """A hook that adds a token to what the prompt encoder returns the first time, as samlove.model.sam2 adds [seg].
 
     To the token comes, as to [seg] at its start, what stands for a click.
     """

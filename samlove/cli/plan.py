@@ -1,0 +1,165 @@
+"""`samlove plan`: what the active profile will make and how long its features take, before anything runs."""
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pandas as pd
+
+from pipelines import audio, sam2, text, visual
+from samlove.config import CONTROLLED_SPLITS, active_profile
+from samlove.data.dataset import RefAvsFolder
+from samlove.data.sizes import (
+    Choices,
+    Counts,
+    Planned,
+    bytes_there,
+    count,
+    free_bytes,
+    planned,
+    read_choices,
+)
+from samlove.device import default_device
+from samlove.errors import SamloveError
+from samlove.features.encoders.base import Encoder
+from samlove.features.encoders.frames import frame_sources
+from samlove.features.encoders.sam2_image import Sam2ImageEncoder
+from samlove.features.encoders.vggish import VggishEncoder
+from samlove.features.worker import READERS
+
+GIB = 2**30
+PER_SHARD = {
+    "audio": audio.SHARD,
+    "visual": visual.SHARD,
+    "text": text.SHARD,
+    **{f"sam2_{group}": sizes.shard for group, sizes in sam2.SIZES.items()},
+}
+ARRAYS = {"audio": 2, "visual": 1, "text": 2, "sam2_train": 3, "sam2_eval": 3}  # of an item
+SECONDS = 2.0  # a calibration goes on for so long after its first batch
+SAMPLE = 64  # items at most that one calibration takes
+
+
+def run(calibrate: bool) -> bool:
+    """Print the plan of the active profile; False where the disk has too little room for it."""
+    choices = read_choices()
+    counts, source = count(choices)
+    made = planned(choices, counts)
+    print(f"profile {active_profile()}; counted from: {source}\n")
+    times = measured(choices, made) if calibrate else {}
+    print(render(made, {entry.path: _files(entry, choices, counts) for entry in made}, times))
+    free, there = free_bytes(), bytes_there()
+    needed = sum(sum(entry.bytes.values()) for entry in made)
+    missing = needed - there - free
+    print(f"\ndisk: {_gib(needed)} GiB in all, {_gib(there)} GiB of it there, {_gib(free)} GiB free")
+    if missing > 0:
+        print(
+            f"LACKING {_gib(missing)} GiB: make room, or clone onto a bigger disk (data/ and .dvc/cache must share it)"
+        )
+    return missing <= 0
+
+
+def _files(entry: Planned, choices: Choices, counts: Counts) -> int:
+    kind, name = entry.path.split("/")
+    if kind == "features":  # manifest, failures; a shard's zarr.json and, of an array, it and the data
+        arrays = ARRAYS[name] * (2 if name.startswith("sam2") and choices.sam2.dtype == "int8" else 1)  # its scales
+        return 2 + -(-sum(entry.items.values()) // PER_SHARD[name]) * (1 + 2 * arrays)
+    if kind == "shards":  # manifest, index
+        return 2 + -(-counts[name].folders // choices.pack.videos_per_shard)
+    return 1 + len(choices.infer.controls) * (name in CONTROLLED_SPLITS)
+
+
+def render(made: list[Planned], files: dict[str, int], times: dict[str, float | str]) -> str:
+    """The table. times: seconds of a store, or why they are not known."""
+    lines = [f"{'':24}{'items':>10}{'files':>8}{'GiB':>10}  time"]
+    for entry in made:
+        name = entry.path.removeprefix("features/")
+        spent = times.get(name, "")
+        shown = str(timedelta(seconds=round(spent))) if isinstance(spent, float) else spent
+        whole = sum(entry.bytes.values())
+        lines.append(
+            f"{entry.path:24}{sum(entry.items.values()):>10,}{files[entry.path]:>8,}{_gib(whole):>10}  {shown}"
+        )
+        if len(entry.items) > 1:
+            lines += [
+                f"  {split:22}{items:>10,}{'':8}{_gib(entry.bytes[split]):>10}" for split, items in entry.items.items()
+            ]
+    known = [spent for spent in times.values() if isinstance(spent, float)]
+    size = sum(sum(entry.bytes.values()) for entry in made)
+    total = str(timedelta(seconds=round(sum(known)))) if known else ""
+    lines.append(f"{'all':34}{sum(files.values()):>8,}{_gib(size):>10}  {total}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _gib(size: int) -> str:
+    value = size / GIB
+    return f"{value:,.1f}" if value >= 10 else f"{value:.4f}"
+
+
+# --- time ------------------------------------------------------------------------------------------------------------
+
+
+def measured(choices: Choices, made: list[Planned]) -> dict[str, float | str]:
+    """Seconds that each feature store takes here, from a few items of the dataset; why not, where they are unknown."""
+    device, folder, frames = default_device(), RefAvsFolder(choices.dataset.root), choices.dataset.frames
+    media_ids = sorted(p.name for p in (folder.root / "media").glob("*") if p.is_dir())[:SAMPLE]
+    texts = _sample_texts(folder)
+    clips = frame_sources(folder, media_ids, frames)
+    makers: dict[str, tuple[Callable[[], Encoder], list[Any], int]] = {
+        "audio": (
+            lambda: VggishEncoder(choices.audio, frames, device),
+            [folder.audio_path(media_id) for media_id in media_ids],
+            audio.BATCH,
+        ),
+        "visual": (
+            lambda: visual.ENCODERS[choices.visual.encoder](choices.visual, device),
+            list(clips.values()),
+            visual.BATCH,
+        ),
+        "text": (lambda: text.ENCODERS[choices.text.encoder](choices.text, device), texts, text.BATCH),
+        "sam2": (
+            lambda: Sam2ImageEncoder(choices.sam2, device),
+            [[path] for paths in clips.values() for path in paths][:SAMPLE],
+            sam2.SIZES["train"].batch,
+        ),
+    }
+    items = {entry.path.removeprefix("features/"): sum(entry.items.values()) for entry in made}
+    work = {
+        "audio": {"audio": items["audio"]},
+        "visual": {"visual": items["visual"]},
+        "text": {"text": items["text"]},
+        "sam2": {"sam2_train": items["sam2_train"], "sam2_eval": items["sam2_eval"] * frames},  # in frames
+    }
+    times: dict[str, float | str] = {}
+    for name, (make, sources, batch) in makers.items():
+        try:
+            each: float | str = seconds_an_item(make(), sources, batch) if sources else "unknown: no dataset here yet"
+        except SamloveError as error:  # no weights, say: the rest of the plan holds all the same
+            each = f"unknown: {error}"
+        times |= {store: each * n if isinstance(each, float) else each for store, n in work[name].items()}
+    return times
+
+
+def _sample_texts(folder: RefAvsFolder) -> list[str]:
+    if text.INDEX.is_file():
+        return list(pd.read_parquet(text.INDEX)["exp"].unique()[:SAMPLE])
+    return list(folder.metadata()["exp"].unique()[:SAMPLE]) if (folder.root / "metadata.csv").is_file() else []
+
+
+def seconds_an_item(encoder: Encoder, sources: list[Any], batch: int) -> float:
+    """What one item takes, reading beside computing, without writing.
+
+    The first batch, which loads the network, is not counted. Batches of `sources` go round for SECONDS.
+    """
+    done, read_s, compute_s = 0, 0.0, 0.0
+    encoder.encode([encoder.load(source) for source in sources[:batch]])
+    while read_s + compute_s < SECONDS:
+        part = [sources[(done + i) % len(sources)] for i in range(min(batch, len(sources)))]
+        began = time.perf_counter()
+        loaded = [encoder.load(source) for source in part]
+        read = time.perf_counter()
+        encoder.encode(loaded)
+        read_s, compute_s = read_s + read - began, compute_s + time.perf_counter() - read
+        done += len(part)
+    return max(read_s / min(READERS, os.cpu_count() or 1), compute_s) / done

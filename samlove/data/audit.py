@@ -1,0 +1,299 @@
+"""Finding what is wrong with a Ref-AVS folder: the table's rows, then the media behind them.
+
+Nothing is decided here; samlove.data.index applies a policy to each kind of fault.
+"""
+
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+from samlove.config import SPLITS, Policy
+from samlove.data.dataset import RefAvsFolder, image_size, load_audio, load_mask
+from samlove.errors import SamloveError
+
+KINDS: dict[str, tuple[Policy, str]] = {  # kind -> default policy, what it means
+    "bad_row": ("fail", "uid, vid or fid that do not name a media folder and an object"),
+    "todo_split": ("drop", "row of no split yet (TODO)"),
+    "unknown_split": ("fail", f"split that is none of {', '.join(SPLITS)}"),
+    "wrong_split": ("fail", "null reference in test_s or test_u, or a real one in test_n"),
+    "no_expression": ("drop", "the annotator's NO. in place of an expression"),
+    "tool_error": ("drop", "the annotation tool's [Error] message in place of an expression"),
+    "empty_expression": ("drop", "nothing but blanks in place of an expression"),
+    "edge_blanks": ("keep", "blanks before or after an expression; taken away"),
+    "inner_blanks": ("keep", "two blanks, or others than a space, within an expression; made one space"),
+    "non_ascii": ("keep", "characters beyond ASCII in an expression; left as they are"),
+    "repeated_uid": ("keep", "uid that an earlier row has; row_id tells them apart"),
+    "repeated_row": ("keep", "row that an earlier one equals in every column; counted as repeated_uid too"),
+    "split_leak": ("fail", "video in more than one of train, val and test; dropped from all but the last of them"),
+    "missing_cues": ("fail", "row that cues.csv knows nothing of"),
+    "missing_media": ("fail", "no media folder"),
+    "missing_frame": ("fail", "frame that is not there, with a later one or a mask that is, or no frame at all"),
+    "bad_frame": ("fail", "frame that cannot be decoded"),
+    "frame_count": ("keep", "fewer frames or more than configured; the last is repeated, the rest left out"),
+    "frame_size": ("keep", "frames of one video that differ in size"),
+    "missing_audio": ("fail", "no audio.wav"),
+    "bad_audio": ("fail", "audio.wav that cannot be decoded to its end"),
+    "short_audio": ("keep", "sound that ends before the video; padded"),
+    "long_audio": ("keep", "sound that outlasts the video; trimmed"),
+    "missing_mask": ("fail", "mask that is not there"),
+    "bad_mask": ("fail", "mask that cannot be decoded"),
+    "mask_size": ("keep", "mask whose size is not its frame's; both are resized to one square"),
+    "empty_mask": ("keep", "object that no frame shows"),
+}
+UNUSABLE = ("bad_row", "empty_expression")  # nothing after the index could work with these: never kept
+AUDIO_TOLERANCE = 0.1  # seconds; cutting by ffmpeg leaves clips a few hundredths off
+
+_UID = re.compile(r"(?P<media_id>(?:(?P<kind>null_[mc])-)?(?P<vid>[^/\\]+))_(?P<object>[^_/\\]+)_\d+")
+_TEST = ("test_s", "test_u", "test_n")
+
+
+@dataclass(frozen=True)
+class Fault:
+    kind: str  # a key of KINDS
+    where: str  # a path, or file:line
+    found: str
+    rows: tuple[int, ...]  # lines of metadata.csv that it touches
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What a media folder holds; None where it could not be told."""
+
+    media_id: str
+    frames: int | None = None
+    width: int | None = None
+    height: int | None = None
+    audio_seconds: float | None = None
+    audio_rate: int | None = None
+
+
+def normalise(text: str) -> str:
+    """Runs of white space become one space, those at the ends nothing; all else stays, typography included."""
+    return " ".join(text.split())
+
+
+def parse_rows(raw: pd.DataFrame) -> pd.DataFrame:
+    """metadata.csv with what its fields mean, same rows, same index (the line in the file).
+
+    Columns: row_id (unique: the uid, from its second row on uid#2, uid#3, ...), uid, vid, media_id, split,
+    fid (int, -1 where it is no number), object, kind (real, null_m, null_c, or '' where the row is a
+    bad_row), exp (normalised), raw_exp, null.
+    """
+    parsed = [_UID.fullmatch(uid) for uid in raw["uid"]]
+    rows = raw[["uid", "vid", "split"]].copy()
+    again = raw.groupby("uid").cumcount() + 1
+    rows.insert(0, "row_id", [uid if n == 1 else f"{uid}#{n}" for uid, n in zip(raw["uid"], again, strict=True)])
+    rows["media_id"] = [m["media_id"] if m else "" for m in parsed]
+    rows["object"] = [m["object"] if m else "" for m in parsed]
+    rows["null"] = raw["uid"].str.startswith("null_")
+    rows["fid"] = [int(fid) if re.fullmatch(r"[0-9]{1,9}", fid) else -1 for fid in raw["fid"]]
+    rows["kind"] = [
+        (m["kind"] or "real")
+        if m and m["vid"] == vid and fid >= 0 and (m["object"] == "null") == bool(m["kind"])
+        else ""
+        for m, vid, fid in zip(parsed, raw["vid"], rows["fid"], strict=True)
+    ]
+    rows["raw_exp"] = raw["exp"]
+    rows["exp"] = raw["exp"].map(normalise)
+    return rows
+
+
+def row_faults(rows: pd.DataFrame, table: Path) -> Iterator[Fault]:
+    """What one row alone, or a row beside an earlier one, shows. `rows` as parse_rows gives them."""
+
+    def faults(kind: str, chosen: pd.Series, found: Iterable[str]) -> Iterator[Fault]:
+        for (line, uid), what in zip(rows.loc[chosen, "uid"].items(), itertools.compress(found, chosen), strict=True):
+            yield Fault(kind, f"{table}:{line}", f"{uid}: {what}", (int(str(line)),))
+
+    exp, split = rows["exp"], rows["split"]
+    expected = "expected uid = [null_m-|null_c-]{vid}_{object}_{number}, object null for these, and a whole fid"
+    yield from faults("bad_row", rows["kind"] == "", [f"vid {v}: {expected}" for v in rows["vid"]])
+    yield from faults("todo_split", split == "TODO", split)
+    yield from faults("unknown_split", ~split.isin([*SPLITS, "TODO"]), split)
+    wrong = (rows["null"] & split.isin(["test_s", "test_u"])) | (~rows["null"] & (split == "test_n"))
+    yield from faults("wrong_split", wrong, split)
+    tool_error, blank = exp.str.startswith("[Error]"), exp == ""
+    yield from faults("no_expression", exp == "NO.", exp)
+    yield from faults("tool_error", tool_error, exp)
+    yield from faults("empty_expression", blank, exp)
+    stripped = rows["raw_exp"].str.strip()
+    quoted = rows["raw_exp"].map(repr)
+    yield from faults("edge_blanks", (stripped != rows["raw_exp"]) & ~blank, quoted)
+    yield from faults("inner_blanks", stripped != exp, quoted)
+    yield from faults("non_ascii", ~exp.map(str.isascii) & ~tool_error, exp)
+    yield from _repeats(rows, table)
+
+
+def _repeats(rows: pd.DataFrame, table: Path) -> Iterator[Fault]:
+    columns = ["vid", "split", "fid", "raw_exp"]
+    for uid, same in rows[rows["uid"].duplicated(keep=False)].groupby("uid", sort=False):
+        records = list(same[columns].itertuples(index=False))
+        for i, line in list(enumerate(same.index))[1:]:
+            where, lines = f"{table}:{line}", (int(line),)
+            if records[i] in records[:i]:
+                first = same.index[records.index(records[i])]
+                yield Fault("repeated_row", where, f"{uid}: as line {first} in every column", lines)
+            other = [c.removeprefix("raw_") for c, a, b in zip(columns, records[0], records[i], strict=True) if a != b]
+            differs = f"other {' and '.join(other)}" if other else "nothing else differs"
+            yield Fault("repeated_uid", where, f"{uid}: first on line {same.index[0]}; {differs}", lines)
+
+
+def split_leaks(rows: pd.DataFrame) -> Iterator[Fault]:
+    """Videos in more than one of train, val and test, and media folders in more than one test split.
+
+    A vid in test_s and in test_n is none: null references are made from clips of the seen test split.
+    The rows of such a fault are those to take away.
+    """
+    rows = rows[rows["split"].isin(SPLITS)]
+    rank = rows["split"].map({"train": 0, "val": 1} | dict.fromkeys(_TEST, 2))
+    for vid in _in_several(rows["vid"], rank):
+        here = rows["vid"] == vid
+        lost = rows.index[here & (rank < rank[here].max())]
+        yield Fault("split_leak", f"vid {vid}", _in_splits(rows[here]), tuple(map(int, lost)))
+    tests = rows[rank == 2]
+    order = tests["split"].map(SPLITS.index)
+    for media_id in _in_several(tests["media_id"], order):
+        here = tests["media_id"] == media_id
+        lost = tests.index[here & (order < order[here].max())]
+        yield Fault("split_leak", f"media folder {media_id}", _in_splits(tests[here]), tuple(map(int, lost)))
+
+
+def _in_several(keys: pd.Series, groups: pd.Series) -> list[str]:
+    counts = groups.groupby(keys).nunique()
+    return list(counts.index[counts > 1])
+
+
+def _in_splits(rows: pd.DataFrame) -> str:
+    return "in " + " and ".join(s for s in SPLITS if s in set(rows["split"]))
+
+
+@dataclass
+class _Media:
+    """One media folder under check."""
+
+    media_id: str
+    lines: tuple[int, ...]
+    objects: dict[int, tuple[int, ...]]  # fid -> lines of the rows that ask for it
+    info: MediaInfo = field(init=False)
+    faults: list[Fault] = field(default_factory=list)
+
+    def fault(self, kind: str, where: Path, found: object, lines: tuple[int, ...] | None = None) -> None:
+        text = str(found).removeprefix(f"{where}: ")
+        self.faults.append(Fault(kind, str(where), text, self.lines if lines is None else lines))
+
+
+def media_faults(rows: pd.DataFrame, folder: RefAvsFolder, frames: int) -> tuple[list[MediaInfo], list[Fault]]:
+    """Decode every frame, sound and mask that `rows` lead to; threads, with a progress bar.
+
+    Masks of null references are not looked at: nothing reads them.
+    """
+    checks = []
+    for media_id, group in rows.groupby("media_id", sort=False):
+        objects = {int(str(f)): tuple(map(int, g.index)) for f, g in group[~group["null"]].groupby("fid")}
+        checks.append(_Media(str(media_id), tuple(map(int, group.index)), objects))
+    with ThreadPoolExecutor((os.cpu_count() or 1) + 2) as pool:  # decoding releases the interpreter; reading waits
+        jobs = pool.map(lambda media: _check_one(media, folder, frames), checks)
+        for _ in tqdm(jobs, total=len(checks), desc="check media", unit="video", mininterval=2):
+            pass
+    return [media.info for media in checks], [fault for media in checks for fault in media.faults]
+
+
+def _check_one(media: _Media, folder: RefAvsFolder, frames: int) -> None:
+    place = folder.audio_path(media.media_id).parent
+    if not place.is_dir():
+        media.fault("missing_media", place, "no such folder")
+        media.info = MediaInfo(media.media_id)
+        return
+    sizes = _check_frames(media, folder, frames)
+    seconds, rate = _check_audio(media, folder, frames)
+    for fid, lines in media.objects.items():
+        _check_masks(media, folder, fid, lines, sizes)
+    width, height = next((s for s in sizes if s), (None, None))
+    media.info = MediaInfo(media.media_id, folder.frame_count(media.media_id), width, height, seconds, rate)
+
+
+def _check_frames(media: _Media, folder: RefAvsFolder, frames: int) -> list[tuple[int, int] | None]:
+    """(width, height) of each frame up to `frames`, None where it cannot be read."""
+    count = max(folder.frame_count(media.media_id), _mask_count(media, folder))
+    if folder.frame_count(media.media_id) == 0:
+        media.fault("missing_frame", folder.frame_path(media.media_id, 0), "no such file, nor any other frame")
+        return []
+    if count != frames:
+        end = folder.frame_path(media.media_id, min(count, frames))
+        which = "more than that" if count > frames else "absent"
+        media.fault("frame_count", end, f"{count} frames, expected {frames}; this one is {which}")
+    sizes: list[tuple[int, int] | None] = []
+    for t in range(min(count, frames)):
+        path = folder.frame_path(media.media_id, t)
+        size = None
+        if not path.exists():
+            media.fault("missing_frame", path, f"no such file, though there is a frame or a mask {count - 1}")
+        else:
+            try:
+                size = image_size(path)
+            except SamloveError as error:
+                media.fault("bad_frame", path, error)
+        first = next((s for s in sizes if s), size)
+        if size and first and size != first:
+            media.fault("frame_size", path, f"{size[0]}x{size[1]}, where an earlier frame is {first[0]}x{first[1]}")
+        sizes.append(size)
+    return sizes
+
+
+def _mask_count(media: _Media, folder: RefAvsFolder) -> int:
+    """One more than the highest number among the masks: a mask says that there was a frame. 0 where there is none."""
+    places = (folder.mask_path(media.media_id, fid, 0).parent for fid in media.objects)
+    return max((int(p.stem) for place in places for p in place.glob("*.png") if p.stem.isdecimal()), default=-1) + 1
+
+
+def _check_audio(media: _Media, folder: RefAvsFolder, seconds: int) -> tuple[float | None, int | None]:
+    path = folder.audio_path(media.media_id)
+    if not path.exists():
+        media.fault("missing_audio", path, "no such file")
+        return None, None
+    try:
+        samples, rate = load_audio(path)
+    except SamloveError as error:
+        media.fault("bad_audio", path, error)
+        return None, None
+    length = len(samples) / rate
+    if length < seconds - AUDIO_TOLERANCE:
+        media.fault("short_audio", path, f"{length:.3f} s, expected {seconds} s")
+    elif length > seconds + AUDIO_TOLERANCE:
+        media.fault("long_audio", path, f"{length:.3f} s, expected {seconds} s")
+    return length, rate
+
+
+def _check_masks(
+    media: _Media, folder: RefAvsFolder, fid: int, lines: tuple[int, ...], sizes: list[tuple[int, int] | None]
+) -> None:
+    place = folder.mask_path(media.media_id, fid, 0).parent
+    if not place.is_dir():
+        media.fault("missing_mask", place, "no such folder", lines)
+        return
+    read, seen, odd = 0, False, []
+    for t, size in enumerate(sizes):
+        path = folder.mask_path(media.media_id, fid, t)
+        if not path.exists():
+            media.fault("missing_mask", path, "no such file", lines)
+            continue
+        try:
+            mask = load_mask(path)
+        except SamloveError as error:
+            media.fault("bad_mask", path, error, lines)
+            continue
+        read, seen = read + 1, seen or bool(mask.any())
+        if size and mask.shape != size[::-1]:
+            odd.append((path, f"{mask.shape[1]}x{mask.shape[0]}, where the frame is {size[0]}x{size[1]}"))
+    if odd:  # one fault an object: masks are mostly all of one size
+        path, found = odd[0]
+        media.fault("mask_size", path, found + (f"; {len(odd)} such masks in the folder" if odd[1:] else ""), lines)
+    if read and not seen:
+        media.fault("empty_mask", place, f"{read} masks, all of them empty", lines)

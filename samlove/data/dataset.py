@@ -1,0 +1,219 @@
+"""Reading a Ref-AVS folder: the table, the frames, the sound, the masks.
+
+    metadata.csv                              vid,uid,split,fid,exp
+    cues.csv                                  only where LAVS-synth wrote it: uid,fid,exp,template,sight,sound,time
+    media/{media_id}/frames/{t}.jpg           one frame a second
+    media/{media_id}/audio.wav
+    gt_mask/{media_id}/fid_{fid}/{t:05d}.png  any pixel > 0 is the object
+
+What cannot be read is a SamloveError that names the file: nothing is skipped, and no half-read
+file passes for a whole one.
+"""
+
+import csv
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import soundfile
+from PIL import Image
+
+from samlove.errors import RequestError, SamloveError
+
+COLUMNS = ("vid", "uid", "split", "fid", "exp")
+CUE_COLUMNS = ("uid", "fid", "exp", "template", "sight", "sound", "time")
+
+# What Pillow raises on files that are truncated or are no images: not all of it is OSError.
+_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_UNKNOWN_SIZE = (0, 0xFFFFFFFF)  # what a wav written to a pipe says of its own length
+
+
+class RefAvsFolder:
+    """Where everything of one Ref-AVS folder lies. Holds no open file."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def metadata(self) -> pd.DataFrame:
+        """metadata.csv as it is: the columns of COLUMNS and any further ones, all str; the index is the file's line.
+
+        Raises RequestError where there is no metadata.csv, SamloveError where it is not such a table.
+        """
+        path = self.root / "metadata.csv"
+        if not path.is_file():
+            raise RequestError(
+                f"{path}: no such file; expected a folder in the Ref-AVS layout (see samlove.data.dataset)"
+            )
+        return read_table(path, COLUMNS)
+
+    def cues(self) -> pd.DataFrame | None:
+        """cues.csv, all str, or None where there is none."""
+        path = self.root / "cues.csv"
+        return read_table(path, CUE_COLUMNS) if path.is_file() else None
+
+    def frame_path(self, media_id: str, t: int) -> Path:
+        return self.root / "media" / media_id / "frames" / f"{t}.jpg"
+
+    def audio_path(self, media_id: str) -> Path:
+        return self.root / "media" / media_id / "audio.wav"
+
+    def mask_path(self, media_id: str, fid: int, t: int) -> Path:
+        return self.root / "gt_mask" / media_id / f"fid_{fid}" / f"{t:05d}.png"
+
+    def frame_count(self, media_id: str) -> int:
+        """One more than the highest frame number there; a gap below it counts as a frame. 0 where there is none."""
+        numbers = [int(p.stem) for p in self.frame_path(media_id, 0).parent.glob("*.jpg") if p.stem.isdecimal()]
+        return max(numbers, default=-1) + 1
+
+    def frame_paths(self, media_id: str, frames: int) -> list[Path]:
+        """Exactly `frames` paths: a longer video is cut, a shorter one repeats its last frame.
+
+        Raises SamloveError where the video has no frame at all.
+        """
+        found = self.frame_count(media_id)
+        if found == 0:
+            raise SamloveError(f"{self.frame_path(media_id, 0).parent}: expected frames 0.jpg, 1.jpg, ..., found none")
+        return [self.frame_path(media_id, min(t, found - 1)) for t in range(frames)]
+
+    def load_masks(self, media_id: str, fid: int, frames: int, size: int | None = None) -> np.ndarray:
+        """The object's masks, frame by frame as `frame_paths` gives the frames: bool (frames, size, size).
+
+        Resized by nearest neighbour to `size` x `size`; with `size=None` left at their own (H, W).
+        Raises SamloveError with the path of the first mask that is missing or cannot be read.
+        """
+        last = max(self.frame_count(media_id), 1) - 1
+        masks: list[np.ndarray] = []
+        for t in range(min(frames, last + 1)):
+            path = self.mask_path(media_id, fid, t)
+            mask = load_mask(path)
+            if size is not None:
+                mask = resize_mask(mask, size)
+            elif masks and mask.shape != masks[0].shape:
+                raise SamloveError(f"{path}: expected a mask of {masks[0].shape} as in frame 0, found {mask.shape}")
+            masks.append(mask)
+        masks += [masks[-1]] * (frames - len(masks))
+        return np.stack(masks)  # (frames, H, W)
+
+
+def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    """A csv file with at least `columns`: all values str as they stand, the index the line they begin on.
+
+    Stricter than pandas, which guesses types, fills short rows and takes NULL for a missing value.
+    Raises SamloveError naming the line.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            header = next(reader, [])
+            absent = [c for c in columns if c not in header]
+            if absent or len(set(header)) != len(header):
+                raise SamloveError(f"{path}: expected the columns {','.join(columns)}, found {','.join(header)}")
+            lines, rows, line = [], [], reader.line_num + 1
+            for row in reader:
+                if row:  # a blank line is none
+                    if len(row) != len(header):
+                        raise SamloveError(f"{path}:{line}: expected {len(header)} fields, found {len(row)}: {row}")
+                    lines.append(line)
+                    rows.append(row)
+                line = reader.line_num + 1
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise SamloveError(f"{path}: not a UTF-8 csv file: {error}") from None
+    except OSError as error:
+        raise SamloveError(f"{path}: {error.strerror}") from None
+    if not rows:
+        raise SamloveError(f"{path}: expected rows below the header, found none")
+    return pd.DataFrame(rows, columns=header, index=pd.Index(lines, name="line"), dtype=str)
+
+
+def load_frame(path: Path) -> np.ndarray:
+    """A frame: uint8 (H, W, 3), RGB. Raises SamloveError with the path where it is missing or truncated."""
+    return np.asarray(_open_image(path)[0].convert("RGB"))
+
+
+def load_mask(path: Path) -> np.ndarray:
+    """A mask: bool (H, W), True where any colour channel is > 0. Raises SamloveError with the path."""
+    image, _ = _open_image(path)
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGB")  # a palette's index says nothing; its colour does
+    elif image.mode in ("LA", "RGBA"):
+        image = image.convert(image.mode[:-1])  # opaque is not object
+    pixels = np.atleast_3d(np.asarray(image) > 0)  # (H, W, channels)
+    return np.asarray(pixels.any(axis=-1))  # (H, W)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image all of which could be decoded; JPEGs at an eighth of their size, to be quick.
+
+    Raises SamloveError with the path where it is missing or truncated.
+    """
+    return _open_image(path, quick=True)[1]
+
+
+def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """bool (H, W) -> bool (size, size), nearest neighbour by pixel centres."""
+    image = Image.fromarray(mask.astype(np.uint8))
+    return np.asarray(image.resize((size, size), Image.Resampling.NEAREST)) > 0
+
+
+def load_audio(path: Path) -> tuple[np.ndarray, int]:
+    """The sound: float32 (samples,) in -1..1, all channels averaged, and its rate in Hz.
+
+    May be shorter or longer than the video; the encoder pads or trims. Raises SamloveError with the
+    path where it is missing, truncated (libsndfile itself would return what is left) or not finite.
+    """
+    try:
+        _check_wav_length(path)
+        with soundfile.SoundFile(path) as file:
+            expected, rate = file.frames, file.samplerate
+            samples = file.read(dtype="float32", always_2d=True)  # (samples, channels)
+    except (OSError, soundfile.SoundFileError) as error:
+        raise _unreadable(path, "audio", error) from None
+    if len(samples) != expected:
+        raise SamloveError(f"{path}: truncated audio: expected {expected} samples, found {len(samples)}")
+    if not np.isfinite(samples).all():
+        raise SamloveError(f"{path}: expected finite samples, found NaN or infinite ones")
+    return samples.mean(axis=1, dtype=np.float32), rate  # (samples,)
+
+
+def _check_wav_length(path: Path) -> None:
+    """Raises SamloveError where a RIFF file is shorter than its data chunk says."""
+    length = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(12)
+        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+            return  # another format: libsndfile judges
+        while len(chunk := file.read(8)) == 8:
+            name, size = chunk[:4], int.from_bytes(chunk[4:], "little")
+            if name == b"data" and size in _UNKNOWN_SIZE:
+                return
+            end = file.tell() + size
+            if end > length:
+                raise SamloveError(f"{path}: truncated audio: expected {end} bytes, found {length}")
+            if name == b"data":
+                return
+            file.seek(end + size % 2)  # chunks begin at even places
+    raise SamloveError(f"{path}: truncated audio: no samples in a wav file of {length} bytes")
+
+
+def _open_image(path: Path, quick: bool = False) -> tuple[Image.Image, tuple[int, int]]:
+    """A fully decoded image (`quick`: a JPEG at an eighth of its size), and its (width, height)."""
+    try:
+        with Image.open(path) as image:
+            image.verify()  # a PNG's checksums; decoding leaves them unread
+        with Image.open(path) as image:
+            size = image.size
+            if quick:
+                image.draft(None, (1, 1))
+            image.load()
+            return image, size
+    except _IMAGE_ERRORS as error:
+        raise _unreadable(path, "image", error) from None
+
+
+def _unreadable(path: Path, what: str, error: BaseException) -> SamloveError:
+    if isinstance(error, FileNotFoundError):
+        return SamloveError(f"{path}: no such file; expected {what} there")
+    reason = " ".join(str(error).split()).replace(str(path), "").replace("''", "it")
+    return SamloveError(f"{path}: {what} that cannot be decoded, truncated perhaps: {reason}")

@@ -1,0 +1,256 @@
+"""The index of a Ref-AVS folder: which rows and videos are used, and an audit of why the others are not.
+
+videos.parquet       a media folder a row: media_id, vid, split, kind, frames, width, height, audio_seconds,
+                     audio_rate; the last five <NA> where the media were not checked or cannot be read
+expressions.parquet  an expression a row, in the order of metadata.csv: row_id, uid, vid, media_id, split, fid,
+                     object, exp, null, and with a cues.csv: template, sight, sound, time
+audit.json           counts by split, found and kept, and every fault with its place
+"""
+
+import json
+import os
+import shutil
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+
+from samlove.config import SPLITS, Policy
+from samlove.data.audit import (
+    KINDS,
+    UNUSABLE,
+    Fault,
+    MediaInfo,
+    media_faults,
+    normalise,
+    parse_rows,
+    row_faults,
+    split_leaks,
+)
+from samlove.data.dataset import RefAvsFolder
+from samlove.errors import RequestError, SamloveError
+
+POLICIES: dict[str, Policy] = {kind: policy for kind, (policy, _) in KINDS.items()}
+EXPRESSION_COLUMNS = ["row_id", "uid", "vid", "media_id", "split", "fid", "object", "exp", "null"]
+CUE_FLAGS = ["sight", "sound", "time"]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found in a folder, and what is left of it under the policies."""
+
+    root: Path
+    media_checked: bool
+    policy: dict[str, Policy]
+    faults: list[Fault]
+    found: pd.DataFrame  # every row, as samlove.data.audit.parse_rows gives it
+    expressions: pd.DataFrame  # the rows kept
+    videos: pd.DataFrame
+
+    @property
+    def failing(self) -> dict[str, int]:
+        """Kinds found whose policy is fail, and how many faults each; empty means the folder passes."""
+        return {kind: n for kind, n in self._count().items() if self.policy[kind] == "fail"}
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.failing)
+
+    def _count(self) -> dict[str, int]:
+        counts = Counter(fault.kind for fault in self.faults)
+        return {kind: counts[kind] for kind in KINDS if counts[kind]}
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of audit.json."""
+        shared = shared_vids(self.found)
+        return {
+            "schema": 1,
+            "root": str(self.root),
+            "media_checked": self.media_checked,
+            "rows": {"found": len(self.found), "kept": len(self.expressions)},
+            "splits": {
+                split: {"found": _sizes(self.found, split), "kept": _sizes(self.expressions, split)}
+                for split in _splits(self.found)
+            },
+            "distinct_texts": {
+                "found": int(self.found["raw_exp"].nunique()),
+                "kept": int(self.expressions["exp"].nunique()),
+            },
+            "objects_only_in_test_u": unseen_objects(self.expressions),
+            "shared_vids": [{"splits": list(pair), "vids": n} for pair, n in shared.items()],
+            "faults": {
+                kind: {
+                    "policy": self.policy[kind],
+                    "meaning": meaning,
+                    "count": len(faults := [f for f in self.faults if f.kind == kind]),
+                    "rows": len({line for f in faults for line in f.rows}),
+                    "examples": [{"where": f.where, "found": f.found, "lines": list(f.rows)} for f in faults],
+                }
+                for kind, (_, meaning) in KINDS.items()
+            },
+        }
+
+    def render(self, examples: int = 3) -> str:
+        """The audit for reading: a table by split, then the faults; all examples of those whose policy is fail."""
+        report = self.as_dict()
+        media = "media checked" if self.media_checked else "media not checked"
+        rows = report["rows"]
+        lines = [f"{self.root}: {rows['found']:,} rows found, {rows['kept']:,} kept; {media}", ""]
+        heads = "".join(f"{head:>9}" for head in ("rows", "vids", "folders", "null"))
+        lines += [f"{'':8}{'found':>36}   {'kept':>36}", f"{'split':8}{heads}   {heads}"]
+        for split, sizes in report["splits"].items():
+            cells = ("".join(f"{n:>9,}" for n in sizes[part].values()) for part in ("found", "kept"))
+            lines.append(f"{split:8}" + "   ".join(cells))
+        texts, unseen = report["distinct_texts"], report["objects_only_in_test_u"]
+        lines += ["", f"distinct expressions: {texts['found']:,} as written, {texts['kept']:,} kept"]
+        lines.append(f"objects in test_u alone: {len(unseen)}{': ' if unseen else ''}{', '.join(unseen)}")
+        shared = (f"{' and '.join(pair['splits'])} {pair['vids']:,}" for pair in report["shared_vids"])
+        lines += [f"vids in two splits: {', '.join(shared) or 'none'}", ""]
+        found = {kind: fault for kind, fault in report["faults"].items() if fault["count"]}
+        lines.append(f"{'fault':18}{'policy':>8}{'count':>8}{'rows':>8}" if found else "no faults")
+        for kind, fault in found.items():
+            lines.append(f"{kind:18}{fault['policy']:>8}{fault['count']:>8,}{fault['rows']:>8,}  {fault['meaning']}")
+            shown = fault["count"] if fault["policy"] == "fail" else examples
+            lines += [f"    {example['where']}: {example['found']}" for example in fault["examples"][:shown]]
+            if fault["count"] > shown:
+                lines.append(f"    and {fault['count'] - shown:,} more")
+        if self.failed:
+            lines += ["", self.failure()]
+        return "\n".join(lines)
+
+    def failure(self) -> str:
+        """One line: what fails and what to do about it."""
+        kinds = ", ".join(f"{kind} ({n:,})" for kind, n in self.failing.items())
+        first = next(f for f in self.faults if f.kind in self.failing)
+        return (
+            f"{self.root}: faults that the policy does not let pass: {kinds}; the first: {first.where}: {first.found}; "
+            "mend the folder, or set policy: {KIND: drop or keep} in configs/<profile>/dataset.yaml"
+        )
+
+
+def audit_folder(root: Path, check_media: bool = True, policy: dict | None = None, frames: int = 10) -> Audit:
+    """Audit the Ref-AVS folder at `root`; reads only.
+
+    policy: fault kind -> drop, keep or fail, in place of POLICIES' own. drop takes away the rows that a
+    fault touches; keep leaves them (a stage that then meets an unreadable file books it as a failure);
+    fail leaves them and makes the audit fail. frames: how many a video should have, one a second.
+    Raises RequestError where there is no metadata.csv or the policy is none, SamloveError where
+    metadata.csv is not the benchmark's table.
+    """
+    policies = merge_policies(policy or {})
+    folder = RefAvsFolder(root)
+    found = parse_rows(folder.metadata())
+    faults = list(row_faults(found, folder.root / "metadata.csv"))
+    kept = _apply(found, faults, policies)
+    faults += (leaks := list(split_leaks(kept)))
+    kept = _apply(kept, leaks, policies)
+    kept, missing = _add_cues(kept, folder)
+    faults += missing
+    kept = _apply(kept, missing, policies)
+    infos = [MediaInfo(media_id) for media_id in kept["media_id"].unique()]
+    if check_media:
+        infos, broken = media_faults(kept, folder, frames)
+        faults += broken
+        kept = _apply(kept, broken, policies)
+    cues = [c for c in ("template", *CUE_FLAGS) if c in kept]
+    expressions = kept[EXPRESSION_COLUMNS + cues].reset_index(drop=True)
+    return Audit(folder.root, check_media, policies, faults, found, expressions, _videos(kept, infos))
+
+
+def merge_policies(policy: dict) -> dict[str, Policy]:
+    """POLICIES with those of `policy` in their place. Raises RequestError for what is no kind or no policy."""
+    for kind, value in policy.items():
+        if kind not in POLICIES:
+            raise RequestError(f"policy: no fault kind {kind!r}; known: {', '.join(POLICIES)}")
+        if value not in ("drop", "keep", "fail"):
+            raise RequestError(f"policy: {kind}: expected drop, keep or fail, found {value!r}")
+        if value == "keep" and kind in UNUSABLE:
+            raise RequestError(f"policy: {kind}: expected drop or fail, found keep: no stage could use such a row")
+    return POLICIES | cast(dict[str, Policy], policy)
+
+
+def write_index(audit: Audit, out: Path) -> None:
+    """Write videos.parquet, expressions.parquet and audit.json into the folder `out`.
+
+    All three are complete before the first takes its place; what was there before stays until then.
+    Raises SamloveError, with nothing written, where the audit fails or leaves no row.
+    """
+    if audit.failed:
+        raise SamloveError(audit.failure())
+    if audit.expressions.empty:
+        raise SamloveError(f"{audit.root}: no row is left under the policies; see: samlove audit {audit.root}")
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    audit.videos.to_parquet(partial / "videos.parquet", index=False)
+    audit.expressions.to_parquet(partial / "expressions.parquet", index=False)
+    (partial / "audit.json").write_text(json.dumps(audit.as_dict(), indent=1, ensure_ascii=False) + "\n")
+    for path in sorted(partial.iterdir()):
+        os.replace(path, out / path.name)
+    partial.rmdir()
+
+
+def shared_vids(rows: pd.DataFrame) -> dict[tuple[str, str], int]:
+    """How many vids each two splits share; pairs that share none are left out."""
+    vids = {split: set(rows.loc[rows["split"] == split, "vid"]) for split in _splits(rows)}
+    pairs = [(a, b) for i, a in enumerate(vids) for b in list(vids)[i + 1 :]]
+    return {(a, b): len(vids[a] & vids[b]) for a, b in pairs if vids[a] & vids[b]}
+
+
+def unseen_objects(rows: pd.DataFrame) -> list[str]:
+    """Objects of real references that occur in test_u and in no other split."""
+    real = rows[~rows["null"]]
+    unseen = real["split"] == "test_u"
+    return sorted(set(real.loc[unseen, "object"]) - set(real.loc[~unseen, "object"]))
+
+
+def _apply(rows: pd.DataFrame, faults: list[Fault], policies: dict[str, Policy]) -> pd.DataFrame:
+    gone = {line for f in faults if policies[f.kind] == "drop" or f.kind in UNUSABLE for line in f.rows}
+    return rows[~rows.index.isin(gone)]
+
+
+def _add_cues(rows: pd.DataFrame, folder: RefAvsFolder) -> tuple[pd.DataFrame, list[Fault]]:
+    """The rows with the columns of cues.csv, where there is one; those it does not hold get <NA>."""
+    cues = folder.cues()
+    if cues is None:
+        return rows, []
+    path = folder.root / "cues.csv"
+    for column in CUE_FLAGS:
+        if odd := set(cues[column]) - {"0", "1"}:
+            raise SamloveError(f"{path}: column {column}: expected 0 or 1, found {sorted(odd)}")
+    if odd := {f for f in cues["fid"] if not f.isdecimal()}:
+        raise SamloveError(f"{path}: column fid: expected whole numbers, found {sorted(odd)}")
+    cues = cues.assign(fid=cues["fid"].astype(int), exp=cues["exp"].map(normalise))
+    cues[CUE_FLAGS] = cues[CUE_FLAGS] == "1"
+    key = ["uid", "fid", "exp"]
+    cues = cues[[*key, "template", *CUE_FLAGS]].drop_duplicates(key)
+    joined = rows.merge(cues, how="left", on=key).set_axis(rows.index)
+    absent = joined["template"].isna()
+    joined[CUE_FLAGS] = joined[CUE_FLAGS].astype("boolean" if absent.any() else "bool")
+    found = [
+        Fault("missing_cues", str(path), f"no row for uid {uid}, fid {fid}, {exp!r}", (int(str(line)),))
+        for line, uid, fid, exp in joined.loc[absent, key].itertuples()
+    ]
+    return joined, found
+
+
+def _videos(rows: pd.DataFrame, infos: list[MediaInfo]) -> pd.DataFrame:
+    """A row for each media folder (and split, where a leak is kept), in the order of the expressions."""
+    videos = rows[["media_id", "vid", "split", "kind"]].drop_duplicates(["media_id", "split"])
+    found = pd.DataFrame([asdict(info) for info in infos], columns=list(MediaInfo.__dataclass_fields__))
+    whole = dict.fromkeys(("frames", "width", "height", "audio_rate"), "Int64")
+    return videos.merge(found.astype({**whole, "audio_seconds": "Float64"}), on="media_id", how="left")
+
+
+def _splits(rows: pd.DataFrame) -> list[str]:
+    """The benchmark's splits, and any others that occur."""
+    return [*SPLITS, *sorted(set(rows["split"]) - set(SPLITS))]
+
+
+def _sizes(rows: pd.DataFrame, split: str) -> dict[str, int]:
+    part = rows[rows["split"] == split]
+    counts = {"rows": len(part), "vids": part["vid"].nunique(), "media": part["media_id"].nunique()}
+    return {**counts, "null_rows": int(part["null"].sum())}

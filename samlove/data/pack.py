@@ -1,0 +1,136 @@
+"""Packing: what training needs of one video, from four feature stores and the masks, into one sample of a shard.
+
+A sample, keyed by media_id (letters: N frames, P patches, L text tokens, S mask size, d widths):
+    audio (N,dA), audio_valid (N,) bool, visual (N,1+P,dV)         as in their stores
+    sam2_image_embed (C,h,w), sam2_high_res_0, sam2_high_res_1     of frame 0; int8 as float16, which is enough for it
+    text (n,L,dT), text_mask (n,L) bool                            the video's n different expressions
+    masks (m,S,S) uint8, 0 or 1                                    frame 0 of the m objects they refer to
+    rows [{"row_id": str, "text": index, "mask": index, or -1 where nothing is referred to}]
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from samlove.config import Section
+from samlove.data.dataset import RefAvsFolder, load_mask, resize_mask
+from samlove.data.digest import rows_digest
+from samlove.errors import SamloveError
+from stores import FeatureStore, ShardWriter
+from stores.fingerprint import check_fingerprint
+
+MEDIA_SOURCES = ("audio", "visual", "sam2")  # keyed by media_id; text is keyed by the expression
+FIRST_FRAME = slice(0, 1)
+
+
+@dataclass
+class Packed:
+    """What became of a split: samples and rows written, and the rows whose features could not be computed."""
+
+    videos: int = 0
+    rows: int = 0
+    left_out: list[str] = field(default_factory=list)  # "row_id: reason"
+
+    def __str__(self) -> str:
+        lost = f"; {len(self.left_out)} rows left out, first {self.left_out[0]}" if self.left_out else ""
+        return f"{self.rows} expressions of {self.videos} videos{lost}"
+
+
+def check_asked(store: FeatureStore, asked: Section, stage: str) -> None:
+    """Raise SamloveError where a store's fingerprint contradicts its section of the configuration.
+
+    Only what the configuration itself says is compared: weights are known by their hash, which needs the file, and
+    library versions may differ between those who share a store.
+    """
+    found = store.manifest["fingerprint"]
+    said = {
+        name: [f"{key}={part}" for key, part in sorted(value.items())] if isinstance(value, dict) else value
+        for name, value in asked.model_dump(mode="json").items()
+        if name in found
+    }
+    check_fingerprint(found, {**found, **said}, store.path, f"dvc repro {stage}")
+
+
+def pack(
+    out: Path,
+    rows: pd.DataFrame,
+    sources: Mapping[str, FeatureStore],
+    folder: RefAvsFolder,
+    mask_size: int,
+    videos_per_shard: int,
+    gt_mask_sha256: str = "",
+) -> Packed:
+    """Write the shards of one split to `out`; the manifest carries what they come from: the fingerprint of each source,
+    and what stands for the rows and the masks.
+
+    rows: of expressions.parquet, one split: row_id, media_id, fid, exp, null. sources: audio, visual, text, sam2.
+    A row whose features are in a store's failure ledger is left out and counted. Raises SamloveError where
+    they are in neither the store nor its ledger, or where a mask cannot be read.
+    """
+    packed = Packed()
+    fingerprint: dict[str, Any] = {name: source.manifest["fingerprint"] for name, source in sources.items()}
+    fingerprint |= {"mask_size": mask_size, "rows_sha256": rows_digest(rows), "gt_mask_sha256": gt_mask_sha256}
+    failed = {name: {f.key: f.error for f in source.failures} for name, source in sources.items()}
+    with ShardWriter(out, videos_per_shard, fingerprint) as writer:
+        for media_id, group in tqdm(rows.groupby("media_id", sort=False), desc=out.name, unit="video", mininterval=2):
+            usable = []
+            for row in group.itertuples():
+                reason = _missing(str(media_id), str(row.exp), sources, failed)
+                if reason:
+                    packed.left_out.append(f"{row.row_id}: {reason}")
+                else:
+                    usable.append(row)
+            if usable:
+                writer.write(str(media_id), _sample(str(media_id), usable, sources, folder, mask_size))
+                packed.videos, packed.rows = packed.videos + 1, packed.rows + len(usable)
+    return packed
+
+
+def _missing(
+    media_id: str, text: str, sources: Mapping[str, FeatureStore], failed: Mapping[str, Mapping[str, str]]
+) -> str:
+    """Why a row cannot be used; empty where it can."""
+    for name, source in sources.items():
+        key = media_id if name in MEDIA_SOURCES else text
+        if key in source:
+            continue
+        if key not in failed[name]:
+            raise SamloveError(
+                f"{source.path}: expected {key!r} of the index, found it neither there nor among its failures; "
+                f"the store is of another index: dvc repro {name}"
+            )
+        return f"{name} failed: {failed[name][key]}"
+    return ""
+
+
+def _sample(
+    media_id: str, rows: list[Any], sources: Mapping[str, FeatureStore], folder: RefAvsFolder, mask_size: int
+) -> dict[str, Any]:
+    texts = list(dict.fromkeys(str(row.exp) for row in rows))
+    objects = list(dict.fromkeys(int(row.fid) for row in rows if not row.null))
+    words = [sources["text"].read(text) for text in texts]
+    masks = [resize_mask(load_mask(folder.mask_path(media_id, fid, 0)), mask_size) for fid in objects]
+    first = sources["sam2"].read(media_id, FIRST_FRAME)
+    if sources["sam2"].manifest["fingerprint"].get("dtype") == "int8":
+        first = {name: frames.astype(np.float16) for name, frames in first.items()}
+    return {
+        **sources["audio"].read(media_id),
+        **sources["visual"].read(media_id),
+        **{name: frames[0] for name, frames in first.items()},
+        "text": np.stack([w["text"] for w in words]),  # (n, L, dT)
+        "text_mask": np.stack([w["text_mask"] for w in words]),  # (n, L)
+        "masks": np.array(masks, np.uint8).reshape(-1, mask_size, mask_size),  # (m, S, S), m may be 0
+        "rows": [
+            {
+                "row_id": str(row.row_id),
+                "text": texts.index(str(row.exp)),
+                "mask": -1 if row.null else objects.index(int(row.fid)),
+            }
+            for row in rows
+        ],
+    }

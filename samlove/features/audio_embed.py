@@ -1,0 +1,64 @@
+"""Audio embeddings that another Ref-AVS project made, one `MEDIA_ID.pt` a clip, as a feature store.
+
+What computed them cannot be known from them: the store's fingerprint says `imported`, and a hash of the files.
+"""
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from samlove.config import Dtype
+from samlove.errors import RequestError, SamloveError
+from samlove.features.encoders.base import to_store
+from stores import FeatureStoreWriter
+from stores.fingerprint import sha256_file
+from stores.manifest import refuse_existing
+
+SHAPE = (10, 128)  # seconds, VGGish's width
+SHARD = 512  # clips
+
+
+def import_audio_embed(folder: Path, path: Path, dtype: Dtype = "float16") -> int:
+    """Write every `*.pt` of `folder`, a tensor (10,128), to the new store `path`; the number of clips is returned.
+
+    Items are {audio (10,128) of `dtype`, audio_valid (10,) bool, all True}, keyed by the files' names.
+    Raises RequestError where there are no such files or `path` exists, SamloveError naming the file that is no such
+    tensor, or whose values do not fit `dtype`.
+    """
+    files = sorted(folder.glob("*.pt"))
+    if not files:
+        raise RequestError(f"{folder}: expected files MEDIA_ID.pt, found none")
+    refuse_existing(path)
+    hashes = "".join(f"{file.name}\0{sha256_file(file)}\n" for file in files)
+    fingerprint = {
+        "encoder": "imported",
+        "files_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
+        "seconds": SHAPE[0],
+        "dtype": dtype,
+    }
+    by_key = {file.stem: file for file in files}
+    scratch = path.with_name(f".{path.name}.partial")
+    try:
+        writer = FeatureStoreWriter(path, scratch, fingerprint, list(by_key), SHARD)
+        for number, keys in writer.plan():
+            writer.write_shard(number, {key: _read(by_key[key], dtype) for key in keys})
+        writer.publish()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return len(by_key)
+
+
+def _read(file: Path, dtype: Dtype) -> dict[str, np.ndarray]:
+    try:
+        value: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen unrelated types for a broken or a pickled file
+        reason = str(error).strip().split("\n")[0]
+        raise SamloveError(f"{file}: not readable as a tensor (torch, weights only): {reason}") from None
+    if not isinstance(value, torch.Tensor) or tuple(value.shape) != SHAPE:
+        found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise SamloveError(f"{file}: expected a tensor {SHAPE}, found {found}")
+    return {"audio": to_store(str(file), value, dtype), "audio_valid": np.ones(SHAPE[0], bool)}

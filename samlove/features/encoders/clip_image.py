@@ -1,0 +1,63 @@
+"""CLIP's image tower (Radford et al., 2021) through transformers: the alternative of Table 2."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samlove.config import VisualConfig
+from samlove.features.encoders.base import Arrays, OnDevice, library_versions
+from samlove.features.encoders.frames import encode_frames, load_square, normalise
+from samlove.features.encoders.transformers_folder import CLIP, load_network, resolve_folder, sha256_model
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # what OpenAI trained it with
+
+
+class ClipImageEncoder(OnDevice):
+    """A clip's frames -> visual (N,1+P,d): tokens of the tower's last block, row 0 of axis 1 the class token.
+
+    They are `last_hidden_state`, which transformers leaves before the norm that precedes CLIP's projection. Frames are
+    resized whole to a square, as for the ViT; at another size than the tower's own, position embeddings are resampled.
+    The weights may be a whole CLIP or its image tower alone.
+    """
+
+    def __init__(self, config: VisualConfig, device: torch.device):
+        """Raises RequestError, saying how to get them, where the weights are missing."""
+        self.config, self.device = config, device
+        self.folder = resolve_folder(config.weights, "CLIP", CLIP)
+
+    def fingerprint(self) -> dict:
+        return {
+            "encoder": "clip",
+            "weights_sha256": sha256_model(self.folder),
+            "image_size": self.config.image_size,
+            "resize": "whole frame to a square, bicubic",
+            "mean": list(MEAN),
+            "std": list(STD),
+            "layer": "last_hidden_state",
+            "dtype": self.config.dtype,
+            "libraries": library_versions("torch", "transformers", "pillow"),
+        }
+
+    @cached_property
+    def network(self) -> Any:
+        from transformers import CLIPVisionModel
+
+        return load_network(CLIPVisionModel, self.folder).to(self.device)
+
+    def load(self, source: Sequence[Path]) -> Tensor:
+        """N frames -> uint8 (N,3,S,S). Raises SamloveError, naming the path, where one cannot be read."""
+        return load_square(source, self.config.image_size)
+
+    @torch.inference_mode()
+    def encode(self, items: list[Tensor]) -> list[Arrays]:
+        """One {visual (N,1+P,d) of the configured dtype} an item."""
+        return encode_frames(items, self._tokens, self.device, self.config.dtype)
+
+    def _tokens(self, frames: Tensor) -> Tensor:
+        pixels = normalise(frames, MEAN, STD)
+        other_size = self.config.image_size != self.network.config.image_size
+        return self.network(pixel_values=pixels, interpolate_pos_encoding=other_size).last_hidden_state  # (n, 1+P, d)

@@ -1,0 +1,75 @@
+"""The golden sample: a few rows of a feature store computed again, with the encoder and the media of today."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from samlove.data.digest import source_ids
+from samlove.errors import SamloveError
+from samlove.features.extract import Job
+from stores import FeatureStore
+
+SAMPLE = 3  # rows, spread evenly over the store: its first and its last among them
+# Length of the difference over the length of the stored array. Rounding to fp16 makes 3e-4, another batch or kind of
+# processor up to 1e-3; another resize filter makes some 1e-2, other weights 1.
+TOLERANCE = 5e-3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One array of one row: how far what is computed now lies from what is stored, as a part of its length."""
+
+    key: str
+    array: str
+    distance: float
+    fault: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.fault or f'{self.array} differs by {self.distance:.1e}'}"
+
+    @property
+    def good(self) -> bool:
+        return not self.fault and self.distance <= TOLERANCE
+
+
+def golden_keys(store: FeatureStore) -> list[str]:
+    """The keys of the sample: all where there are no more than SAMPLE."""
+    keys = store.keys()
+    places = np.linspace(0, len(keys) - 1, min(SAMPLE, len(keys))).round().astype(int)
+    return [keys[place] for place in places]
+
+
+def check_live(job: Job, store: FeatureStore) -> list[Row]:
+    """Compute the sample anew, in one batch, and compare every array of it with what `store` holds.
+
+    A row whose medium cannot be read, or is no longer the one it was computed from, is a fault.
+    """
+    rows: list[Row] = []
+    items = {}
+    for key in golden_keys(store):
+        if key not in job.sources:
+            rows.append(Row(key, "", 0.0, "the index does not have it any more"))
+        elif store.id_of(key) != source_ids({key: job.sources[key]})[key]:
+            rows.append(Row(key, "", 0.0, "its source has changed since, or cannot be read"))
+        else:
+            try:
+                items[key] = job.encoder.load(job.sources[key])
+            except SamloveError as error:
+                rows.append(Row(key, "", 0.0, str(error)))
+    live = job.encoder.encode(list(items.values())) if items else []
+    for key, arrays in zip(items, live, strict=True):
+        stored = store.read(key)
+        if stored.keys() != arrays.keys():
+            rows.append(Row(key, "", 0.0, f"expected arrays {sorted(stored)}, found {sorted(arrays)}"))
+            continue
+        rows += [Row(key, name, distance(stored[name], array)) for name, array in arrays.items()]
+    return rows
+
+
+def distance(stored: np.ndarray, live: np.ndarray) -> float:
+    """|live - stored| / |stored|, Euclidean; infinite where dtype or shape differ, or one is zero and one is not."""
+    if stored.dtype != live.dtype or stored.shape != live.shape:
+        return float("inf")
+    difference = float(np.linalg.norm(live.astype(np.float64) - stored.astype(np.float64)))
+    length = float(np.linalg.norm(stored.astype(np.float64)))
+    return difference / length if length else (float("inf") if difference else 0.0)

@@ -1,5 +1,0 @@
-"""The report of a run: `build_report` makes the page, the other modules its parts."""
-
-from samlove.report.page import build_report
-
-__all__ = ["build_report"]

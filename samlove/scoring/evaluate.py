@@ -1,0 +1,319 @@
+"""From stored predictions to scores: the result table, per-row scores, break-downs and controls.
+
+Two protocols, named in every output:
+- `per_expression`: each expression is scored by itself, a split is the mean of its expressions.
+- `official_batch`: as the benchmark's script, which scores batches of 4 expressions in file order as one and
+  averages the batches; F's best threshold and S's root are then a batch's.
+
+Break-downs and controls are always per expression.
+"""
+
+import json
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from samlove.data.dataset import RefAvsFolder
+from samlove.data.digest import rows_digest
+from samlove.errors import RequestError, SamloveError
+from samlove.scoring.metrics import EDGES, Scores, histogram, scores_of
+from stores import PredictionReader
+from stores.fingerprint import check_fingerprint, flat
+
+BATCH = 4  # expressions a batch of the benchmark's script
+SPLITS = ("val", "test_s", "test_u", "test_n")
+CONTROLS = ("swapped_audio", "permuted_text", "true_mask")
+CUES = ("sight", "sound", "time")
+PROTOCOLS = ("per_expression", "official_batch")
+
+
+class Evaluation(NamedTuple):
+    metrics: dict  # as data/metrics.json, see design contract: percent for J, F, J&F, a fraction for S
+    rows: pd.DataFrame  # one row an expression; J, F, JF, S and {J,F,JF,S}_{control} as fractions, NaN: no score
+    details: dict  # protocols, cues, categories, controls
+
+
+def evaluate(expressions: pd.DataFrame, folder: RefAvsFolder, predictions: Path, protocol: str) -> Evaluation:
+    """Scores every expression of the evaluation splits and sums them up.
+
+    expressions: the index's table, in file order. predictions: the folder of {split}/{predictions,CONTROL}.h5; val
+    and each control are scored where they are there.
+    Raises RequestError where a test split's predictions are missing, SamloveError where an expression's are, or where
+    files are of other rows than the index's, or not all of one checkpoint, its features and choices.
+    """
+    flags = {cue: expressions[cue].fillna(False).astype(bool) for cue in CUES if cue in expressions}
+    expressions = expressions.assign(**flags)  # a row whose cues are not known counts as needing none
+    tables, batches = [], {}
+    _check_made_alike(predictions, {split: expressions[expressions["split"] == split] for split in SPLITS})
+    for split in SPLITS:
+        rows = expressions[expressions["split"] == split]
+        source = predictions / split / "predictions.h5"
+        if split == "val" and not source.exists():
+            continue
+        if rows.empty:
+            continue
+        if not source.exists():
+            raise RequestError(f"{source}: no such file; make it with: dvc repro infer@{split}")
+        table, batches[split] = _score_split(rows, folder, source.parent)
+        tables.append(table)
+    if not tables:
+        raise RequestError(f"expected expressions of {', '.join(SPLITS[1:])} in the index, found none")
+    scored = pd.concat(tables, ignore_index=True)
+    results = {
+        "per_expression": _result_table({s: scored[scored["split"] == s] for s in batches}, "per_expression"),
+        "official_batch": _result_table(batches, "official_batch"),
+    }
+    details = {
+        "protocol": "per_expression",
+        "protocols": results,
+        "cues": _by_cue(scored),
+        "categories": _by_category(scored),
+        "controls": _controls(scored),
+    }
+    metrics = {k: v for k, v in results[protocol].items() if k != "val"}
+    return Evaluation(metrics, scored, details)
+
+
+# --- scoring ---------------------------------------------------------------------------------------------------------
+
+
+def _score_split(rows: pd.DataFrame, folder: RefAvsFolder, source: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores of each expression, with those of every control there is, and of each of the benchmark's batches."""
+    readers = {name: _open(source / f"{name}.h5") for name in CONTROLS if (source / f"{name}.h5").exists()}
+    main = _open(source / "predictions.h5")
+    absent = [row_id for row_id in rows["row_id"] if row_id not in main]
+    if absent:
+        raise SamloveError(
+            f"{source / 'predictions.h5'}: expected predictions of {len(rows)} expressions, {len(absent)} are missing, "
+            f"first {absent[0]}; make them again with: dvc repro -f infer@{source.name}"
+        )
+    keep = [c for c in ("row_id", "split", "media_id", "fid", "object", "exp", "null", "template", *CUES) if c in rows]
+    scored, counts = [], []
+    records = rows[keep].to_dict("records")
+    for record in tqdm(records, desc=f"evaluate {source.name}", unit="row", mininterval=2):
+        row = {str(key): value for key, value in record.items()}
+        bins = main.read(row["row_id"])
+        target = _target(folder, row, bins.shape)
+        counts.append((bool(row["null"]), histogram(bins, target)))
+        row |= _columns(scores_of(counts[-1][1]), row["null"])
+        for name, reader in readers.items():
+            if row["row_id"] in reader:
+                scores = scores_of(histogram(reader.read(row["row_id"]), target))
+                row |= {f"{k}_{name}": v for k, v in _columns(scores, row["null"]).items()}
+        scored.append(row)
+    return pd.DataFrame(scored), pd.DataFrame(list(_batch_scores(counts)))
+
+
+def _check_made_alike(predictions: Path, splits: dict[str, pd.DataFrame]) -> None:
+    """Raise SamloveError where a file is of another split, control or rows than asked for, or made unlike the others.
+
+    What a file does not say, as those of older versions, is not compared.
+    """
+    first: tuple[Path, dict] | None = None
+    for split, rows in splits.items():
+        for name in ("predictions", *CONTROLS):
+            path = predictions / split / f"{name}.h5"
+            if rows.empty or not path.exists():
+                continue
+            attrs = _open(path).attrs
+            own = {"split": split, "variant": name, "rows_sha256": rows_digest(rows)}
+            said = {field: attrs[field] for field in own if field in attrs}
+            check_fingerprint(said, {field: own[field] for field in said}, path, f"dvc repro -f infer@{split}")
+            shared = flat({field: value for field, value in attrs.items() if field not in own})
+            first = first or (path, shared)
+            check_fingerprint(shared, first[1], f"{path}, beside {first[0]}", "dvc repro infer")
+
+
+def _open(path: Path) -> PredictionReader:
+    reader = PredictionReader(path)
+    if not np.array_equal(np.asarray(reader.edges, dtype=np.float32), EDGES):
+        raise SamloveError(
+            f"{path}: its bins have other edges than samlove.scoring.metrics.EDGES; make it again: dvc repro infer"
+        )
+    return reader
+
+
+def _target(folder: RefAvsFolder, row: dict, shape: tuple[int, ...]) -> np.ndarray:
+    """The true masks at the predictions' (T, H, W); nothing for a null expression, which has none."""
+    if row["null"]:
+        return np.zeros(shape, dtype=bool)
+    frames, height, width = shape
+    if height != width:
+        raise SamloveError(f"{row['row_id']}: expected square predictions, found {height}x{width}")
+    return folder.load_masks(row["media_id"], int(row["fid"]), frames, width)
+
+
+def _columns(scores: Scores, null: bool) -> dict[str, float]:
+    """J, F and their mean for an expression that has a target, S for one that has none."""
+    nan = float("nan")
+    if null:
+        return {"J": nan, "F": nan, "JF": nan, "S": scores.S}
+    return {"J": scores.J, "F": scores.F, "JF": (scores.J + scores.F) / 2, "S": nan}
+
+
+def _batch_scores(counts: list[tuple[bool, np.ndarray]]) -> Iterator[dict]:
+    """Scores of batches of 4 in file order, each scored as one long video; null and other rows do not mix."""
+    for null in (False, True):
+        rows = [c for is_null, c in counts if is_null == null]
+        for i in range(0, len(rows), BATCH):
+            batch = rows[i : i + BATCH]
+            yield {"null": null, "expressions": len(batch), **_columns(scores_of(np.concatenate(batch)), null)}
+
+
+# --- summing up ------------------------------------------------------------------------------------------------------
+
+
+def _mean(values: pd.Series, scale: float, digits: int) -> float | None:
+    """Mean of what has a score; None, JSON's null, where nothing has."""
+    mean = values.mean()
+    return None if pd.isna(mean) else round(float(mean) * scale, digits)
+
+
+def _half(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else round((a + b) / 2, 4)
+
+
+def aggregate(rows: pd.DataFrame, suffix: str = "") -> dict:
+    """J, F and J&F in percent of expressions (or batches) that have targets, and how many; None: no score."""
+    rows = rows[~rows["null"].astype(bool)]
+    J, F = (_mean(rows[name + suffix], 100, 4) for name in "JF")
+    return {"J": J, "F": F, "J&F": _half(J, F), "n": _count(rows)}
+
+
+def _count(rows: pd.DataFrame) -> int:
+    return int(rows["expressions"].sum()) if "expressions" in rows else len(rows)
+
+
+def _aggregate_null(rows: pd.DataFrame) -> dict:
+    rows = rows[rows["null"].astype(bool)]
+    return {"S": _mean(rows["S"], 1, 6), "n": _count(rows)}
+
+
+def _mix(seen: dict, unseen: dict) -> dict:
+    """Mean of both splits, as the paper's Mix (S+U)."""
+    return {k: _half(seen[k], unseen[k]) for k in ("J", "F", "J&F")} | {"n": seen["n"] + unseen["n"]}
+
+
+def _result_table(splits: dict[str, pd.DataFrame], protocol: str) -> dict:
+    empty = pd.DataFrame({"null": [], "J": [], "F": [], "S": []})
+    table = {split: aggregate(splits.get(split, empty)) for split in ("test_s", "test_u")}
+    table["mix"] = _mix(table["test_s"], table["test_u"])
+    table["test_n"] = _aggregate_null(splits.get("test_n", empty))
+    if "val" in splits:
+        null = _aggregate_null(splits["val"])
+        table["val"] = aggregate(splits["val"]) | {"S": null["S"], "n_null": null["n"]}
+    return table | {"protocol": protocol}
+
+
+def _by_cue(rows: pd.DataFrame) -> dict[str, dict]:
+    """For each test split, {"sight", "sight+sound", ...: scores}: the cues that an expression needs, all of them."""
+    if not set(CUES) <= set(rows):
+        return {}
+    found: dict[str, dict] = {}
+    for split in ("test_s", "test_u"):
+        part = rows[rows["split"] == split]
+        sets = [c for k in range(1, len(CUES) + 1) for c in combinations(CUES, k)]
+        groups = {
+            "+".join(c): part[(part[list(CUES)].astype(bool) == [x in c for x in CUES]).all(axis=1)] for c in sets
+        }
+        found[split] = {name: aggregate(group) for name, group in groups.items() if len(group)}
+    return found
+
+
+def _by_category(rows: pd.DataFrame) -> dict[str, dict]:
+    """For each test split, {category: scores}, best first."""
+    found = {}
+    for split in ("test_s", "test_u"):
+        part = rows[rows["split"] == split]
+        groups = {str(name): aggregate(group) for name, group in part.groupby("object")}
+        found[split] = dict(sorted(groups.items(), key=lambda item: -(item[1]["J&F"] or 0)))
+    return found
+
+
+def _controls(rows: pd.DataFrame) -> dict[str, dict]:
+    """What each control changes, on the very rows that it was run on.
+
+    swapped_audio: J&F with another clip's sound, on rows that need sound (all rows where cues are not known);
+    permuted_text: J&F with another expression of the video; both with the drop in points.
+    true_mask: J that the same SAM2 reaches from the true mask of frame 0, and the share of it that the model has.
+    """
+    found: dict[str, dict] = {}
+    for control in CONTROLS:
+        if f"J_{control}" not in rows:
+            continue
+        known = control == "swapped_audio" and "sound" in rows
+        part = rows[rows[f"J_{control}"].notna()]
+        part = part[part["sound"].astype(bool)] if known else part
+        pairs = {}
+        for split in ("test_s", "test_u"):
+            of_split = part[part["split"] == split]
+            pairs[split] = aggregate(of_split), aggregate(of_split, f"_{control}")
+        (seen, seen_changed), (unseen, unseen_changed) = pairs.values()
+        pairs["mix"] = _mix(seen, unseen), _mix(seen_changed, unseen_changed)
+        compared = {split: _compare(control, *pair) for split, pair in pairs.items()}
+        found[control] = {"rows": "that need sound" if known else "all"} | compared
+    return found
+
+
+def _compare(control: str, normal: dict, changed: dict) -> dict:
+    if control == "true_mask":
+        J, ceiling = normal["J"], changed["J"]
+        ratio = None if not ceiling else round(J / ceiling, 4)
+        return {"J": J, "J_true_mask": ceiling, "ratio": ratio, "n": normal["n"]}
+    before, after = normal["J&F"], changed["J&F"]
+    drop = None if before is None or after is None else round(before - after, 4)
+    return {"J&F": before, f"J&F_{control}": after, "drop": drop, "n": normal["n"]}
+
+
+# --- output ----------------------------------------------------------------------------------------------------------
+
+
+def write(evaluation: Evaluation, metrics: Path, folder: Path) -> None:
+    """Writes metrics.json, and rows.parquet and details.json into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    evaluation.rows.to_parquet(folder / "rows.parquet", index=False)
+    for path, values in ((folder / "details.json", evaluation.details), (metrics, evaluation.metrics)):
+        path.write_text(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+NAMES = {"val": "validation", "test_s": "seen", "test_u": "unseen", "mix": "mix", "test_n": "null"}
+CONTROL_NAMES = {"swapped_audio": "sound of another clip", "permuted_text": "another expression of the video"}
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """A score for a reader; a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def render_table(metrics: dict, details: dict) -> str:
+    """The result and its controls as text for a terminal."""
+    lines = [f"Results (protocol {metrics['protocol']}; J, F, J&F in percent, S a fraction; mix: mean of both)"]
+    lines.append(f"  {'split':<8}{'n':>6}{'J':>8}{'F':>8}{'J&F':>8}{'S':>8}")
+    for split in ("test_s", "test_u", "mix"):
+        row = metrics[split]
+        scores = "".join(f"{number(row[k]):>8}" for k in ("J", "F", "J&F"))
+        lines.append(f"  {NAMES[split]:<8}{row['n']:>6}{scores}{'':>8}")
+    null = metrics["test_n"]
+    lines.append(f"  {NAMES['test_n']:<8}{null['n']:>6}{'':>24}{number(null['S'], 3):>8}")
+    for control, result in details["controls"].items():
+        lines += ["", *_render_control(control, result)]
+    return "\n".join(lines)
+
+
+def _render_control(control: str, result: dict) -> list[str]:
+    if control == "true_mask":
+        lines = ["SAM2 given the true mask of frame 0 (per_expression): the ceiling of this SAM2"]
+        columns = {"J": "J", "ceiling": "J_true_mask", "share": "ratio"}
+    else:
+        lines = [f"Control: {CONTROL_NAMES[control]} (per_expression; rows: {result['rows']})"]
+        columns = {"J&F": "J&F", "control": f"J&F_{control}", "drop": "drop"}
+    lines.append(f"  {'split':<8}{'n':>6}" + "".join(f"{title:>9}" for title in columns))
+    for split in ("test_s", "test_u", "mix"):
+        cells = "".join(f"{number(result[split][k], 3 if k == 'ratio' else 1):>9}" for k in columns.values())
+        lines.append(f"  {NAMES[split]:<8}{result[split]['n']:>6}{cells}")
+    return lines

@@ -1,0 +1,5 @@
+"""The report of a run: `build_report` makes the page, the other modules its parts."""
+
+from samlove.scoring.report.page import build_report
+
+__all__ = ["build_report"]

@@ -1,0 +1,70 @@
+"""The report: one self-contained HTML page, no script, nothing fetched."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from tqdm import tqdm
+
+from samlove.data.dataset import RefAvsFolder
+from samlove.errors import RequestError
+from samlove.scoring.evaluate import CONTROL_NAMES, NAMES, number
+from samlove.scoring.report.clips import Clip, choose, draw_clip
+from samlove.scoring.report.curves import draw_curves, read_curves
+from samlove.scoring.report.paper import TABLE_1
+from samlove.scoring.report.provenance import checkpoint_header, fingerprints, source_revision, versions
+from stores import PredictionReader
+
+TEMPLATE = "template.html.j2"
+DATASETS = {"micro": "LAVS-synth", "refavs": "Ref-AVS Bench"}  # by profile
+
+
+def build_report(data: Path, folder: RefAvsFolder, clips: int, profile: str, config: dict[str, dict]) -> str:
+    """The page, from what evaluate left under `data`; curves, controls and cues appear where they are there.
+
+    config: {section: its values}, shown as they are. Raises RequestError where evaluate has not run.
+    """
+    metrics = _read_json(data / "metrics.json")
+    details = _read_json(data / "evaluation" / "details.json")
+    rows = pd.read_parquet(data / "evaluation" / "rows.parquet")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"number": number, "yaml": _as_yaml}
+    return environment.get_template(TEMPLATE).render(
+        dataset=DATASETS.get(profile, profile),
+        profile=profile,
+        metrics=metrics,
+        details=details,
+        names=NAMES,
+        control_names=CONTROL_NAMES,
+        paper=TABLE_1,
+        curves=Markup(draw_curves(read_curves(data / "dvclive"))),  # our own SVG
+        clips=_draw_clips(rows, clips, folder, data / "predictions"),
+        config=config,
+        revision=source_revision(),
+        versions=versions(),
+        fingerprints=fingerprints(data),
+        checkpoint=checkpoint_header(data / "model" / "best.safetensors"),
+    )
+
+
+def _draw_clips(rows: pd.DataFrame, clips: int, folder: RefAvsFolder, predictions: Path) -> list[Clip]:
+    drawn = []
+    for row, rank in tqdm(choose(rows, clips), desc="report: clips", unit="clip", mininterval=2):
+        reader = PredictionReader(predictions / row["split"] / "predictions.h5")
+        drawn.append(draw_clip(row, rank, folder, reader))
+    return drawn
+
+
+def _read_json(path: Path) -> dict:
+    if not path.exists():
+        raise RequestError(f"{path}: no such file; make it with: dvc repro evaluate")
+    return json.loads(path.read_text())
+
+
+def _as_yaml(values: dict) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110).rstrip()
