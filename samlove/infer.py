@@ -38,7 +38,7 @@ from stores.manifest import replace_folder
 PREDICTIONS = "predictions"  # the variant that is no control
 STAGES = {"audio": "audio", "visual": "visual", "text": "text", "sam2": "sam2@train sam2@eval"}
 # Masks left in the scratch folder by other code must not be taken up: these files decide what a mask is.
-CODE = ("fusion.py", "infer.py", "metrics.py", "model.py", "sam2.py")
+CODE = ("infer.py", "model/fusion.py", "model/sam2.py", "model/sam2_love.py", "scoring/metrics.py")
 
 
 class Job(NamedTuple):
@@ -245,7 +245,7 @@ def _permuted(group: pd.DataFrame, elsewhere: list[str]) -> list[str]:
 
 
 def _code_sha256() -> str:
-    return hashlib.sha256("".join(sha256_file(Path(__file__).with_name(name)) for name in CODE).encode()).hexdigest()
+    return hashlib.sha256("".join(sha256_file(Path(__file__).parent / name) for name in CODE).encode()).hexdigest()
 
 
 def _left(jobs: dict[str, Job], kept: Path) -> dict[str, Job]:

@@ -37,7 +37,14 @@ SAVE_SECONDS = 300  # at most this much work is lost by a kill that gives no not
 SELECTED_BY = "J&F"
 STATE, MADE_BY = "state.safetensors", "made_by.json"  # of an interrupted run, in its folder
 # A state left by other code must not be taken up: these files decide what a step does.
-CODE = ("fusion.py", "loader.py", "loss.py", "model.py", "sam2.py", "train.py")
+CODE = (
+    "data/loader.py",
+    "model/fusion.py",
+    "model/loss.py",
+    "model/sam2.py",
+    "model/sam2_love.py",
+    "train.py",
+)
 
 Batch = dict[str, Any]
 
@@ -342,7 +349,7 @@ def warmup_decay(step: int, total: int, warmup: int) -> float:
 
 def made_by(origin: Origin) -> dict[str, Any]:
     """Everything that the outcome of a run depends on."""
-    code = {name: sha256_file(Path(__file__).with_name(name)) for name in CODE}
+    code = {name: sha256_file(Path(__file__).parent / name) for name in CODE}
     asked = origin.model_dump(mode="json", exclude={"train": {"workers", "resident"}})
     return {**asked, "code": code, "torch": torch.__version__}
 

@@ -1,8 +1,8 @@
 """The runner of every feature stage: what is lacking is computed shard by shard on Dask, then published whole.
 
 A shard is one task (samlove.features.worker), of workers of this machine or of others (samlove.features.cluster).
-A finished shard stays in scratch, so a stopped run takes up where it was, and the shard of a worker that died is computed by another. What
-cannot be read becomes a row of the failure ledger and the rest goes on.
+A finished shard stays in scratch, so a stopped run takes up where it was, and the shard of a worker that died is
+computed by another. What cannot be read becomes a row of the failure ledger and the rest goes on.
 
 Incremental: each row is kept with the content hash of what it was computed from. A row of the store made before, or
 of a stopped run, is reused where that hash, the fingerprint and the encoder's code are still the same: media that were
