@@ -5,13 +5,17 @@ holds the values. A key that is unknown or of the wrong type is an error that na
 """
 
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from samlove.errors import RequestError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 SPLITS = ("train", "val", "test_s", "test_u", "test_n")
 CONTROLLED_SPLITS = ("test_s", "test_u")  # where evaluation compares controls with predictions
@@ -238,6 +242,34 @@ def load_cluster(name: str, configs: Path = Path("configs")) -> LocalConfig | Sc
         raise RequestError(f"SAMLOVE_CLUSTER={name}: expected one of {', '.join(known)} in {path.parent}")
     adapter: TypeAdapter = TypeAdapter(ClusterConfig)
     return _check(lambda: adapter.validate_python(_read_yaml(path)), path)
+
+
+def read_sam2_config(config: str) -> "DictConfig":
+    """SAM2's yaml: a file, or a name inside the sam2 package such as "configs/sam2/sam2_hiera_l.yaml".
+
+    Raises RequestError where there is no such file or it holds no `model`.
+    """
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = Path(config)
+    if not path.is_file():
+        path = Path(str(files("sam2"))) / config
+    if not path.is_file():
+        known = sorted(
+            f"configs/{p.parent.name}/{p.name}" for p in Path(str(files("sam2"))).glob("configs/sam2*/sam2*.yaml")
+        )
+        raise RequestError(
+            f"{config}: no such SAM2 configuration, neither a file nor one of sam2's own: {', '.join(known)}"
+        )
+    try:
+        values = OmegaConf.load(path)
+        OmegaConf.resolve(values)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise RequestError(f"{path}: not a SAM2 configuration: {' '.join(str(error).split())}") from error
+    if not isinstance(values, DictConfig) or "image_encoder" not in values.get("model", {}):
+        raise RequestError(f"{path}: expected a SAM2 configuration with model.image_encoder, found none")
+    return values
 
 
 def _check(make: Callable[[], T], path: Path) -> T:

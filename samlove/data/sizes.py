@@ -23,6 +23,7 @@ from samlove.config import (
     VisualConfig,
     active_profile,
     load,
+    read_sam2_config,
 )
 from samlove.data.dataset import RefAvsFolder
 
@@ -200,8 +201,6 @@ def text_width(text: TextConfig) -> int:
 
 def sam2_shape(sam2: Sam2Config) -> tuple[int, int]:
     """SAM2's image size and the channels of its image embedding."""
-    from samlove.model.sam2_build import read_sam2_config
-
     model = read_sam2_config(sam2.config).model
     return int(model.image_size), int(model.image_encoder.neck.d_model)
 

@@ -49,7 +49,7 @@ class LightSam2(SAM2Base):
 
     @classmethod
     def build(cls, config: str, cache_point: CachePoint = "post_conv") -> "LightSam2":
-        """With random weights; `config` as in `samlove.model.sam2_build.read_sam2_config`."""
+        """With random weights; `config` as in `samlove.config.read_sam2_config`."""
         overrides = {"_target_": f"{cls.__module__}.{cls.__qualname__}", "cache_point": cache_point}
         model = instantiate_sam2(config, image_encoder=False, **overrides)
         assert isinstance(model, cls)

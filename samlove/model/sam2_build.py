@@ -4,18 +4,15 @@ Nothing of Hydra's global configuration is used: the yaml is read by OmegaConf a
 """
 
 import hashlib
-from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 import samlove.model.torchvision_ops  # noqa: F401
-from samlove.errors import RequestError
+from samlove.config import read_sam2_config
 from samlove.model.weights import load_into, load_state_dict, resolve_file
 
 CHECKPOINTS = "https://dl.fbaipublicfiles.com/segment_anything_2/072824/"  # SAM 2; SAM 2.1 is in 092824/
@@ -33,31 +30,6 @@ class NoImageEncoder(nn.Module):
 
     def forward(self, images: torch.Tensor) -> None:
         raise RuntimeError("this SAM2 was built without its image encoder: give it cached embeddings")
-
-
-def read_sam2_config(config: str) -> DictConfig:
-    """SAM2's yaml: a file, or a name inside the sam2 package such as "configs/sam2/sam2_hiera_l.yaml".
-
-    Raises RequestError where there is no such file or it holds no `model`.
-    """
-    path = Path(config)
-    if not path.is_file():
-        path = Path(str(files("sam2"))) / config
-    if not path.is_file():
-        known = sorted(
-            f"configs/{p.parent.name}/{p.name}" for p in Path(str(files("sam2"))).glob("configs/sam2*/sam2*.yaml")
-        )
-        raise RequestError(
-            f"{config}: no such SAM2 configuration, neither a file nor one of sam2's own: {', '.join(known)}"
-        )
-    try:
-        values = OmegaConf.load(path)
-        OmegaConf.resolve(values)
-    except (OmegaConfBaseException, ValueError) as error:
-        raise RequestError(f"{path}: not a SAM2 configuration: {' '.join(str(error).split())}") from error
-    if not isinstance(values, DictConfig) or "image_encoder" not in values.get("model", {}):
-        raise RequestError(f"{path}: expected a SAM2 configuration with model.image_encoder, found none")
-    return values
 
 
 def instantiate_sam2(config: str, image_encoder: bool = True, **overrides: Any) -> nn.Module:

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 import samlove.model.torchvision_ops  # noqa: F401
-from samlove.config import Sam2Config
+from samlove.config import Sam2Config, read_sam2_config
 from samlove.errors import RequestError
 from samlove.features.encoders.base import Arrays, OnDevice, library_versions, to_store
 from samlove.features.encoders.frames import load_square, normalise
@@ -26,7 +26,6 @@ from samlove.model.sam2_build import (
     decoder_convs_sha256,
     instantiate_sam2,
     load_sam2_weights,
-    read_sam2_config,
 )
 from stores.codec import encode
 from stores.fingerprint import sha256_file
