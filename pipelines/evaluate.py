@@ -1,25 +1,22 @@
-"""Stage `evaluate`: stored predictions against the true masks -> data/metrics.json and data/evaluation/."""
-
-from pathlib import Path
+"""Stage `evaluate`: score predictions -> data/<profile>/metrics.json and data/<profile>/evaluation."""
 
 import pandas as pd
 
 from samlove.config import DatasetConfig, EvaluateConfig, load
 from samlove.data.dataset import RefAvsFolder
+from samlove.data.layout import layout
 from samlove.errors import RequestError, one_line_errors
 from samlove.scoring.evaluate import evaluate, render_table, write
-
-INDEX = Path("data/index/expressions.parquet")
-PREDICTIONS = Path("data/predictions")
 
 
 @one_line_errors
 def main() -> None:
-    if not INDEX.exists():
-        raise RequestError(f"{INDEX}: no such file; make it with: dvc repro index")
+    paths = layout()
+    if not paths.expressions.exists():
+        raise RequestError(f"{paths.expressions}: no such file; run: dvc repro index")
     folder = RefAvsFolder(load(DatasetConfig).root)
-    evaluation = evaluate(pd.read_parquet(INDEX), folder, PREDICTIONS, load(EvaluateConfig).protocol)
-    write(evaluation, Path("data/metrics.json"), Path("data/evaluation"))
+    evaluation = evaluate(pd.read_parquet(paths.expressions), folder, paths.predictions, load(EvaluateConfig).protocol)
+    write(evaluation, paths.metrics, paths.evaluation)
     print(render_table(evaluation.metrics, evaluation.details))
 
 

@@ -1,22 +1,18 @@
-"""Stage `report`: everything a run left behind -> data/report/index.html, one self-contained page."""
-
-from pathlib import Path
+"""Stage `report`: one self-contained page about a run -> data/<profile>/report/index.html."""
 
 from samlove.config import SECTIONS, DatasetConfig, ReportConfig, active_profile, load
 from samlove.data.dataset import RefAvsFolder
+from samlove.data.layout import layout
 from samlove.errors import one_line_errors
 from samlove.scoring.report import build_report
-
-DATA = Path("data")
 
 
 @one_line_errors
 def main() -> None:
-    profile = active_profile()
-    present = {name: cls for name, cls in SECTIONS.items() if (Path("configs") / profile / f"{name}.yaml").exists()}
-    config = {name: load(cls).model_dump() for name, cls in present.items()}
-    page = build_report(DATA, RefAvsFolder(load(DatasetConfig).root), load(ReportConfig).clips, profile, config)
-    path = DATA / "report" / "index.html"
+    profile, paths = active_profile(), layout()
+    config = {name: load(cls).model_dump() for name, cls in SECTIONS.items()}
+    page = build_report(paths.root, RefAvsFolder(load(DatasetConfig).root), load(ReportConfig).clips, profile, config)
+    path = paths.report
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     print(f"{path}: {len(page) / 2**20:.1f} MiB")

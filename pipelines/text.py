@@ -1,10 +1,9 @@
-"""Stage text: every different expression through RoBERTa, or CLIP's text tower, into data/features/text."""
-
-from pathlib import Path
+"""Stage `text`: encode every distinct expression with RoBERTa or CLIP -> data/<profile>/features/text."""
 
 import pandas as pd
 
 from samlove.config import TextConfig, load
+from samlove.data.layout import layout
 from samlove.device import default_device
 from samlove.errors import one_line_errors
 from samlove.features.cluster import chosen_cluster
@@ -12,24 +11,23 @@ from samlove.features.encoders.clip_text import ClipTextEncoder
 from samlove.features.encoders.roberta import RobertaEncoder
 from samlove.features.extract import Job, extract
 
-INDEX = Path("data/index/expressions.parquet")
-OUT = Path("data/features/text")
-SCRATCH = Path("data/.scratch/text")
+NAME = "text"
 ENCODERS = {"roberta": RobertaEncoder, "clip": ClipTextEncoder}
-SHARD, BATCH = 1024, 64  # texts: 39 MB a shard at the paper's size
+SHARD, BATCH = 1024, 64  # expressions: 39 MB per shard at the paper's size
 
 
 def job() -> Job:
-    """All that the stage computes, from the index and the active profile."""
-    config = load(TextConfig)
+    """What the stage computes, from the index and the active profile."""
+    paths, config = layout(), load(TextConfig)
     encoder = ENCODERS[config.encoder](config, default_device())
-    sources = {text: text for text in pd.read_parquet(INDEX)["exp"].unique()}  # normalised by the index
-    return Job(encoder, sources, OUT, SCRATCH, SHARD, BATCH)
+    sources = {text: text for text in pd.read_parquet(paths.expressions)["exp"].unique()}  # normalised by the index
+    out, scratch = paths.features / NAME, paths.scratch / NAME
+    return Job(encoder, sources, out, scratch, SHARD, BATCH, elsewhere=paths.other_stores(NAME))
 
 
 @one_line_errors
 def main() -> None:
-    print(f"text: {extract(job(), chosen_cluster())}")
+    print(f"{NAME}: {extract(job(), chosen_cluster())}")
 
 
 if __name__ == "__main__":

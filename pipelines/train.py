@@ -1,8 +1,7 @@
-"""Stage train: packed shards -> data/model/best.safetensors, curves in data/dvclive. Takes up an interrupted run."""
-
-from pathlib import Path
+"""Stage `train`: train on the shards -> data/<profile>/model and data/<profile>/dvclive; resumes an interrupted run."""
 
 from samlove.config import FusionConfig, Sam2Config, TrainConfig, load
+from samlove.data.layout import layout
 from samlove.data.loader import ExpressionDataset, PoolSampler, collate, make_resident
 from samlove.device import default_device
 from samlove.errors import one_line_errors
@@ -11,18 +10,14 @@ from samlove.model.sam2_build import checkpoint_path
 from samlove.train import Samples, train
 from stores.fingerprint import check_fingerprint, sha256_file
 
-SHARDS = Path("data/shards")
-CHECKPOINT = Path("data/model/best.safetensors")
-LIVE = Path("data/dvclive")
-SCRATCH = Path("data/.scratch/train")
-
 
 @one_line_errors
 def main() -> None:
-    config, sam2 = load(TrainConfig), load(Sam2Config)
-    train_set, val_set = ExpressionDataset(SHARDS / "train"), ExpressionDataset(SHARDS / "val")
+    paths, config, sam2 = layout(), load(TrainConfig), load(Sam2Config)
+    shards = {split: paths.shards / split for split in ("train", "val")}
+    train_set, val_set = ExpressionDataset(shards["train"]), ExpressionDataset(shards["val"])
     features = train_set.features
-    check_fingerprint(val_set.made_from, train_set.made_from, SHARDS / "val", "dvc repro pack")
+    check_fingerprint(val_set.made_from, train_set.made_from, shards["val"], "dvc repro pack")
     origin = Origin(
         fusion=load(FusionConfig),
         train=config,
@@ -34,7 +29,7 @@ def main() -> None:
     )
     wanted = {"weights_sha256": origin.sam2_sha256, "cache_point": sam2.cache_point}
     found = {name: features["sam2"].get(name) for name in wanted}
-    check_fingerprint(found, wanted, f"{SHARDS / 'train'}: its SAM2 embeddings", "dvc repro pack")
+    check_fingerprint(found, wanted, f"{shards['train']}: its SAM 2 embeddings", "dvc repro pack")
     videos = train_set.videos
     device = default_device()
     resident = make_resident([train_set, val_set], config.resident, device)
@@ -45,7 +40,7 @@ def main() -> None:
         order=lambda epoch: PoolSampler(videos, config.pool, config.seed, epoch),
         on_gpu=resident == "gpu",
     )
-    train(origin, samples, device, CHECKPOINT, LIVE, SCRATCH)
+    train(origin, samples, device, paths.checkpoint, paths.live, paths.scratch / "train")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Every choice a user can make: one frozen, checked class a concern, one YAML file each.
+"""All settings: one frozen, validated class and one YAML file per section.
 
-`configs/profile.yaml` names the profile (`micro` or `refavs`); `configs/<profile>/<section>.yaml`
-holds the values. A key that is unknown or of the wrong type is an error that names the file.
+`configs/profile.yaml` names the active profile, such as `micro` or `refavs`. `configs/<profile>/<section>.yaml` holds
+the values. An unknown key or a value of the wrong type is an error that names the file.
 """
 
 from collections.abc import Callable
@@ -30,19 +30,21 @@ class Section(BaseModel):
 
 
 class SynthConfig(Section):
-    """LAVS-synth, the embedded benchmark (micro profile only)."""
+    """LAVS-synth, the generated dataset."""
 
-    seed: int = 0
-    scale: Literal["small", "demo", "large"] = "demo"
+    seed: int = 0  # the same seed gives the same bytes
+    scale: Literal["small", "demo", "large"] = "demo"  # number and size of the videos; samlove.synth.write.SCALES
 
 
 class DatasetConfig(Section):
-    """The Ref-AVS folder and what to do with each kind of fault the audit finds in it."""
+    """The dataset, and what to do about each kind of fault that the audit finds in it."""
 
     root: str  # not in the file: `load` sets data/dataset/<profile>, the folder (or link) that DVC watches
-    frames: int = Field(10, gt=0)  # frames a video, one a second; shorter ones repeat their last
-    mask_size: int = Field(256, gt=0)  # masks are compared at mask_size x mask_size, as the benchmark does
-    check_media: bool = True
+    name: str = "Ref-AVS Bench"  # shown in the report
+    synth: SynthConfig | None = None  # generate LAVS-synth; None: the dataset is the user's own
+    frames: int = Field(10, gt=0)  # frames per video, one per second; shorter videos repeat their last frame
+    mask_size: int = Field(256, gt=0)  # masks are compared at mask_size x mask_size, as Ref-AVS Bench does
+    check_media: bool = True  # the index stage decodes every frame, audio file and mask
     policy: dict[str, Policy] = {}  # fault kind -> policy; kinds and defaults: samlove.data.index.POLICIES
 
 
@@ -50,41 +52,41 @@ class AudioConfig(Section):
     """VGGish."""
 
     weights: str  # a local file
-    channels: int = 64  # channels of the first convolution; 64 is VGGish itself
-    hidden: int = 4096  # width of the fully connected layers; 4096 is VGGish itself
-    postprocess: bool = False  # PCA and quantisation to 0..255, as AudioSet's released embeddings
-    pre_relu: bool = False  # leave out the final ReLU, as the TensorFlow original does
-    dtype: Dtype = "float16"
+    channels: int = 64  # channels of the first convolution; 64 in the original VGGish
+    hidden: int = 4096  # width of the fully connected layers; 4096 in the original VGGish
+    postprocess: bool = False  # PCA and quantisation to 0..255, as in AudioSet's released embeddings
+    pre_relu: bool = False  # omit the final ReLU, as the TensorFlow original does
+    dtype: Dtype = "float16"  # of the stored features
 
 
 class VisualConfig(Section):
-    """ViT through timm, or CLIP's image tower (Table 2)."""
+    """ViT through timm, or CLIP's image encoder (Table 2)."""
 
     encoder: Literal["vit", "clip"] = "vit"
-    model: str = "vit_base_patch16_224"  # timm's name; not read for clip
+    model: str = "vit_base_patch16_224"  # timm's name; ignored for clip
     model_args: dict[str, int] = {}  # overrides of timm's architecture, for small models
     weights: str  # a local file (vit) or folder (clip), or "hub:NAME"
-    image_size: int = 224
-    dtype: Dtype = "float16"
+    image_size: int = 224  # pixels per side of the encoder's input
+    dtype: Dtype = "float16"  # of the stored features
 
 
 class TextConfig(Section):
-    """DistilRoBERTa, or CLIP's text tower (Table 2)."""
+    """DistilRoBERTa, or CLIP's text encoder (Table 2)."""
 
     encoder: Literal["roberta", "clip"] = "roberta"
     weights: str  # a local folder in the transformers format, or "hub:NAME"
-    max_tokens: int = 25
-    dtype: Dtype = "float16"
+    max_tokens: int = 25  # longer expressions are truncated, shorter ones padded
+    dtype: Dtype = "float16"  # of the stored features
 
 
 class Sam2Config(Section):
-    """SAM2: which one, and where in its image encoder the cache is taken (design decision 3)."""
+    """SAM 2: its architecture and weights, and where its image embeddings are cached (design decision 3)."""
 
     config: str  # a yaml file, or a name inside the sam2 package such as configs/sam2/sam2_hiera_l.yaml
-    checkpoint: str  # official .pt ({"model": state dict}) or .safetensors
-    cache_point: Literal["post_conv", "pre_conv"] = "post_conv"
-    dtype: Sam2Dtype = "float16"  # int8: with a scale a channel; it and bfloat16 are read back as float32
-    compression: Literal["none", "zstd"] = "none"  # zstd: a smaller store, read more slowly
+    checkpoint: str  # official .pt ({"model": state dict}) or .safetensors, or "hub:NAME"
+    cache_point: Literal["post_conv", "pre_conv"] = "post_conv"  # after or before the mask decoder's conv_s0, conv_s1
+    dtype: Sam2Dtype = "float16"  # int8 stores one scale per channel; int8 and bfloat16 are read back as float32
+    compression: Literal["none", "zstd"] = "none"  # zstd: a smaller store that reads more slowly
 
 
 class PackConfig(Section):
@@ -94,19 +96,19 @@ class PackConfig(Section):
 
 
 class FusionConfig(Section):
-    """The fusion transformer (section 3.2) and the choices its ablations vary (Tables 2 to 5)."""
+    """The fusion transformer (section 3.2) and the settings that its ablations vary (Tables 2 to 5)."""
 
-    dim: int = 1024
-    blocks: int = Field(6, gt=0)
-    heads: int = Field(8, gt=0)
-    mlp_ratio: int = Field(4, gt=0)  # width of the MLPs over dim; 4 as in ViT
-    seg_tokens: int = Field(1, gt=0)  # the first one prompts SAM2
-    prompt: Literal["seg", "mean"] = "seg"  # learnable token, or the mean of the whole sequence
-    accumulate_cls: bool = True  # Eq. 4
+    dim: int = 1024  # hidden width
+    blocks: int = Field(6, gt=0)  # transformer blocks, L in Eq. 2
+    heads: int = Field(8, gt=0)  # attention heads; must divide dim
+    mlp_ratio: int = Field(4, gt=0)  # width of the MLPs divided by dim; 4 as in ViT
+    seg_tokens: int = Field(1, gt=0)  # number of [seg] tokens; the first one prompts SAM 2
+    prompt: Literal["seg", "mean"] = "seg"  # the learnable token, or the mean of the whole sequence (Table 5)
+    accumulate_cls: bool = True  # append the [cls] tokens of earlier frames as [his] (Eq. 4)
 
 
 class LossConfig(Section):
-    """Eq. 5; object_score supervises SAM2's occlusion score, which the paper does not (0)."""
+    """Weights of the loss terms (Eq. 5). The paper does not supervise SAM 2's object score: 0."""
 
     bce: float = 1.0
     dice: float = 1.0
@@ -114,69 +116,78 @@ class LossConfig(Section):
 
 
 class TrainConfig(Section):
-    seed: int = 0
+    """Training (sections 3.3 and 4.1)."""
+
+    seed: int = 0  # of the initial weights and the sample order
     epochs: int = Field(gt=0)
     batch_size: int = Field(8, gt=0)
-    accumulate: int = Field(2, gt=0)  # batches a step
-    lr: float = 1e-4
-    sam2_lr_scale: float = Field(1.0, ge=0)  # SAM2's parts learn at lr times this; the paper has one rate for all
+    accumulate: int = Field(2, gt=0)  # batches per optimiser step
+    lr: float = 1e-4  # peak learning rate
+    sam2_lr_scale: float = Field(1.0, ge=0)  # SAM 2's parts learn at lr times this; the paper has one rate for all
     weight_decay: float = 0.0
-    warmup_steps: int = 100
-    clip_norm: float | None = None
-    train_prompt_encoder: bool = True
-    train_mask_decoder: bool = True
-    precision: Literal["float32", "bfloat16"] = "float32"
-    workers: int = Field(0, ge=0)  # processes that read samples; 0 reads between the steps
-    # Videos whose samples are drawn together, all of which should fit in memory: 1024 are 12 GB at the paper's sizes
-    # (11.4 MB each), and two samples of a step of 16 are of one video once in ten steps.
+    warmup_steps: int = 100  # of linear warm-up; then lr decays linearly to 0
+    clip_norm: float | None = None  # largest norm of the gradient; None: no clipping
+    train_prompt_encoder: bool = True  # Table 6
+    train_mask_decoder: bool = True  # Table 6
+    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast
+    workers: int = Field(0, ge=0)  # processes that read samples; 0 reads in the training process
+    # Number of videos to draw samples from at a time; all should fit in memory: 1024 videos take 12 GB at the paper's
+    # sizes (11.4 MB each). With 16 samples per step, about one step in ten has two samples of one video.
     pool: int = Field(1024, gt=0)
-    resident: Resident = "auto"  # where all shards are held while training, if they fit; says what it decided
+    resident: Resident = "auto"  # where to hold all shards while training; auto: the GPU, else RAM, if they fit
     loss: LossConfig = LossConfig()
 
 
 class InferConfig(Section):
-    precision: Literal["float32", "bfloat16"] = "float32"
-    absent: Literal["track", "empty"] = "track"  # what becomes of an object that SAM2 finds absent on frame 0
+    """Full-video inference."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast
+    absent: Literal["track", "empty"] = "track"  # objects that SAM 2 judges absent in frame 0: track anyway, or empty
+    # Also predict test_s and test_u with another video's audio, with permuted expressions, from the ground-truth mask.
     controls: list[Literal["swapped_audio", "permuted_text", "true_mask"]] = []
 
 
 class EvaluateConfig(Section):
+    """Scoring."""
+
+    # per_expression scores each expression by itself; official_batch scores batches of four, as Ref-AVS's script does.
     protocol: Literal["per_expression", "official_batch"] = "per_expression"
 
 
 class ReportConfig(Section):
-    clips: int = 8  # how many clips are shown with their masks
+    """The report."""
+
+    clips: int = 8  # number of videos to show with their masks
 
 
 class LocalConfig(Section):
-    """Workers on this machine. None: one worker a GPU or every four cores; threads, the cores divided by workers."""
+    """Workers on this machine."""
 
     kind: Literal["local"]
-    workers: int | None = Field(None, gt=0)
-    threads: int | None = Field(None, gt=0)  # torch's, of a worker
+    workers: int | None = Field(None, gt=0)  # None: one per GPU or, without a GPU, one per four cores
+    threads: int | None = Field(None, gt=0)  # torch threads per worker; None: cores divided by workers
 
 
 class SchedulerConfig(Section):
-    """Workers of a Dask scheduler that is there already."""
+    """Workers of a running Dask scheduler."""
 
     kind: Literal["scheduler"]
     address: str  # tcp://host:port
-    threads: int | None = Field(None, gt=0)  # torch's, of a worker; None leaves them as the workers were started
+    threads: int | None = Field(None, gt=0)  # torch threads per worker; None: unchanged
 
 
 class SlurmConfig(Section):
-    """Workers as jobs of SLURM, one each."""
+    """Workers as SLURM jobs, one worker per job."""
 
     kind: Literal["slurm"]
     jobs: int = Field(gt=0)
-    cores: int = Field(gt=0)  # of a job
-    memory: str  # of a job
-    options: dict[str, Any] = {}  # of dask_jobqueue.SLURMCluster
+    cores: int = Field(gt=0)  # per job
+    memory: str  # per job
+    options: dict[str, Any] = {}  # arguments of dask_jobqueue.SLURMCluster
 
 
 ClusterConfig = Annotated[LocalConfig | SchedulerConfig | SlurmConfig, Field(discriminator="kind")]
 SECTIONS: dict[str, type[Section]] = {
-    "synth": SynthConfig,
     "dataset": DatasetConfig,
     "audio": AudioConfig,
     "visual": VisualConfig,
@@ -191,34 +202,35 @@ SECTIONS: dict[str, type[Section]] = {
 }
 S = TypeVar("S", bound=Section)
 T = TypeVar("T")
-CLUSTER = "cluster"  # the folder beside the profiles that is none
+CLUSTER = "cluster"  # the folder of configs/ that is no profile
+NO_PROFILES = (CLUSTER, "dataset")  # data/dataset holds the datasets of all profiles
 
 
 def _read_yaml(path: Path) -> dict:
     try:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise RequestError(f"{path}: no such configuration file; run from the repository's root") from None
+        raise RequestError(f"{path}: no such configuration file; run from the root of the repository") from None
     except yaml.YAMLError as error:
         raise RequestError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise RequestError(f"{path}: expected keys and values, found {type(values).__name__}")
+        raise RequestError(f"{path}: expected keys and values, found a {type(values).__name__}")
     return values
 
 
 def active_profile(configs: Path = Path("configs")) -> str:
     """The profile that configs/profile.yaml selects."""
     values = _read_yaml(configs / "profile.yaml")
-    known = sorted(p.name for p in configs.iterdir() if p.is_dir() and p.name != CLUSTER)
+    known = sorted(p.name for p in configs.iterdir() if p.is_dir() and p.name not in NO_PROFILES)
     if set(values) != {"profile"} or values["profile"] not in known:
         raise RequestError(f"{configs / 'profile.yaml'}: expected 'profile: NAME' with NAME in {known}, found {values}")
     return values["profile"]
 
 
 def load(section: type[S], configs: Path = Path("configs")) -> S:
-    """The active profile's values of one section, e.g. `load(TrainConfig)`.
+    """The active profile's settings of one section, e.g. `load(TrainConfig)`.
 
-    Raises RequestError where the file is missing, holds an unknown key, or a value of the wrong type.
+    Raises RequestError if the file is missing, or holds an unknown key or a value of the wrong type.
     """
     name = next(n for n, c in SECTIONS.items() if c is section)
     profile = active_profile(configs)
@@ -226,15 +238,16 @@ def load(section: type[S], configs: Path = Path("configs")) -> S:
     values = _read_yaml(path)
     if section is DatasetConfig:
         if "root" in values:
-            raise RequestError(f"{path}: root is not a choice; link your folder to data/dataset/{profile} instead")
+            link = f"ln -s /path/to/Ref-AVS data/dataset/{profile}"
+            raise RequestError(f"{path}: root is not a setting; link your folder instead: {link}")
         values["root"] = f"data/dataset/{profile}"
     return _check(lambda: section(**values), path)
 
 
 def load_cluster(name: str, configs: Path = Path("configs")) -> LocalConfig | SchedulerConfig | SlurmConfig:
-    """Where feature stages compute, configs/cluster/<name>.yaml; it never changes what they compute.
+    """The workers of feature stages, from configs/cluster/<name>.yaml. They do not affect what is computed.
 
-    Raises RequestError as `load` does, and where there is no such file.
+    Raises RequestError as `load` does, or if there is no such file.
     """
     path = configs / CLUSTER / f"{name}.yaml"
     if not path.is_file():
@@ -245,9 +258,9 @@ def load_cluster(name: str, configs: Path = Path("configs")) -> LocalConfig | Sc
 
 
 def read_sam2_config(config: str) -> "DictConfig":
-    """SAM2's yaml: a file, or a name inside the sam2 package such as "configs/sam2/sam2_hiera_l.yaml".
+    """SAM 2's yaml: a file, or a name inside the sam2 package such as "configs/sam2/sam2_hiera_l.yaml".
 
-    Raises RequestError where there is no such file or it holds no `model`.
+    Raises RequestError if there is no such file, or if it has no `model`.
     """
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -260,20 +273,20 @@ def read_sam2_config(config: str) -> "DictConfig":
             f"configs/{p.parent.name}/{p.name}" for p in Path(str(files("sam2"))).glob("configs/sam2*/sam2*.yaml")
         )
         raise RequestError(
-            f"{config}: no such SAM2 configuration, neither a file nor one of sam2's own: {', '.join(known)}"
+            f"{config}: no such SAM 2 configuration; expected a file, or one of the sam2 package: {', '.join(known)}"
         )
     try:
         values = OmegaConf.load(path)
         OmegaConf.resolve(values)
     except (OmegaConfBaseException, ValueError) as error:
-        raise RequestError(f"{path}: not a SAM2 configuration: {' '.join(str(error).split())}") from error
+        raise RequestError(f"{path}: not a SAM 2 configuration: {' '.join(str(error).split())}") from error
     if not isinstance(values, DictConfig) or "image_encoder" not in values.get("model", {}):
-        raise RequestError(f"{path}: expected a SAM2 configuration with model.image_encoder, found none")
+        raise RequestError(f"{path}: expected a SAM 2 configuration with model.image_encoder, found none")
     return values
 
 
 def _check(make: Callable[[], T], path: Path) -> T:
-    """What `make` makes of a file's values, its faults as one line."""
+    """The result of `make`; a validation error is reported as one line that names the file."""
     try:
         return make()
     except ValidationError as error:

@@ -1,10 +1,11 @@
-"""Full-video inference over cached features: [seg] prompts frame 0, SAM2's memory carries the mask through the rest.
+"""Full-video inference on precomputed features (section 3.3, Inference): [seg] prompts frame 0, then SAM 2's memory
+propagates the mask through the other frames.
 
-Section 3.3, Inference. All expressions of a video are one batch that shares its embeddings. A split becomes one HDF5
-file of binned masks, and one more for each control. Letters: B expressions of a video, T frames, S mask size.
+All expressions of a video are one batch that shares the video's embeddings. Each split gives one HDF5 file of binned
+masks, and one more per control. Letters: B expressions of a video, T frames, S mask size.
 
-Every video's masks are kept in a scratch folder as soon as they are known, under a fingerprint of all that determines
-them, so that an interrupted run goes on where it stopped; the split is published whole, by one rename.
+Each video's masks are saved in a scratch folder as soon as they are computed, under a fingerprint of everything that
+determines them, so an interrupted run resumes. The split is published in one rename.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from samlove.config import CONTROLLED_SPLITS, InferConfig
 from samlove.data.dataset import RefAvsFolder, load_mask
-from samlove.data.digest import rows_digest
+from samlove.data.digest import rows_digest, source_digests
 from samlove.errors import RequestError, SamloveError
 from samlove.model.checkpoint import Header, load_model, read_header
 from samlove.model.sam2 import LEVELS
@@ -35,33 +36,39 @@ from stores import FeatureStore, PredictionReader, PredictionWriter
 from stores.fingerprint import check_fingerprint, fingerprint_id, sha256_file
 from stores.manifest import replace_folder
 
-PREDICTIONS = "predictions"  # the variant that is no control
-STAGES = {"audio": "audio", "visual": "visual", "text": "text", "sam2": "sam2@train sam2@eval"}
-# Masks left in the scratch folder by other code must not be taken up: these files decide what a mask is.
-CODE = ("infer.py", "model/fusion.py", "model/sam2.py", "model/sam2_love.py", "scoring/metrics.py")
+STORES = ("audio", "visual", "text", "sam2")  # also the names of their stages
+PREDICTIONS = "predictions"  # the variant that is not a control
+# The modules that determine the masks. Masks in the scratch folder that other code computed are not reused.
+CODE = (
+    "samlove.infer",
+    "samlove.model.fusion",
+    "samlove.model.sam2",
+    "samlove.model.sam2_love",
+    "samlove.scoring.metrics",
+)
 
 
 class Job(NamedTuple):
-    """One variant of one video: what each of its B expressions is given. Either texts and a sound, or true masks."""
+    """The inputs of the B expressions of one video, for one variant: either texts and audio, or ground-truth masks."""
 
     row_ids: list[str]
     texts: list[str]
-    audio: str  # media_id
-    masks: list[int]  # fid of each expression's object; empty where texts prompt
+    audio: str  # media_id of the video whose audio is used
+    masks: list[int]  # fid of each expression's object; empty if the texts prompt
 
 
 class Inputs(NamedTuple):
-    """A job's arrays, on the CPU: fusion inputs by the names of samlove.data.loader, or masks of frame 0."""
+    """A job's arrays on the CPU: either fusion inputs, named as in samlove.data.loader, or masks of frame 0."""
 
     row_ids: list[str]
-    fusion: dict[str, Tensor]
+    fusion: dict[str, Tensor]  # (B, ...) each
     masks: Tensor | None  # (objects, H, W) bool
     objects: list[int]  # row of `masks` for each expression
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The four feature stores of an evaluation split; text is keyed by expression, the others by media_id."""
+    """The four feature stores of an evaluation split. Text is keyed by expression, the others by media_id."""
 
     audio: FeatureStore
     visual: FeatureStore
@@ -70,35 +77,35 @@ class Sources:
 
     @classmethod
     def open(cls, features: Path) -> "Sources":
-        """features: the folder of the stores `audio`, `visual`, `text` and `sam2_eval`."""
+        """features: the folder with the stores `audio`, `visual`, `text` and `sam2_eval`."""
         return cls(*(FeatureStore.open(features / name) for name in ("audio", "visual", "text", "sam2_eval")))
 
     @property
     def fingerprints(self) -> dict[str, dict[str, Any]]:
-        return {name: getattr(self, name).manifest["fingerprint"] for name in STAGES}
+        return {name: getattr(self, name).manifest["fingerprint"] for name in STORES}
 
     @property
     def frames(self) -> int:
         return self.sam2.shapes[LEVELS[-1]][0]
 
     def check(self, header: Header, checkpoint: Path, rows: pd.DataFrame) -> None:
-        """Raise SamloveError where a store is not of the kind that the checkpoint was trained on, or lacks an item."""
+        """Raise SamloveError if a store differs from what the checkpoint was trained on, or if an item is missing."""
         widths = {name: getattr(self, name).shapes[name][-1] for name in ("audio", "visual", "text")}
         found = {**widths, "frames": self.visual.shapes["visual"][0], "frames of sam2": self.frames}
-        for name, stages in STAGES.items():
-            remedy = f"dvc repro {stages} pack train, as {checkpoint} was trained on the features expected here"
+        for name in STORES:
+            remedy = f"dvc repro {name} pack train ({checkpoint} was trained on the expected features)"
             store = getattr(self, name)
             check_fingerprint(store.manifest["fingerprint"], header.features.get(name, {}), store.path, remedy)
             missing = [key for key in rows["exp" if name == "text" else "media_id"].unique() if key not in store]
             if missing:
                 known = {failure.key: f"{failure.stage} failed: {failure.error}" for failure in store.failures}
                 raise SamloveError(
-                    f"{store.path}: expected all items that the index lists, found {len(missing)} missing, first "
-                    f"{missing[0]!r} ({known.get(missing[0], 'of another index')}); each row must be predicted: "
-                    f"dvc repro -f {stages.split()[-1]}, or leave the row out by a policy in dataset.yaml"
+                    f"{store.path}: expected all items in the index, found {len(missing)} missing, first "
+                    f"{missing[0]!r} ({known.get(missing[0], 'built from a different index')}); every row "
+                    f"needs a prediction; run: dvc repro -f -s {name}, or drop the row by a policy in dataset.yaml"
                 )
         wanted = {**header.dims, "frames of sam2": header.dims["frames"]}
-        remedy = f"dvc repro pack train, as {checkpoint} was trained on the sizes expected here"
+        remedy = f"dvc repro pack train ({checkpoint} was trained on the expected sizes)"
         check_fingerprint(found, wanted, self.visual.path, remedy)
 
 
@@ -114,12 +121,12 @@ def infer(
     scratch: Path,
     device: torch.device,
 ) -> dict[str, int]:
-    """Predict all expressions of a split; returns how many rows each file in `out` has.
+    """Predict all expressions of a split. Returns the number of rows in each file in `out`, by variant.
 
-    rows: of expressions.parquet, this split's. features: as for `Sources.open`. out: the folder to make, with
-    predictions.h5 and, for the splits that have controls, {control}.h5; each row (T, S, S) uint8 bins of
-    samlove.scoring.metrics. scratch: a folder of this split's own, outside every DVC out, on the file system of `out`.
-    Raises RequestError where an input is missing, SamloveError where inputs do not belong together.
+    rows: those of expressions.parquet for this split. features: as in `Sources.open`. out: the folder to write, with
+    predictions.h5 and, for splits with controls, {control}.h5; each row is (T, S, S) uint8, bins of
+    samlove.scoring.metrics. scratch: a folder for this split only, outside every DVC output, on the file system of
+    `out`. Raises RequestError if an input is missing, SamloveError if the inputs do not match each other.
     """
     header, sources = read_header(checkpoint), Sources.open(features)
     sources.check(header, checkpoint, rows)
@@ -135,8 +142,8 @@ def infer(
         "absent": config.absent,
         "mask_size": mask_size,
     }
-    kept = scratch / fingerprint_id({**made_by, "videos": videos, "code": _code_sha256()})
-    todo = {media_id: left for media_id, jobs in videos.items() if (left := _left(jobs, kept / media_id))}
+    finished = scratch / fingerprint_id({**made_by, "videos": videos, "code": source_digests(CODE)})
+    todo = {media_id: left for media_id, jobs in videos.items() if (left := _unfinished(jobs, finished / media_id))}
     frames = sources.frames
     with tqdm(total=len(videos), initial=len(videos) - len(todo), desc=split, unit="video", mininterval=2) as bar:
         model = load_model(checkpoint).to(device) if todo else None
@@ -144,19 +151,19 @@ def infer(
             assert model is not None
             for variant, given in inputs.items():
                 bins = quantise(predict(model, embeds, given, mask_size, config))
-                with PredictionWriter(kept / media_id / f"{variant}.h5", frames, mask_size, EDGES) as writer:
+                with PredictionWriter(finished / media_id / f"{variant}.h5", frames, mask_size, EDGES) as writer:
                     writer.write(given.row_ids, bins)
             bar.update()
     counts = {}
     for variant in (PREDICTIONS, *controls):
-        path = kept / "published" / f"{variant}.h5"
+        path = finished / "published" / f"{variant}.h5"
         with PredictionWriter(path, frames, mask_size, EDGES, {**made_by, "variant": variant}) as writer:
             for media_id, jobs in videos.items():
                 if variant in jobs:
-                    part = PredictionReader(kept / media_id / f"{variant}.h5")
+                    part = PredictionReader(finished / media_id / f"{variant}.h5")
                     writer.write(part.row_ids, np.stack([part.read(row_id) for row_id in part.row_ids]))
         counts[variant] = sum(len(jobs[variant].row_ids) for jobs in videos.values() if variant in jobs)
-    replace_folder(kept / "published", out)
+    replace_folder(finished / "published", out)
     shutil.rmtree(scratch)
     return counts
 
@@ -166,9 +173,9 @@ def predict(model: SamLove, embeds: dict[str, Tensor], given: Inputs, mask_size:
     """Mask logits (B, T, S, S) float32 of one job.
 
     embeds: sam2_image_embed (T, C, h, w) and its finer levels, on any device. The model is in evaluation mode.
-    An object that SAM2 finds absent on frame 0 is tracked all the same, as the official predictor does ("track"): it
-    may yet appear. But a memory of nothing may drift onto anything; where expressions may refer to nothing, and the
-    object score was trained to say so, "empty" keeps what was absent on frame 0 absent throughout.
+    config.absent decides about objects that SAM 2 judges absent in frame 0. "track" tracks them anyway, as the official
+    predictor does, because they may appear later; but a memory without an object may drift onto any object. "empty"
+    keeps them empty in all frames; use it with null expressions, if the object score was trained.
     """
     device = model.sam2.device
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
@@ -184,18 +191,19 @@ def predict(model: SamLove, embeds: dict[str, Tensor], given: Inputs, mask_size:
     return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)  # (B, T, S, S)
 
 
-# --- what each expression is given -----------------------------------------------------------------------------------
+# --- inputs of each expression ---------------------------------------------------------------------------------------
 
 
 def plan(rows: pd.DataFrame, controls: Sequence[str]) -> dict[str, dict[str, Job]]:
-    """{media_id: {variant: job}} for a split, in the order of `rows`; the same for the same rows, always.
+    """{media_id: {variant: job}} for a split, in the order of `rows`; deterministic.
 
     rows: row_id, media_id, vid, fid, exp, null. Controls:
-    swapped_audio: the sound of another clip of the split (another vid: null clips share a vid's picture or sound).
-    permuted_text: within a video each expression gets the text of the next one that means another object; in a
-        video that has but one object, the text of another video.
-    true_mask: SAM2 alone, from the true mask of frame 0; rows without an object are left out.
-    Raises RequestError where a control needs a second video and the split has none.
+    swapped_audio: the audio of another video of the split, with a different vid, because videos of null expressions
+        share frames or audio with other videos of their vid.
+    permuted_text: each expression gets the text of the next expression of its video that refers to a different object;
+        if the video has only one object, a text of another video.
+    true_mask: SAM 2 alone, prompted with the ground-truth mask of frame 0; rows without an object are left out.
+    Raises RequestError if a control needs a second video and the split has none.
     """
     videos: dict[str, pd.DataFrame] = {str(key): group for key, group in rows.groupby("media_id", sort=False)}
     others = _other_videos(videos) if set(controls) & {"swapped_audio", "permuted_text"} else {}
@@ -216,7 +224,7 @@ def plan(rows: pd.DataFrame, controls: Sequence[str]) -> dict[str, dict[str, Job
 
 
 def _other_videos(videos: dict[str, pd.DataFrame]) -> dict[str, str]:
-    """For each video the next one of another vid, in an order that has nothing to do with what they show."""
+    """For each video the next one with a different vid, in an order that does not depend on their content."""
     order = sorted(videos, key=lambda media_id: hashlib.sha256(media_id.encode()).digest())
     vid = {media_id: group["vid"].iloc[0] for media_id, group in videos.items()}
     others = {}
@@ -225,15 +233,18 @@ def _other_videos(videos: dict[str, pd.DataFrame]) -> dict[str, str]:
         found = next((other for other in following if vid[other] != vid[media_id]), None)
         if found is None:
             raise RequestError(
-                f"infer.yaml: controls: swapped_audio and permuted_text need two videos in a split, found only {vid}; "
-                "take them out of controls"
+                f"infer.yaml: controls: swapped_audio and permuted_text need two videos with different vids in a "
+                f"split, found only {vid}; remove these controls"
             )
         others[media_id] = found
     return others
 
 
 def _permuted(group: pd.DataFrame, elsewhere: list[str]) -> list[str]:
-    """For each row of a video the text of the next row, cyclically, of another object and other words."""
+    """For each row of a video, the text of the next row (cyclically) with a different object and a different text.
+
+    elsewhere: the texts of another video, used if there is no such row.
+    """
     texts, objects = group["exp"].tolist(), group["fid"].tolist()
     count = len(texts)
     permuted = []
@@ -244,13 +255,9 @@ def _permuted(group: pd.DataFrame, elsewhere: list[str]) -> list[str]:
     return permuted
 
 
-def _code_sha256() -> str:
-    return hashlib.sha256("".join(sha256_file(Path(__file__).parent / name) for name in CODE).encode()).hexdigest()
-
-
-def _left(jobs: dict[str, Job], kept: Path) -> dict[str, Job]:
-    """The jobs of a video whose masks are not in the scratch folder; a file there under its own name is whole."""
-    return {variant: job for variant, job in jobs.items() if not (kept / f"{variant}.h5").is_file()}
+def _unfinished(jobs: dict[str, Job], finished: Path) -> dict[str, Job]:
+    """The jobs of a video whose masks are not yet in its scratch folder. A file with its final name is complete."""
+    return {variant: job for variant, job in jobs.items() if not (finished / f"{variant}.h5").is_file()}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -259,7 +266,7 @@ def _left(jobs: dict[str, Job], kept: Path) -> dict[str, Job]:
 def _read_ahead(
     todo: dict[str, dict[str, Job]], sources: Sources, folder: RefAvsFolder
 ) -> Iterator[tuple[str, dict[str, Tensor], dict[str, Inputs]]]:
-    """Each video's embeddings and inputs, the next one being read while the caller works on one."""
+    """Each video's media_id, embeddings and inputs. Reads the next video while the caller processes the current one."""
     with ThreadPoolExecutor(1) as reader:
         pending = None
         for media_id, jobs in todo.items():
@@ -284,9 +291,8 @@ def _read(
             given = Inputs(job.row_ids, {}, torch.from_numpy(masks), [objects.index(fid) for fid in job.masks])
         else:
             words = [sources.text.read(text) for text in job.texts]
-            sound = sources.audio.read(job.audio)
-            once = {"audio": sound["audio"], "audio_valid": sound["audio_valid"]}
-            shared = {name: _as_input(array) for name, array in once.items()} | {"visual": visual}
+            audio = sources.audio.read(job.audio)
+            shared = {name: _as_input(audio[name]) for name in ("audio", "audio_valid")} | {"visual": visual}
             count = len(words)
             fusion = {name: array.expand(count, *array.shape) for name, array in shared.items()}  # (B, ...)
             fusion |= {name: _as_input(np.stack([word[name] for word in words])) for name in ("text", "text_mask")}
@@ -296,6 +302,6 @@ def _read(
 
 
 def _as_input(array: np.ndarray) -> Tensor:
-    """As the trainer's: bool as it is, all else float32."""
+    """As in training: bool unchanged, all else float32."""
     tensor = torch.from_numpy(array)
     return tensor if tensor.dtype == torch.bool else tensor.float()

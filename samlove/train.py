@@ -1,18 +1,17 @@
-"""Training (sections 3.3 and 4.1): the fusion module and SAM2's two prompted parts, on cached features.
+"""Training (sections 3.3 and 4.1): the fusion module, SAM 2's prompt encoder and mask decoder, on precomputed features.
 
-One epoch is an order of all expressions by (seed, epoch); what has been consumed of it is the whole position of
-a run, whatever reads the samples. A run that was interrupted goes on from its state file to the very bits that it
-would have reached uninterrupted, on the CPU; the state is found by a fingerprint of everything the run depends on.
+(seed, epoch) determines the sample order, so the number of samples consumed is a run's whole position, however they
+are loaded. An interrupted run resumes from its state file; on the CPU the result is bit-identical to an uninterrupted
+run. The state is found by a fingerprint of everything the run depends on.
 """
 
-import json
 import math
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,25 +24,29 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from samlove.config import TrainConfig
+from samlove.data.digest import source_digests
 from samlove.errors import RequestError, SamloveError
-from samlove.model.checkpoint import Header, Origin, read_tensors, save_checkpoint, write_tensors
+from samlove.model.checkpoint import Header, Origin, save_checkpoint
 from samlove.model.loss import Losses, mask_loss, upsample
+from samlove.model.optimizer import build_optimizer, set_learning_rate, warmup_decay
 from samlove.model.sam2_love import SamLove
+from samlove.model.training_state import MADE_BY, STATE, Progress, report_other_runs, restore_state, save_state
 from samlove.scoring.metrics import quantise, scores_from_bins
-from stores.fingerprint import differing, fingerprint_id, flat, sha256_file
+from stores.fingerprint import fingerprint_id
 from stores.manifest import write_json
 
-SAVE_SECONDS = 300  # at most this much work is lost by a kill that gives no notice
-SELECTED_BY = "J&F"
-STATE, MADE_BY = "state.safetensors", "made_by.json"  # of an interrupted run, in its folder
-# A state left by other code must not be taken up: these files decide what a step does.
+SAVE_SECONDS = 300  # a kill without notice loses at most this much work
+SELECTED_BY = "J&F"  # validation score that selects the best epoch
+# The modules that determine what a step does. A run whose state other code wrote is not resumed.
 CODE = (
-    "data/loader.py",
-    "model/fusion.py",
-    "model/loss.py",
-    "model/sam2.py",
-    "model/sam2_love.py",
-    "train.py",
+    "samlove.data.loader",
+    "samlove.model.fusion",
+    "samlove.model.loss",
+    "samlove.model.optimizer",
+    "samlove.model.sam2",
+    "samlove.model.sam2_love",
+    "samlove.model.training_state",
+    "samlove.train",
 )
 
 Batch = dict[str, Any]
@@ -57,53 +60,35 @@ class Items(Protocol):
 
 @dataclass(frozen=True)
 class Samples:
-    """What is trained on. `collate` makes the batch of samlove.data.loader from items."""
+    """The training and validation samples. `collate` makes a batch, as in samlove.data.loader, from items."""
 
     train: Items
     val: Items
     collate: Callable[[list], Batch]
-    order: Callable[[int], Iterable[int]]  # epoch -> a permutation of the training items, always the same
-    on_gpu: bool = False  # whether items are tensors there already
-
-
-@dataclass
-class Progress:
-    """Where a run is, besides its tensors."""
-
-    epoch: int = 0
-    consumed: int = 0  # samples of this epoch, over all processes
-    step: int = 0
-    sums: dict[str, float] = field(default_factory=dict)  # of each loss over the samples consumed
-    best: float = -1.0  # by SELECTED_BY, which is 0 at least
-    history: list[dict[str, float]] = field(default_factory=list)  # what DVCLive was told, an epoch each
+    order: Callable[[int], Iterable[int]]  # epoch -> a fixed permutation of the training items
+    on_gpu: bool = False  # whether the items are already on the GPU
 
 
 class Trainer:
     """One run: `Trainer(...).run()`."""
 
     def __init__(self, model: SamLove, origin: Origin, samples: Samples, device: torch.device, scratch: Path):
-        """model: fresh, its SAM2 not yet frozen; moved to `device` here. scratch: holds a folder a run.
+        """model: newly built, its SAM 2 not yet frozen; moved to `device` here. scratch: holds one folder per run.
 
-        Takes up the run of the same fingerprint where the scratch folder has its state.
+        Resumes the run with the same fingerprint if its state is in the scratch folder.
         """
         self.config: TrainConfig = origin.train
         self.origin, self.samples, self.device = origin, samples, device
         model.sam2.set_trainable(self.config.train_prompt_encoder, self.config.train_mask_decoder)
         self.model = model.to(device)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        groups = [
-            {
-                "params": [p for name, p in self.parameters.items() if name.startswith("sam2.") == of_sam2],
-                "scale": self.config.sam2_lr_scale if of_sam2 else 1.0,
-            }
-            for of_sam2 in (False, True)
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=self.config.weight_decay, fused=True)
+        self.optimizer = build_optimizer(self.parameters, self.config)
         self.progress = Progress()
-        self.folder = scratch / fingerprint_id(made_by(origin))
-        self.stop_asked = False
+        self.fingerprint = run_fingerprint(origin)
+        self.folder = scratch / fingerprint_id(self.fingerprint)
+        self.stop_requested = False
         if self.state_file.exists():
-            self._restore()
+            self.progress = restore_state(self.state_file, self.parameters, self.optimizer)
 
     @property
     def state_file(self) -> Path:
@@ -115,10 +100,10 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        return self.config.epochs * math.ceil(len(self.samples.train) / self._samples_a_step)
+        return self.config.epochs * math.ceil(len(self.samples.train) / self._samples_per_step)
 
     @property
-    def _samples_a_step(self) -> int:
+    def _samples_per_step(self) -> int:
         return self.config.batch_size * self.config.accumulate
 
     def _learning_rate(self, step: int) -> float:
@@ -127,12 +112,12 @@ class Trainer:
     def run(self, live: Live) -> None:
         """Train to the end; `best_file` then holds the best epoch's checkpoint.
 
-        live: gets a row an epoch, those of before an interruption again.
-        Raises KeyboardInterrupt, the state saved, on SIGINT or SIGTERM; SamloveError where the loss is not finite.
+        live: gets one row per epoch; a resumed run logs the earlier epochs again.
+        Raises KeyboardInterrupt after saving the state on SIGINT or SIGTERM, SamloveError if the loss is not finite.
         """
         for row in self.progress.history:
             _log(live, row)
-        with self._signals_ask_to_stop(), self._bar() as bar:
+        with self._stop_on_signals(), self._bar() as bar:
             while self.progress.epoch < self.config.epochs:
                 self._train_epoch(bar)
                 row = self._close_epoch()
@@ -145,32 +130,31 @@ class Trainer:
         order = list(self.samples.order(progress.epoch))[progress.consumed :]
         batches = iter(self._loader(self.samples.train, order))
         saved = time.monotonic()
-        for start in range(0, len(order), self._samples_a_step):
-            size = min(self._samples_a_step, len(order) - start)
+        for start in range(0, len(order), self._samples_per_step):
+            size = min(self._samples_per_step, len(order) - start)
             losses = self._step(list(islice(batches, self.config.accumulate)), size)
             for name, value in losses.items():
                 progress.sums[name] = progress.sums.get(name, 0.0) + value
             progress.consumed += size
             bar.update(size)
             bar.set_postfix(epoch=progress.epoch + 1, loss=f"{losses['loss'] / size:.3f}", refresh=False)
-            if self.stop_asked or time.monotonic() - saved > SAVE_SECONDS:
+            if self.stop_requested or time.monotonic() - saved > SAVE_SECONDS:
                 self._save()
-                self._stop_if_asked()
+                self._stop_if_requested()
                 saved = time.monotonic()
 
     def _step(self, batches: list[Batch], size: int) -> dict[str, float]:
-        """One step of the optimiser over `size` samples in all -> the sums of the losses over them.
+        """One optimiser step over batches with `size` samples in total -> the sum of each loss over these samples.
 
-        A sample weighs the same whatever the batch it came in, so that 2 batches of 4 are one of 8.
+        Every sample has the same weight, whatever its batch: 2 batches of 4 equal one batch of 8.
         """
-        for options in self.optimizer.param_groups:
-            options["lr"] = options["scale"] * self._learning_rate(self.progress.step)
+        set_learning_rate(self.optimizer, self._learning_rate(self.progress.step))
         parts: list[Losses] = []
         for batch in batches:
             losses = self._losses(self._on_device(batch))
             (losses.total.sum() / size).backward()
             parts.append(Losses(*(part.detach() for part in losses)))
-        # On the CPU all together: each copy waits for a GPU, and so once a step is enough.
+        # Copied to the CPU together, once per step, because each copy waits for the GPU.
         values = Losses(*torch.stack([torch.cat(part) for part in zip(*parts, strict=True)]).cpu().double())
         if not values.total.isfinite().all():
             raise SamloveError(self._not_finite(batches, values.total))
@@ -193,13 +177,13 @@ class Trainer:
         rows = [row for batch in batches for row in batch["row_id"]]
         bad = [row for row, finite in zip(rows, total.isfinite().tolist(), strict=True) if not finite]
         return (
-            f"the loss of step {self.progress.step} (epoch {self.progress.epoch + 1}) is not finite for {len(bad)} of "
-            f"{len(rows)} rows: {', '.join(bad[:8])}; look at their features (samlove store verify), "
-            "or lower lr or set clip_norm in configs/*/train.yaml; no step was taken with them"
+            f"step {self.progress.step} (epoch {self.progress.epoch + 1}): the loss is not finite for {len(bad)} of "
+            f"{len(rows)} rows: {', '.join(bad[:8])}; the weights were not updated; check the features with "
+            "samlove store verify, or lower lr or set clip_norm in configs/<profile>/train.yaml"
         )
 
     def _close_epoch(self) -> dict[str, float]:
-        """Validate, keep the best, save: the row for DVCLive."""
+        """Validate, save the checkpoint if it is the best, save the state -> the row for DVCLive."""
         progress = self.progress
         self._save()
         scores = self.validate()
@@ -217,10 +201,10 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """J, F and J&F in percent, the mean over the validation split's expressions.
+        """J, F and J&F in percent, as means over the expressions of the validation split.
 
-        On the first frame: it is the only one whose SAM2 embedding and mask the shards hold, and the one that is
-        trained. What the masks become over the video is for the infer and evaluate stages.
+        Only on the first frame: it is the only frame that is trained, and the only one whose SAM 2 embedding and mask
+        are in the shards. The infer and evaluate stages score the masks of the whole video.
         """
         self.model.eval()
         scores = []
@@ -230,9 +214,9 @@ class Trainer:
             scores += [
                 scores_from_bins(b[None], m[None]) for b, m in zip(bins, batch["mask"].cpu().numpy() > 0, strict=True)
             ]
-            self._stop_if_asked()
+            self._stop_if_requested()
         J = 100 * float(np.mean([s.J for s in scores]))
-        F = 100 * float(np.nanmean([s.F for s in scores]))  # NaN where a first frame has no target
+        F = 100 * float(np.nanmean([s.F for s in scores]))  # NaN if a first frame has no object
         return {"J": J, "F": F, SELECTED_BY: (J + F) / 2}
 
     def _loader(self, items: Any, order: Sequence[int]) -> DataLoader:
@@ -244,12 +228,12 @@ class Trainer:
             collate_fn=self.samples.collate,
             num_workers=0 if self.samples.on_gpu else self.config.workers,
             pin_memory=self.device.type == "cuda" and not self.samples.on_gpu,
-            generator=torch.Generator(),  # else each pass draws from torch's, which a resumed run makes more of
-            worker_init_fn=_leave_interrupts_to_the_trainer,
+            generator=torch.Generator(),  # else each pass draws from torch's own, and a resumed run has more passes
+            worker_init_fn=_ignore_interrupts,
         )
 
     def _on_device(self, batch: Batch) -> Batch:
-        """Moved, all numbers in float32, and without the text columns that are padding in every sample of it."""
+        """The batch on the device, numbers as float32, without the text positions that are padding in every sample."""
         length = int(batch["text_mask"].any(0).nonzero().max()) + 1
         batch = {**batch, "text": batch["text"][:, :length], "text_mask": batch["text_mask"][:, :length]}
         for name, value in batch.items():
@@ -264,106 +248,60 @@ class Trainer:
         return tqdm(total=self.config.epochs * samples, initial=done, unit="expr", mininterval=2, desc="train")
 
     @contextmanager
-    def _signals_ask_to_stop(self) -> Iterator[None]:
-        """SIGINT and SIGTERM are heeded after the step in hand; a second one ends the process at once."""
+    def _stop_on_signals(self) -> Iterator[None]:
+        """On SIGINT or SIGTERM the current step is finished first; a second signal ends the process at once."""
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-        def ask(number: int, frame: object) -> None:
-            self.stop_asked = True
+        def request_stop(number: int, frame: object) -> None:
+            self.stop_requested = True
             signal.signal(number, before[signal.Signals(number)])
 
         for number in before:
-            signal.signal(number, ask)
+            signal.signal(number, request_stop)
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _stop_if_asked(self) -> None:
-        if self.stop_asked:
+    def _stop_if_requested(self) -> None:
+        if self.stop_requested:
             raise KeyboardInterrupt
 
     def _save(self) -> None:
-        tensors: dict[str, Tensor] = {"random": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            tensors["random_cuda"] = torch.cuda.get_rng_state(self.device)
-        for name, parameter in self.parameters.items():
-            tensors[f"model/{name}"] = parameter
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{key}/{name}"] = value
-        write_tensors(self.state_file, tensors, json.dumps(asdict(self.progress)))
-
-    def _restore(self) -> None:
-        tensors, header = read_tensors(self.state_file)
-        self.progress = Progress(**json.loads(header))
-        torch.set_rng_state(tensors.pop("random"))
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors.pop("random_cuda"), self.device)
-        with torch.no_grad():
-            for key, value in tensors.items():
-                kind, name = key.split("/", 1)
-                parameter = self.parameters[name]
-                if kind == "model":
-                    parameter.copy_(value)
-                else:
-                    self.optimizer.state[parameter][kind] = value.to(self.device)
+        save_state(self.state_file, self.progress, self.parameters, self.optimizer)
 
 
 def train(
     origin: Origin, samples: Samples, device: torch.device, checkpoint: Path, live_folder: Path, scratch: Path
 ) -> None:
-    """Train a model to the end, or go on where the same run was interrupted, and publish its best epoch.
+    """Train a model to the end and write the checkpoint of its best epoch. Resumes the same run if it was interrupted.
 
-    checkpoint: the file to write at the end; live_folder: DVCLive's; scratch: for what an interrupted run leaves, one
-    folder a run, removed when it has ended. Raises as `Trainer.run`; RequestError where a split has no sample.
+    checkpoint: the file to write at the end. live_folder: DVCLive's folder. scratch: holds one folder per unfinished
+    run, which is removed when the run ends. Raises RequestError if a split has no samples; else see `Trainer.run`.
     """
     for split, items in (("train", samples.train), ("val", samples.val)):
         if not len(items):
-            raise RequestError(f"the {split} shards hold no expression; look at the index: samlove audit DIR")
+            raise RequestError(f"the {split} shard set has no samples; check the dataset; run: samlove audit DIR")
     torch.manual_seed(origin.train.seed)
     trainer = Trainer(origin.build(), origin, samples, device, scratch)
-    tell_other_runs(trainer.folder, origin)
+    report_other_runs(trainer.folder, trainer.fingerprint)
     trainer.folder.mkdir(parents=True, exist_ok=True)
-    write_json(trainer.folder / MADE_BY, made_by(origin))
+    write_json(trainer.folder / MADE_BY, trainer.fingerprint)
     with Live(str(live_folder), save_dvc_exp=False, dvcyaml=None) as live:
         trainer.run(live)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     partial = checkpoint.with_name(checkpoint.name + ".partial")
     shutil.copyfile(trainer.best_file, partial)
     partial.replace(checkpoint)
-    trainer.state_file.unlink()  # first: without it what is left is no run to go on with
+    trainer.state_file.unlink()  # first: without its state, the folder is not taken for a run to resume
     shutil.rmtree(trainer.folder)
 
 
-def warmup_decay(step: int, total: int, warmup: int) -> float:
-    """The share of the learning rate at a step, counted from 0: DeepSpeed's WarmupDecayLR, section 4.1.
-
-    Linear up to 1 over `warmup` steps, then linear down to 0 at `total`. Two differences: DeepSpeed's own default
-    rises by the logarithm, and starts with a step at 0, which would be wasted.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    return max(0.0, (total - step) / max(1, total - warmup))
-
-
-def made_by(origin: Origin) -> dict[str, Any]:
-    """Everything that the outcome of a run depends on."""
-    code = {name: sha256_file(Path(__file__).parent / name) for name in CODE}
-    asked = origin.model_dump(mode="json", exclude={"train": {"workers", "resident"}})
-    return {**asked, "code": code, "torch": torch.__version__}
-
-
-def tell_other_runs(folder: Path, origin: Origin) -> None:
-    """Say which interrupted runs beside that in `folder` are not gone on with, and in what they differ."""
-    for other in sorted(folder.parent.glob(f"*/{MADE_BY}")):
-        if other.parent != folder and (other.parent / STATE).exists():
-            then, now = flat(json.loads(other.read_text())), flat(made_by(origin))
-            fields = "; ".join(f"{name}: {a!r} there, {b!r} now" for name, (a, b) in differing(then, now).items())
-            tqdm.write(
-                f"{other.parent}: an interrupted run of another kind is not gone on with ({fields}); "
-                f"to go on with it, bring those back and: dvc repro train; to be rid of it, remove that folder"
-            )
+def run_fingerprint(origin: Origin) -> dict[str, Any]:
+    """Everything that the result of a run depends on."""
+    settings = origin.model_dump(mode="json", exclude={"train": {"workers", "resident"}})
+    return {**settings, "code": source_digests(CODE), "torch": torch.__version__}
 
 
 def _log(live: Live, row: dict[str, float]) -> None:
@@ -372,5 +310,5 @@ def _log(live: Live, row: dict[str, float]) -> None:
     live.next_step()
 
 
-def _leave_interrupts_to_the_trainer(worker: int) -> None:
+def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)

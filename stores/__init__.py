@@ -1,15 +1,16 @@
-"""The formats samlove keeps arrays in; no knowledge of models, only arrays, keys and manifests.
+"""The storage formats of samlove. They know arrays, keys and manifests, but nothing of models.
 
-`features`: Zarr v3 store of frozen features, random access, the canonical and shareable form.
-`shards`: WebDataset tar shards with an index, read by mapping files and without copying.
-`hdf5`: a feature store as one HDF5 file, and back.
-`predictions`: one HDF5 file of binned masks a split.
-`tensors`: one safetensors file of a checkpoint's tensors, with what made them.
-`remote`: stores behind a URL, read through a local cache that processes share.
-`fingerprint`: what made an artefact, and the refusal of an artefact made otherwise.
+`features`, `feature_writer`: feature stores in Zarr v3: random access, the canonical form, and the one to share.
+`shards`: WebDataset training shards with an index, read by memory mapping, without copies.
+`hdf5`: exports a feature store to one HDF5 file, and imports it.
+`predictions`: binned masks, one HDF5 file per split.
+`tensors`: a checkpoint's tensors and header in one safetensors file.
+`remote`: stores behind a URL, read through a download cache that processes share.
+`fingerprint`: what an artefact was computed from; rejects an artefact with a different fingerprint.
 """
 
-from stores.features import Failure, FeatureStore, FeatureStoreWriter
+from stores.feature_writer import FeatureStoreWriter
+from stores.features import Failure, FeatureStore
 from stores.hdf5 import ExportReader, export_store, import_store
 from stores.predictions import PredictionReader, PredictionWriter
 from stores.shards import ShardReader, ShardWriter

@@ -1,8 +1,8 @@
-"""Narrower forms of a float feature than float16: how a feature store keeps them, and floats back from them.
+"""Encodes float features for storage as bfloat16 or int8, and decodes them to float32.
 
-A feature NAME is kept under other names, so that a store says of itself how it is kept:
+The name of a stored array shows how feature NAME is encoded:
     bfloat16    NAME.bfloat16, uint16: the upper half of each float32, rounded to nearest, ties to even
-    int8        NAME.int8 and NAME.scale, float32 (rows, channels, 1, ...): what an int8 counts, a channel of each row
+    int8        NAME.int8 and NAME.scale, float32 (rows, channels, 1, ...): one int8 step, per row and channel
 """
 
 from collections.abc import Mapping
@@ -15,22 +15,22 @@ from samlove.errors import SamloveError
 Coding = Literal["bfloat16", "int8"]
 CODINGS: tuple[str, ...] = get_args(Coding)
 BFLOAT16, INT8, SCALE = ".bfloat16", ".int8", ".scale"
-STEPS = 127  # of an int8 on either side of zero
+STEPS = 127  # int8 steps on either side of zero
 
 
 def encode(name: str, values: np.ndarray, coding: Coding) -> dict[str, np.ndarray]:
-    """Float32 values, for int8 of shape (rows, channels, ...), as the arrays that keep them.
+    """Encode float32 values as the arrays to store; int8 expects shape (rows, channels, ...).
 
-    bfloat16 is off by at most 2^-8 of a value; int8 by half its scale, which is the largest magnitude of the channel
-    in that row over 127. Raises SamloveError, naming the array, where a value is not finite, is beyond bfloat16, or
-    for int8 beyond float16, in which shards are packed from it.
+    The error is at most 2^-8 of a value for bfloat16. For int8 it is at most half the scale, which is the largest
+    magnitude of the channel in that row divided by 127. Raises SamloveError, naming the array, if a value is not
+    finite or out of range: beyond bfloat16 or, for int8, beyond float16, the dtype in which training shards store it.
     """
     values = np.ascontiguousarray(values, np.float32)
     limit = np.finfo(np.float16).max if coding == "int8" else np.uint32(0x7F7F7FFF).view(np.float32)
-    largest = np.abs(values).max(initial=0)  # NaN where there is any
+    largest = np.abs(values).max(initial=0)  # NaN if any value is NaN
     if not largest <= limit:
         raise SamloveError(
-            f"{name}: expected finite values of at most {limit:.6g} to keep as {coding}, found {largest}"
+            f"{name}: expected finite values of at most {limit:.6g} to store as {coding}, found {largest}"
         )
     if coding == "bfloat16":
         bits = values.view(np.uint32)
@@ -42,12 +42,12 @@ def encode(name: str, values: np.ndarray, coding: Coding) -> dict[str, np.ndarra
 
 
 def decode(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The features of an item: coded ones as float32, all others as they are."""
+    """The features of an item: encoded ones as float32, all others unchanged."""
     features: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         if name.endswith(BFLOAT16):
             bits = array.astype(np.uint32)
-            bits <<= 16  # in place: half the time
+            bits <<= 16  # in place, which takes half the time
             features[name.removesuffix(BFLOAT16)] = bits.view(np.float32)
         elif name.endswith(INT8):
             base = name.removesuffix(INT8)
@@ -59,7 +59,7 @@ def decode(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def is_coded(names: Mapping[str, Any]) -> bool:
-    """Whether `decode` has anything to do."""
+    """Whether any of the arrays is encoded."""
     return any(name.endswith((BFLOAT16, INT8)) for name in names)
 
 

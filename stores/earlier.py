@@ -1,9 +1,9 @@
-"""What of a feature store is there already: shards that a stopped run finished, and those of a store made before.
+"""Reusable shards of a feature store: finished by an interrupted run, or part of a previously published store.
 
-Where a key lies is decided once: it stays in its shard for as long as it is wanted. New keys fill shards of their own,
-so that adding media touches nothing else, and the same keys come to lie in the same places whether or not a run was
-stopped in between. A row is as good as new where its key's id, which stands for the content of its source, is the
-same; shards all of whose rows are good are linked, others are written anew from their good rows and computed ones.
+A key stays in its shard as long as it is wanted. New keys go into new shards, so adding items changes no other shard.
+The same keys end up in the same places whether or not a run was interrupted. A row can be reused if its key's id, which
+identifies the content of its source, is unchanged. A shard is linked if all its rows can be reused. Otherwise it is
+rewritten from its reusable rows and recomputed ones.
 """
 
 import json
@@ -31,17 +31,17 @@ def shard_name(number: int) -> str:
 
 
 def shard_attributes(shard: AnyPath) -> dict[str, Any]:
-    """The attributes of a shard's group; SamloveError where it is absent or torn."""
+    """The attributes of a shard's group. Raises SamloveError if it is missing or damaged."""
     try:
         return json.loads((shard / "zarr.json").read_text())["attributes"]
     except (OSError, ValueError, KeyError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise SamloveError(f"{shard}: expected a Zarr group with its keys ({reason}); remake the store") from None
+        raise SamloveError(f"{shard}: expected a Zarr group with its keys ({reason}); recompute the store") from None
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A whole shard: the ids of its rows by key, in order, the keys that it was planned for, and its files."""
+    """A complete shard: {key: id} of its rows, in order, the keys that it was planned for, and its files."""
 
     folder: Path
     ids: dict[str, str]
@@ -50,60 +50,74 @@ class Shard:
 
     @classmethod
     def read(cls, folder: Path, files: Files, chunk_rows: int | None) -> "Shard | None":
-        """The shard in `folder`, None where it is absent, laid out otherwise, or not of `files` by name and size."""
+        """The shard in `folder`; None if missing, in a different layout, or if its files' names or sizes differ."""
         try:
             attributes = shard_attributes(folder)
             ids = dict(zip(attributes["keys"], attributes["ids"], strict=True))
             shard = cls(folder, ids, attributes["planned"], files)
             sizes = {name: path.stat().st_size for name, path in files_below(folder).items()}
             expected = {name: entry["bytes"] for name, entry in files.items()}
-        except (SamloveError, KeyError, ValueError, TypeError, OSError):  # of an older version, or torn
+        except (SamloveError, KeyError, ValueError, TypeError, OSError):  # damaged, or written by an older version
             return None
         return shard if attributes["chunk_rows"] == chunk_rows and sizes == expected else None
 
     def whole(self) -> bool:
-        """Whether every file has its checksum; all bytes are read."""
+        """Whether every file matches its checksum; reads all bytes."""
         return all(crc32c_file(self.folder / name) == entry["crc32c"] for name, entry in self.files.items())
 
     def good(self, planned: Iterable[str], ids: Mapping[str, str]) -> list[str]:
-        """Those of the `planned` keys whose row here has the id that is asked for."""
+        """The `planned` keys whose rows can be reused: they have the ids in `ids`."""
         return [key for key in planned if key in self.ids and self.ids[key] == ids.get(key, "")]
 
     def rows(self, keys: Sequence[str]) -> dict[str, Arrays]:
-        """The arrays of some of its keys; SamloveError where the bytes are damaged."""
-        place = {key: row for row, key in enumerate(self.ids)}
+        """The arrays of some of its keys. Raises SamloveError if the bytes are damaged."""
+        numbers = {key: row for row, key in enumerate(self.ids)}
         try:
             arrays = {p.parent.name: ShardArray(p.parent) for p in sorted(self.folder.glob("*/zarr.json"))}
-            return {key: {name: array.read(place[key]) for name, array in arrays.items()} for key in keys}
+            return {key: {name: array.read(numbers[key]) for name, array in arrays.items()} for key in keys}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SamloveError(f"{self.folder}: cannot be read ({error}); remove the store and make it anew") from error
+            raise SamloveError(f"{self.folder}: cannot be read ({error}); delete the store and recompute it") from error
 
 
 def published_shards(
-    stores: Iterable[Path], fingerprint: Mapping[str, Any], code: str, chunk_rows: int | None
+    stores: Iterable[Path],
+    fingerprint: Mapping[str, Any],
+    code: str,
+    chunk_rows: int | None,
+    ids: Mapping[str, str],
 ) -> dict[int, Shard]:
-    """The usable shards, by number, of the first of `stores` that is there, of this fingerprint and code."""
+    """The reusable shards, by number, of the store with the most reusable rows; of the first one on a tie.
+
+    Only stores with this fingerprint and code count. ids: {key: id} of the wanted keys.
+    """
+    found: dict[int, Shard] = {}
+    most = 0
     for store in stores:
         try:
             manifest = read_manifest(store, "")
             names = {int(s["name"].removeprefix("shard-").removesuffix(".zarr")): s["name"] for s in manifest["shards"]}
             listed: Files = manifest["files"]
-            made = canonical_json(manifest["fingerprint"])
-            if made != canonical_json(fingerprint) or manifest["code"] != code:
+            found_fingerprint = canonical_json(manifest["fingerprint"])
+            if found_fingerprint != canonical_json(fingerprint) or manifest["code"] != code:
                 continue
-        except (SamloveError, KeyError, ValueError, TypeError):  # none, or of an older version
+        except (SamloveError, KeyError, ValueError, TypeError):  # no store, or one written by an older version
             continue
         shards = {}
         for number, name in names.items():
             files = {path.removeprefix(f"{name}/"): e for path, e in listed.items() if path.startswith(f"{name}/")}
             if shard := Shard.read(store / name, files, chunk_rows):
                 shards[number] = shard
-        return shards
-    return {}
+        reusable = sum(len(shard.good(shard.planned, ids)) for shard in shards.values())
+        if reusable > most:
+            found, most = shards, reusable
+    return found
 
 
 def layout(keys: Iterable[str], standing: Mapping[int, Sequence[str]], size: int) -> list[tuple[int, list[str]]]:
-    """Each shard's number and keys: those of `standing` shards in their places, the rest `size` to a free number."""
+    """The number and keys of each shard.
+
+    Keys in `standing` shards stay there; the others are split into shards of `size` keys, with free numbers.
+    """
     wanted = dict.fromkeys(keys)
     placed: dict[int, list[str]] = {}
     for number, planned in sorted(standing.items()):
@@ -120,7 +134,7 @@ def layout(keys: Iterable[str], standing: Mapping[int, Sequence[str]], size: int
 
 
 def link_folder(source: Path, target: Path) -> None:
-    """Hard links in `target`, which is made, to all files below `source`; copies where the file system has none."""
+    """Create `target` with hard links to all files below `source`, or copies if hard links are not possible."""
     for name, path in files_below(source).items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -1,12 +1,12 @@
-"""A feature store as one HDF5 file, for other programs and for sending, and back without a bit's difference.
+"""Exports a feature store to one HDF5 file, for other programs or for sending, and imports it back bit-identical.
 
     FILE.h5             sealed (see stores.sealed)
         keys            (n,) text, in the store's order
         arrays/NAME     (n, *item shape), as stored, every chunk with a checksum
-        files/PATH      (bytes,) uint8: each file of the store that holds no array's data, as it is
+        files/PATH      (bytes,) uint8: a verbatim copy of each file of the store that holds no array data
 
-The way back writes those files, fills the arrays that they describe, and compares what it then reads. A file is read
-in place too.
+Import writes these files, fills the arrays that they describe, and compares the values it reads back. `ExportReader`
+reads an exported store in place.
 """
 
 import csv
@@ -27,14 +27,14 @@ from stores.features import FAILURES, Arrays, Failure, FeatureStore
 from stores.manifest import NAME, SCHEMA, read_manifest, refuse_existing, replace_folder
 from stores.sealed import BROKEN, Handle, create, seal
 
-DATA = "c"  # SHARD/ARRAY/c holds an array's data, as Zarr v3 names it
-REMEDY = "export the store again, or fetch the file again"
+DATA = "c"  # Zarr v3 keeps an array's data in SHARD/ARRAY/c
+REMEDY = "export the store again or copy the file again"
 
 
 def export_store(path: str | Path, file: str | Path) -> int:
-    """Write the store below `path` to the new HDF5 file `file`; the number of items is returned.
+    """Write the store in folder `path` to the new HDF5 file `file`; returns the number of items.
 
-    Raises RequestError where there is no store or the file exists, SamloveError where an item cannot be read.
+    Raises RequestError if there is no store or the file exists, SamloveError if an item cannot be read.
     """
     file, folder = Path(file), Path(path)
     store = FeatureStore.open(folder)
@@ -49,11 +49,11 @@ def export_store(path: str | Path, file: str | Path) -> int:
                 relative = source.relative_to(folder)
                 if relative.parts[0] not in shards or relative.parts[2:3] != (DATA,):
                     files[relative.as_posix()] = np.frombuffer(source.read_bytes(), np.uint8)
-            for place, key in enumerate(store.keys()):
+            for row, key in enumerate(store.keys()):
                 for name, array in store.read_stored(key).items():
                     if name not in arrays:
                         _create(arrays, name, array, len(store))
-                    arrays[name][place] = array
+                    arrays[name][row] = array
         seal(partial)
         partial.rename(file)
     finally:
@@ -63,47 +63,47 @@ def export_store(path: str | Path, file: str | Path) -> int:
 
 def _create(group: h5py.Group, name: str, first: np.ndarray, items: int) -> None:
     shape = first.shape
-    rows = (1, *shape[1:]) if first.nbytes > 2**20 else shape  # a frame is read alone where an item is large
+    rows = (1, *shape[1:]) if first.nbytes > 2**20 else shape  # so that one frame of a large item can be read alone
     group.create_dataset(name, (items, *shape), first.dtype, chunks=(1, *rows), fletcher32=True)
 
 
 class ExportReader:
-    """What `export_store` wrote, read in place; each process opens it for itself.
+    """Reads a file that `export_store` wrote, in place; each process opens its own handle.
 
-    Raises RequestError where there is no such file, SamloveError where it is not a whole one.
+    Raises RequestError if the file does not exist, SamloveError if it is not a complete exported store.
     """
 
     def __init__(self, file: str | Path) -> None:
         self.path = Path(file)
         if not self.path.is_file():
-            raise RequestError(f"{self.path}: no such file; run samlove store export, or dvc pull")
+            raise RequestError(f"{self.path}: no such file; run: samlove store export, or: dvc pull")
         self._handle = Handle(self.path)
         try:
             opened = self._handle.open()
             self.manifest: dict[str, Any] = json.loads(opened["files"][NAME][()].tobytes())
-            ledger = opened["files"][FAILURES][()].tobytes().decode()
-            self.failures = [Failure(**row) for row in csv.DictReader(io.StringIO(ledger, newline=""))]
+            failure_log = opened["files"][FAILURES][()].tobytes().decode()
+            self.failures = [Failure(**row) for row in csv.DictReader(io.StringIO(failure_log, newline=""))]
             keys = [str(key) for key in opened["keys"].asstr()[:]]
             if self.manifest["schema"] != SCHEMA or self.manifest["keys"] != len(keys):
-                raise ValueError(f"expected schema {SCHEMA} and the keys that its manifest counts")
+                raise ValueError(f"expected schema {SCHEMA} and as many keys as in its manifest")
         except BROKEN as error:
-            raise SamloveError(f"{self.path}: not a whole exported store ({_line(error)}); {REMEDY}") from None
-        self._place = {key: place for place, key in enumerate(keys)}
+            raise SamloveError(f"{self.path}: not a complete exported store ({_line(error)}); {REMEDY}") from None
+        self._row = {key: row for row, key in enumerate(keys)}
 
     def keys(self) -> list[str]:
         """All keys, in the store's order."""
-        return list(self._place)
+        return list(self._row)
 
     def __len__(self) -> int:
-        return len(self._place)
+        return len(self._row)
 
     def read(self, key: str) -> Arrays:
-        """As `FeatureStore.read`."""
-        if key not in self._place:
+        """The same as `FeatureStore.read`."""
+        if key not in self._row:
             raise SamloveError(f"{self.path}: no item {key!r} among its {len(self)}")
         try:
             arrays = self._handle.open()["arrays"]
-            return decode({name: np.asarray(arrays[name][self._place[key]]) for name in self.manifest["arrays"]})
+            return decode({name: np.asarray(arrays[name][self._row[key]]) for name in self.manifest["arrays"]})
         except BROKEN as error:
             raise SamloveError(f"{self.path}: {key!r} cannot be read ({_line(error)}); {REMEDY}") from None
 
@@ -113,21 +113,21 @@ def _line(error: Exception) -> str:
 
 
 def import_store(file: str | Path, path: str | Path) -> int:
-    """Write the store that `export_store` put into `file` to the new folder `path`; the number of items is returned.
+    """Write the store that `export_store` exported to `file` to the new folder `path`; returns the number of items.
 
-    Raises RequestError where there is no such file or the folder exists, SamloveError where the file is no such
-    store, or damaged; then nothing is left at `path`.
+    Raises RequestError if the file does not exist or the folder does, SamloveError if the file is not an exported
+    store or is damaged. On an error, nothing is left at `path`.
     """
     file, path = Path(file), Path(path)
     if not file.is_file():
-        raise RequestError(f"{file}: no such file; expected what samlove store export wrote")
+        raise RequestError(f"{file}: no such file; expected a file that samlove store export wrote")
     refuse_existing(path)
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
     try:
         with h5py.File(file) as source:
             source["files"].visititems(lambda name, item: _write_file(partial, name, item))
-            manifest = read_manifest(partial, f"{file} is no exported store")
+            manifest = read_manifest(partial, f"{file} is not an exported store")
             start = 0
             for shard in manifest["shards"]:
                 rows = slice(start, start := start + shard["keys"])
@@ -135,11 +135,11 @@ def import_store(file: str | Path, path: str | Path) -> int:
                     _fill(partial, f"{shard['name']}/{name}", source["arrays"][name][rows])
             keys = [str(key) for key in source["keys"].asstr()[:]]
         if FeatureStore.open(partial).keys() != keys:
-            raise ValueError("its keys are not those of its shards")
+            raise ValueError("its keys differ from the keys in its shards")
         replace_folder(partial, path)
-    except BROKEN as error:  # zarr's are the same
+    except BROKEN as error:  # zarr raises the same types
         raise SamloveError(
-            f"{file}: cannot be imported, expected a whole file that samlove store export wrote ({_line(error)})"
+            f"{file}: cannot be imported: expected a complete file that samlove store export wrote ({_line(error)})"
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -156,12 +156,12 @@ def _write_file(folder: Path, name: str, item: Any) -> None:
 
 def _inside(folder: Path, name: str) -> Path:
     if ".." in PurePosixPath(name).parts or name.startswith("/"):
-        raise ValueError(f"{name!r} leaves the folder")
+        raise ValueError(f"{name!r} points outside the folder")
     return folder / name
 
 
 def _fill(store: Path, name: str, values: np.ndarray) -> None:
-    """Write one array of a shard, (keys, *item shape), as its zarr.json lays it out."""
+    """Write one array of a shard, (keys, *item shape), in the layout of its zarr.json."""
     folder = _inside(store, name)
     with zarr.config.set({"array.write_empty_chunks": True}):  # as FeatureStoreWriter does
         array = zarr.open_array(folder, mode="r+")
@@ -171,4 +171,4 @@ def _fill(store: Path, name: str, values: np.ndarray) -> None:
     array[:] = values
     written = ShardArray(folder)
     if not all(np.array_equal(written.read(row), value) for row, value in enumerate(values)):
-        raise ValueError(f"{name}: what was written is not what is read")
+        raise ValueError(f"{name}: the values read back differ from the values written")

@@ -1,4 +1,4 @@
-"""What an artefact is, and how two of them differ: one view of stores, shard sets, predictions and checkpoints."""
+"""Describes and compares artefacts: one interface to feature stores, shard sets, predictions files and checkpoints."""
 
 import json
 from collections import Counter
@@ -20,17 +20,18 @@ from stores.sealed import BROKEN
 from stores.shards import INDEX, ShardReader
 from stores.tensors import TensorReader, is_tensors
 
-ARTEFACTS = "a feature store, exported or not, a shard set, a predictions file or a checkpoint"
+ARTEFACTS = "a feature store, an exported store, a shard set, a predictions file or a checkpoint"
 Item = dict[str, Any]  # {name: array or JSON value}
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """Any of the kinds, read only.
+    """An artefact of any kind, read only.
 
-    arrays: {name: {"shape": [...], "dtype": str}}; where items differ, as in shard sets, of the first; of a checkpoint,
-    whose items are tensors, none.
-    files, bytes: on the disk. read: an item by its key; SamloveError where its bytes are damaged.
+    arrays: {name: {"shape": [...], "dtype": str}}. For a shard set, whose samples may differ, the arrays of its first
+    sample; empty for a checkpoint, whose items are tensors.
+    files, bytes: number and total size of the files on disk.
+    read: returns an item by its key; raises SamloveError if its bytes are damaged.
     """
 
     kind: str
@@ -46,7 +47,7 @@ class Artefact:
 
 
 def open_artefact(path: str | Path) -> Artefact:
-    """The artefact at `path`. Raises RequestError where there is none, SamloveError where it cannot be opened."""
+    """The artefact at `path`. Raises RequestError if there is none, SamloveError if it cannot be opened."""
     path = Path(path)
     if path.is_dir() and ((path / INDEX).is_file() or any(path.glob("*.tar"))):
         return _open_shards(path)
@@ -56,29 +57,29 @@ def open_artefact(path: str | Path) -> Artefact:
         if is_tensors(path):
             return _open_tensors(path)
         return _open_export(path) if _is_export(path) else _open_predictions(path)
-    raise RequestError(f"{path}: expected {ARTEFACTS}, found none there")
+    raise RequestError(f"{path}: expected {ARTEFACTS}, found none")
 
 
 def _open_features(path: Path) -> Artefact:
     store = FeatureStore.open(path)
-    made, arrays, shards = (store.manifest[name] for name in ("fingerprint", "arrays", "shards"))
+    fingerprint, arrays, shards = (store.manifest[name] for name in ("fingerprint", "arrays", "shards"))
     size = _size(path)
     return Artefact(
-        "feature store", path, made, store.keys(), arrays, store.failures, len(shards), *size, read=store.read
+        "feature store", path, fingerprint, store.keys(), arrays, store.failures, len(shards), *size, read=store.read
     )
 
 
 def _open_shards(path: Path) -> Artefact:
     reader = ShardReader(path)
     keys = reader.keys()
-    places = {key: i for i, key in enumerate(keys)}
+    numbers = {key: i for i, key in enumerate(keys)}
     arrays = _arrays(_sample(reader, 0)) if keys else {}
-    made, shards, size = reader.manifest.get("fingerprint", {}), len(list(path.glob("*.tar"))), _size(path)
+    fingerprint, shards, size = reader.manifest.get("fingerprint", {}), len(list(path.glob("*.tar"))), _size(path)
 
     def read(key: str) -> Item:
-        return _sample(reader, places[key])
+        return _sample(reader, numbers[key])
 
-    return Artefact("shard set", path, made, keys, arrays, [], shards, *size, read=read)
+    return Artefact("shard set", path, fingerprint, keys, arrays, [], shards, *size, read=read)
 
 
 def _open_predictions(path: Path) -> Artefact:
@@ -102,12 +103,12 @@ def _is_export(path: Path) -> bool:
 
 def _open_export(path: Path) -> Artefact:
     reader = ExportReader(path)
-    made, arrays, shards = (reader.manifest[name] for name in ("fingerprint", "arrays", "shards"))
+    fingerprint, arrays, shards = (reader.manifest[name] for name in ("fingerprint", "arrays", "shards"))
     size, kind = path.stat().st_size, "exported feature store"
     return Artefact(
         kind,
         path,
-        made,
+        fingerprint,
         reader.keys(),
         arrays,
         reader.failures,
@@ -143,15 +144,15 @@ def _size(folder: Path) -> tuple[int, int]:
 
 @dataclass
 class Difference:
-    """How the second of two artefacts differs from the first; empty lists and dicts where it does not."""
+    """How the second of two artefacts differs from the first; None and empty fields mean no difference."""
 
     kinds: tuple[str, str] | None = None
     fingerprint: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # dotted field -> both values
     arrays: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     only_first: list[str] = field(default_factory=list)
     only_second: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)  # keys that both have, with other values
-    largest: dict[str, float] = field(default_factory=dict)  # array -> largest absolute difference among them
+    changed: list[str] = field(default_factory=list)  # keys in both, with different values
+    largest: dict[str, float] = field(default_factory=dict)  # array -> largest absolute difference over changed keys
 
     def __bool__(self) -> bool:
         parts = (self.kinds, self.fingerprint, self.arrays, self.only_first, self.only_second, self.changed)
@@ -159,7 +160,7 @@ class Difference:
 
 
 def diff(first: str | Path, second: str | Path) -> Difference:
-    """Compare two artefacts: what made them, what they hold, and every value that both hold."""
+    """Compare two artefacts: their fingerprints, keys and arrays, and every value of the keys in both."""
     a, b = open_artefact(first), open_artefact(second)
     found = Difference(None if a.kind == b.kind else (a.kind, b.kind))
     found.fingerprint = differing(flat(a.fingerprint), flat(b.fingerprint))
@@ -181,21 +182,21 @@ def _same(x: Item, y: Item) -> bool:
 
 
 def _bits(value: Any) -> Any:
-    """What two equal values have in common: their dtype, shape and bytes, or a JSON text."""
+    """A value in a form to compare bit by bit: an array's dtype, shape and bytes, or a JSON text."""
     if isinstance(value, np.ndarray):
         return value.dtype, value.shape, value.tobytes()
     return json.dumps(value, sort_keys=True)
 
 
 def _distance(x: Any, y: Any) -> float:
-    """Largest absolute difference; infinite where the two cannot be subtracted."""
+    """Largest absolute difference; infinite if the two differ but cannot be subtracted."""
     if not isinstance(x, np.ndarray) or not isinstance(y, np.ndarray) or x.shape != y.shape:
         return 0.0 if _bits(x) == _bits(y) else float("inf")
     return float(np.abs(x.astype(np.float64) - y.astype(np.float64)).max(initial=0.0))
 
 
 def coverage(keys: Iterable[str], wanted: Iterable[tuple[str, str]]) -> dict[str, tuple[int, int]]:
-    """How many of the keys that each part should have are there: {part: (found, wanted)} of (key, part) pairs."""
-    pairs, there = set(wanted), set(keys)
-    total, found = Counter(part for _, part in pairs), Counter(part for key, part in pairs if key in there)
+    """Count how many of each part's wanted keys exist: {part: (found, wanted)}; `wanted` is (key, part) pairs."""
+    pairs, existing = set(wanted), set(keys)
+    total, found = Counter(part for _, part in pairs), Counter(part for key, part in pairs if key in existing)
     return {part: (found[part], total[part]) for part in sorted(total)}

@@ -1,7 +1,7 @@
-"""The small JSON file beside every artefact that says what it is, what made it, and which files it consists of.
+"""The manifest: a small JSON file in every feature store and shard set, with its fingerprint and list of files.
 
-`files` holds each file's size and crc32c by its path in the folder, `crc32c` that of the manifest's own other fields:
-stores.verify compares them with what lies on the disk.
+`files` maps the path of each file in the folder to its size and crc32c. `crc32c` is the checksum of the manifest's
+other fields. stores.verify compares them with the files on disk.
 """
 
 import json
@@ -17,14 +17,14 @@ from samlove.errors import RequestError, SamloveError
 from stores.fingerprint import canonical_json
 from stores.remote import AnyPath
 
-SCHEMA = 1  # version of the layouts in this package
+SCHEMA = 1  # version of this package's layouts
 NAME = "manifest.json"
-BLOCK = 1 << 20  # bytes that are read at once
+BLOCK = 1 << 20  # bytes per read
 Files = dict[str, dict[str, Any]]  # path in the folder -> {"bytes": int, "crc32c": 8 hex digits}
 
 
 def crc32c_file(path: Path, start: int = 0) -> str:
-    """crc32c, as 8 hex digits, of a file's bytes from `start` on."""
+    """crc32c, as 8 hex digits, of a file's bytes from offset `start`."""
     crc = 0
     with open(path, "rb") as file:
         file.seek(start)
@@ -34,7 +34,7 @@ def crc32c_file(path: Path, start: int = 0) -> str:
 
 
 def files_below(folder: Path) -> dict[str, Path]:
-    """All files below a folder, by their path in it, in order."""
+    """All files below a folder by their relative path, sorted."""
     return {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if not p.is_dir()}
 
 
@@ -49,25 +49,25 @@ def list_files(folder: Path) -> Files:
 
 
 def render_json(value: Mapping[str, Any]) -> str:
-    """A dict readably, with sorted keys: equal dicts give equal bytes."""
+    """A dict as indented JSON with sorted keys: equal dicts give equal bytes."""
     return json.dumps(json.loads(canonical_json(value)), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a dict as `render_json` gives it; the file has its old content or all of its new, whenever one looks."""
+    """Write a dict in the form of `render_json`, atomically: readers see the old content or the complete new one."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(render_json(value), encoding="utf-8")
     os.replace(partial, path)
 
 
 def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest with the checksum of its own other fields."""
+    """The manifest with the checksum of its other fields."""
     rest = {name: value for name, value in manifest.items() if name != "crc32c"}
     return {**rest, "crc32c": f"{google_crc32c.value(canonical_json(rest).encode()):08x}"}
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any], files: Files | None = None) -> None:
-    """Write the manifest of a folder that is otherwise complete; `files` are read and listed where not given."""
+    """Write the manifest of a folder that is otherwise complete; without `files`, all files are read and listed."""
     (folder / NAME).unlink(missing_ok=True)
     write_json(folder / NAME, seal({"schema": SCHEMA, **manifest, "files": files or list_files(folder)}))
 
@@ -75,7 +75,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], files: Files | Non
 def read_manifest(folder: AnyPath, remedy: str) -> dict[str, Any]:
     """The manifest of the artefact in `folder`.
 
-    Raises RequestError where there is none, SamloveError where it is torn or of another schema.
+    Raises RequestError if there is none, SamloveError if it is damaged or has a different schema.
     """
     path = folder / NAME
     try:
@@ -91,13 +91,13 @@ def read_manifest(folder: AnyPath, remedy: str) -> dict[str, Any]:
 
 
 def check_part(name: object, where: object) -> None:
-    """Raise SamloveError unless a name is that of a file or folder right below the one that it is said to be in."""
+    """Raise SamloveError unless `name` is the plain name of a file or folder, without a path."""
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise SamloveError(f"{where}: expected a name of something in it, found {name!r}, which leads elsewhere")
+        raise SamloveError(f"{where}: expected the plain name of a file or folder inside it, found {name!r}")
 
 
 def identity(path: AnyPath) -> object:
-    """Tells a file from one that comes to take its place; None where there is none."""
+    """A value that changes if another file replaces this one; None if there is no file."""
     try:
         stat = path.stat()
     except OSError:
@@ -106,22 +106,22 @@ def identity(path: AnyPath) -> object:
 
 
 def refuse_replaced(path: AnyPath, opened: object) -> None:
-    """Raise SamloveError where `path` is no longer the file whose `identity` is given.
+    """Raise SamloveError if the `identity` of `path` is no longer `opened`.
 
-    To be asked after another file beside it was opened: then that one belongs to what was opened first.
+    Call it after opening another file of the same artefact: if it passes, both files belong to the same version.
     """
     if identity(path) != opened:
-        raise SamloveError(f"{path}: another has taken its place since it was opened; run the same command again")
+        raise SamloveError(f"{path}: replaced since it was opened; run the same command again")
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise RequestError where there is something at `path` already."""
+    """Raise RequestError if `path` already exists."""
     if path.exists():
-        raise RequestError(f"{path}: exists and is not written over; remove it, or name another")
+        raise RequestError(f"{path}: already exists and will not be overwritten; remove it or choose another path")
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Rename `new` to `path`; a folder already there is renamed away first and then removed, never edited."""
+    """Rename `new` to `path`; an existing folder is first renamed away and then removed, never edited."""
     path.parent.mkdir(parents=True, exist_ok=True)
     old = new.with_name(new.name + ".replaced")
     shutil.rmtree(old, ignore_errors=True)

@@ -1,16 +1,17 @@
-"""Stores behind a URL (s3://, gs://, file:// and all that fsspec knows), read through a local cache of bounded size.
+"""Reads stores behind a URL (s3://, gs://, file:// and whatever fsspec supports) through a bounded download cache.
 
-    CACHE/<hash>            one remote file, whole; named by its URL, size and version, so that a changed one is another
-    CACHE/<hash>.partial    being fetched, its full size taken up from the start
-    CACHE/*.lock            one process at a time makes room; one at a time fetches a file
+    CACHE/<hash>            one complete remote file; the hash covers its URL, size and version, so that a changed file
+                            gets a new name
+    CACHE/<hash>.partial    a file being fetched; its full size is reserved from the start
+    CACHE/*.lock            let one process at a time free space, and one at a time fetch a file
 
-Any number of processes share a cache. A reader holds a shared lock on what it has open or mapped, and only what can
-be locked exclusively is dropped: the least recently used first, never a file in use. The locks are the kernel's, so a
-killed process leaves none, and its half-fetched file is dropped like any other.
+Any number of processes can share a cache. A reader holds a shared lock on each file that it has open or mapped. The
+cache drops the least recently used files first, and only if it can lock them exclusively, so never a file in use. The
+locks belong to the kernel: a killed process leaves none, and its partial file can be dropped like any other.
 
-The cache is $STORES_CACHE (else ~/.cache/stores) of $STORES_CACHE_GB (else 50) GB. What a service needs (credentials,
-endpoint) is configured as its fsspec implementation says; for s3:// see docs/sharing.md. Retrying is the
-implementation's too. A path without :// is read in place and never cached.
+The cache folder is $STORES_CACHE (default ~/.cache/stores), its limit $STORES_CACHE_GB (default 50) GB. The fsspec
+implementation of a service defines how to configure it (credentials, endpoint) and does the retries; for s3:// see
+docs/sharing.md. A path without :// is read in place and never cached.
 """
 
 import errno
@@ -30,8 +31,8 @@ from typing import IO, Any, BinaryIO, NamedTuple
 
 from samlove.errors import RequestError, SamloveError
 
-_VERSIONS = ("ETag", "etag", "md5", "mtime", "LastModified", "last_modified")  # how services tell one from the next
-_BLOCK = 1 << 23  # bytes fetched at a time
+_VERSIONS = ("ETag", "etag", "md5", "mtime", "LastModified", "last_modified")  # services give a version in one of these
+_BLOCK = 1 << 23  # bytes per read
 _CHECK = "check the URL, the credentials and the endpoint (docs/sharing.md)"
 
 
@@ -42,12 +43,12 @@ class _Remote(NamedTuple):
 
 def _remote(info: dict[str, Any]) -> _Remote:
     version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
-    return _Remote(info["size"], version.strip('"'))  # quoted by some services when asked one way, not the other
+    return _Remote(info["size"], version.strip('"'))  # some services quote it in one call, not in another
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of remote files, at most `limit` bytes of them."""
+    """A folder of downloaded files, at most `limit` bytes in total."""
 
     folder: Path
     limit: int
@@ -62,16 +63,18 @@ class Cache:
             raise RequestError(f"STORES_CACHE_GB: expected a number, found {gigabytes!r}") from None
 
     def open(self, url: str, remote: _Remote) -> BinaryIO:
-        """The file's bytes, fetched if need be. Neither it nor a map of it is dropped before it is closed.
+        """Open the cached file, fetching it if needed. It is not dropped while it, or a map of it, is open.
 
-        Raises SamloveError where it cannot be fetched, or all the room is taken by files in use; RequestError where
-        the cache's folder cannot be made.
+        Raises SamloveError if the file cannot be fetched or files in use leave no room for it; RequestError if the
+        cache folder cannot be created.
         """
         path = self.folder / sha256(f"{url}\0{remote.st_size}\0{remote.version}".encode()).hexdigest()[:40]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RequestError(f"{self.folder}: no place for a cache ({error}); set STORES_CACHE to a folder") from None
+            raise RequestError(
+                f"{self.folder}: cannot create the download cache ({error}); set STORES_CACHE to another folder"
+            ) from None
         while True:
             file = _open_shared(path)
             if file:
@@ -83,7 +86,7 @@ class Cache:
     def _fetch(self, url: str, remote: _Remote, path: Path) -> None:
         partial = path.with_suffix(".partial")
         with self._locked("room"):
-            partial.unlink(missing_ok=True)  # left by a killed process: whoever fetches this file holds the lock for it
+            partial.unlink(missing_ok=True)  # left by a killed process: we hold this file's fetch lock
             self._make_room(url, remote.st_size)
             file = partial.open("wb")
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -91,7 +94,7 @@ class Cache:
         try:
             with file:
                 _download(url, remote, file)
-                os.fsync(file.fileno())  # else a loss of power may leave zeros under the final name
+                os.fsync(file.fileno())  # otherwise a power failure may leave zeros under the final name
                 with self._locked("room"):
                     partial.rename(path)
         except BaseException:
@@ -100,17 +103,17 @@ class Cache:
             raise
 
     def _make_room(self, url: str, size: int) -> None:
-        """Drop the least recently used files until `size` more bytes fit; the room is locked."""
+        """Drop the least recently used files until `size` more bytes fit; the caller holds the "room" lock."""
         found = [(p.stat(), p) for p in self.folder.iterdir() if p.suffix != ".lock"]
-        taken = sum(stat.st_size for stat, _ in found)
+        used = sum(stat.st_size for stat, _ in found)
         for stat, path in sorted(found, key=lambda entry: entry[0].st_mtime_ns):
-            if taken + size <= self.limit:
+            if used + size <= self.limit:
                 break
-            taken -= stat.st_size if _drop(path) else 0
-        if taken + size > self.limit:
+            used -= stat.st_size if _drop(path) else 0
+        if used + size > self.limit:
             raise SamloveError(
-                f"{self.folder}: {url} of {size} bytes does not fit: expected room in a cache of {self.limit} bytes, "
-                f"found {taken} in use; set STORES_CACHE_GB higher"
+                f"{self.folder}: no room for {url} ({size} bytes): the download cache is limited to {self.limit} "
+                f"bytes, and {used} are in use; increase STORES_CACHE_GB"
             )
 
     @contextmanager
@@ -121,22 +124,22 @@ class Cache:
 
 
 def _open_shared(path: Path) -> BinaryIO | None:
-    """The cached file, locked against dropping: the lock lasts as long as the file, or a map of it, is open."""
+    """The cached file, with a shared lock that lasts as long as the file, or a map of it, is open; None if missing."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
         return None
     fcntl.flock(file, fcntl.LOCK_SH)
-    if not os.fstat(file.fileno()).st_nlink:  # dropped after it was opened, before it was locked
+    if not os.fstat(file.fileno()).st_nlink:  # it was dropped between open and lock
         file.close()
         return None
-    now = time.time_ns()  # finer than the file system's own clock
+    now = time.time_ns()  # finer than the file system's clock
     os.utime(file.fileno(), ns=(now, now))
     return file
 
 
 def _drop(path: Path) -> bool:
-    """Remove a file that nobody uses; whether it was one."""
+    """Remove a file unless it is in use; returns whether it was removed."""
     with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -148,26 +151,26 @@ def _drop(path: Path) -> bool:
 
 @contextmanager
 def _named(url: str) -> Iterator[None]:
-    """Any failure of any service as one error, of one line, that names the URL."""
+    """Turn any failure of any service into a one-line error that names the URL."""
     try:
         yield
     except ImportError as error:
-        remedy = "; pip install 'samlove[s3]'" if url.startswith(("s3:", "s3a:")) else ""
-        raise RequestError(f"{url}: cannot be read without another package: {error}{remedy}") from None
+        remedy = '; run: pip install -e ".[s3]"' if url.startswith(("s3:", "s3a:")) else ""
+        raise RequestError(f"{url}: needs a package that is not installed: {error}{remedy}") from None
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise SamloveError(f"{url}: the cache's disk has no room for it; make room, or set STORES_CACHE") from None
+            raise SamloveError(f"{url}: the download cache's disk is full; free space or set STORES_CACHE") from None
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise SamloveError(f"{url}: cannot be fetched ({reason}); {_CHECK}") from error
 
 
 def _download(url: str, listed: _Remote, file: BinaryIO) -> None:
-    """Fetch a file whole; SamloveError where it is no longer the one that was listed."""
+    """Fetch a complete file. Raises SamloveError if it is no longer the file that was listed."""
     import fsspec
 
     with _named(url):
         system, name = fsspec.core.url_to_fs(url)
-        system.invalidate_cache()  # what it remembers is the list
+        system.invalidate_cache()  # otherwise info() answers from the earlier listing
         found = _remote(system.info(name))
         if found == listed:
             with system.open(name, "rb") as source:
@@ -177,12 +180,12 @@ def _download(url: str, listed: _Remote, file: BinaryIO) -> None:
         (size, version), (new_size, new_version) = listed, found
         raise SamloveError(
             f"{url}: expected {size} bytes as listed (version {version or 'unknown'}), "
-            f"found {new_size} ({new_version or 'unknown'}); open the store anew"
+            f"found {new_size} ({new_version or 'unknown'}); run the same command again"
         )
 
 
 class RemoteFolder:
-    """All files below a URL as listed once; `path` is the way to them. Holds no connection: safe in any worker."""
+    """All files below a URL, listed once; RemotePath reads them. Holds no connection: safe in any worker."""
 
     def __init__(self, url: str, cache: Cache) -> None:
         self.url, self.cache = url.rstrip("/"), cache
@@ -196,14 +199,14 @@ class RemoteFolder:
             system, root = fsspec.core.url_to_fs(self.url)
             system.invalidate_cache()
             listed: dict[str, dict[str, Any]] = system.find(root, detail=True)
-            for name, info in listed.items():  # plain HTTP lists names alone
+            for name, info in listed.items():  # plain HTTP lists only names
                 listed[name] = info if info.get("size") is not None else system.info(name)
         return {name[len(root) :].lstrip("/"): _remote(info) for name, info in listed.items()}
 
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A file or folder below a URL: as much of pathlib.Path as reading a store takes."""
+    """A file or folder below a URL, with the part of pathlib.Path's interface that reading a store needs."""
 
     folder: RemoteFolder
     inside: str = ""
@@ -231,7 +234,7 @@ class RemotePath:
             raise FileNotFoundError(f"{self}: no such file") from None
 
     def glob(self, pattern: str) -> Iterator["RemotePath"]:
-        """The files right below whose names match."""
+        """The files directly in this folder whose names match."""
         start = f"{self.inside}/" if self.inside else ""
         for name in self.folder.files:
             rest = name.removeprefix(start)
@@ -239,7 +242,7 @@ class RemotePath:
                 yield self.joinpath(rest)
 
     def open(self, mode: str = "rb", newline: str | None = None, encoding: str | None = None) -> IO[Any]:
-        """The file, read only, as the local file that it is in the cache."""
+        """Open the cached local copy of the file, read only."""
         file = self.folder.cache.open(str(self), self.stat())
         return file if "b" in mode else io.TextIOWrapper(file, encoding, newline=newline)
 
@@ -249,17 +252,17 @@ class RemotePath:
 
 
 AnyPath = Path | RemotePath
-OPEN = 4  # shards that a reader of a remote store keeps open; any others the cache may drop
+OPEN = 4  # shards that one reader of a remote store keeps open; the cache may drop any others
 
 
 def as_path(root: str | AnyPath, cache: Cache | None = None) -> AnyPath:
-    """A store's place: a RemotePath where `root` is a URL, else a Path. cache: None for that of the environment."""
+    """A store's location: a RemotePath if `root` is a URL, else a Path. cache: None for `Cache.of_environment()`."""
     if isinstance(root, str) and "://" in root:
         return RemotePath(RemoteFolder(root, cache or Cache.of_environment()))
     return Path(root) if isinstance(root, str) else root
 
 
 def keep_open(opened: dict, root: AnyPath) -> None:
-    """Forget the shard opened first, where more than OPEN of a remote store are; views of it keep it open still."""
+    """Close the shard opened first if more than OPEN shards of a remote store are open; existing views keep it open."""
     if isinstance(root, RemotePath) and len(opened) > OPEN:
         del opened[next(iter(opened))]

@@ -1,10 +1,10 @@
-"""WebDataset shards for training: plain tar files, a JSON index, and a reader that maps and never copies.
+"""WebDataset training shards: plain tar files, a JSON index, and a reader that memory-maps them without copying.
 
     ROOT/shard-00000.tar    members KEY.NAME.npy and KEY.NAME.json, uncompressed, data aligned to 64 bytes
     ROOT/index.json         shards {name, bytes}; samples {key, shard, members {name: place}} (see stores.tar)
-    ROOT/manifest.json      schema, fingerprint, number of keys, files with their checksums
+    ROOT/manifest.json      schema, fingerprint, number of keys, files with their sizes and checksums
 
-The tar files alone are enough: webdataset reads them, and the index is rebuilt in memory where it is absent.
+The tar files alone are enough: webdataset reads them, and the reader rebuilds a missing index in memory.
 """
 
 import io
@@ -26,18 +26,18 @@ from stores.remote import AnyPath, as_path, keep_open
 from stores.tar import ESCAPED, KINDS, check_name, check_place, escape_key, scan_tar
 
 INDEX = "index.json"
-REMEDY = "run pack again, or dvc pull"
-# Bytes that are written and read at once. What is written in small pieces lies in the system's page cache in small
-# pieces too, and is read from there more slowly (docs/benchmarks.md).
+REMEDY = "run: dvc repro pack, or: dvc pull"
+# Bytes per write and read. While a file is in the page cache, it reads more slowly if it was written in small pieces
+# (docs/benchmarks.md).
 _BLOCK = 1 << 24
-# Name, dtype, shape, offset, order of an array; a JSON text has no dtype and its length as shape.
+# Name, dtype, shape, offset and order of an array. A JSON text has dtype None and its length in bytes as shape.
 _Place = tuple[str, np.dtype | None, tuple[int, ...], int, Literal["C", "F"]]
 
 
 class ShardWriter:
-    """Context manager that writes samples into tar shards; ROOT appears whole when the block ends without error.
+    """Context manager that writes samples to tar shards; ROOT appears, complete, when the block ends without error.
 
-    fingerprint: a JSON dict of what the samples were made from, kept in the manifest.
+    fingerprint: a JSON dict that describes what the samples are made from, stored in the manifest.
     """
 
     def __init__(
@@ -59,17 +59,17 @@ class ShardWriter:
         return self
 
     def write(self, key: str, sample: Mapping[str, Any]) -> None:
-        """Append one sample: {name: numpy array, or a value that JSON holds}.
+        """Append one sample: {name: numpy array or JSON value}.
 
-        Raises SamloveError on a repeated key, a name that webdataset would change, an array that is not of
-        plain numbers, a value without a JSON form. The sample is then not written at all.
+        Raises SamloveError if the key is repeated, webdataset would change a name, an array is not bool, int or float,
+        or a value cannot be stored as JSON. Nothing of that sample is then written.
         """
         if key in self._keys:
-            raise SamloveError(f"{self.root}: expected each key once, found again {key!r}")
+            raise SamloveError(f"{self.root}: expected each key once, found {key!r} twice")
         escaped = escape_key(key)
         members = [_member(f"{self.root}: {key!r}", name, value) for name, value in sample.items()]
         if not members:
-            raise SamloveError(f"{self.root}: {key!r}: expected at least one array")
+            raise SamloveError(f"{self.root}: {key!r}: expected at least one array or JSON value, found none")
         if len(self._keys) % self._per_shard == 0:
             self._next_shard()
         self._keys.add(key)
@@ -97,13 +97,13 @@ class ShardWriter:
                 write_manifest(self._partial, {"fingerprint": self._fingerprint, "keys": len(self._keys)})
                 replace_folder(self._partial, self.root)
         finally:
-            with suppress(OSError):  # of a disk that is full, once more
+            with suppress(OSError):  # closing fails again if the disk is full
                 self._open.close()
             shutil.rmtree(self._partial, ignore_errors=True)
 
 
 def _member(where: str, name: str, value: object) -> tuple[str, bytes]:
-    """File name (without the key) and bytes of one array or JSON value."""
+    """Member name (without the key) and bytes of one array or JSON value."""
     check_name(name)
     if not isinstance(value, np.ndarray):
         try:
@@ -118,31 +118,35 @@ def _member(where: str, name: str, value: object) -> tuple[str, bytes]:
 
 
 def build_index(root: str | AnyPath) -> dict[str, Any]:
-    """The index of the tar files in a folder, read from their headers; SamloveError on what must not be read."""
+    """The index of a folder's tar files, read from their headers.
+
+    Raises SamloveError if a tar is incomplete, holds a member that must not be read, or shares a key with another.
+    """
     shards, samples, seen = [], [], set()
     tars: list[AnyPath] = [*as_path(root).glob("*.tar")]
     for number, path in enumerate(sorted(tars, key=lambda tar: tar.name)):
         shards.append({"name": path.name, "bytes": path.stat().st_size})
         for sample in scan_tar(path):
             if sample["key"] in seen:
-                raise SamloveError(f"{path}: key {sample['key']!r} is in another shard too")
+                raise SamloveError(f"{path}: key {sample['key']!r} is also in another shard")
             seen.add(sample["key"])
             samples.append({"key": sample["key"], "shard": number, "members": sample["members"]})
     return {"schema": SCHEMA, "shards": shards, "samples": samples}
 
 
 class ShardReader:
-    """Map-style reader of a folder of tar shards; arrays are read-only views on the mapped files.
+    """Map-style reader of a folder of tar shards; arrays are read-only views of the mapped files.
 
     root: a folder, or a URL (see stores.remote).
-    Files are mapped at first use, by each process for itself: safe in workers, forked or spawned.
-    `manifest` is {} for shards that another tool wrote.
+    Each process maps the files itself, at first use: safe in forked and spawned workers.
+    `manifest` is {} if another tool wrote the shards.
+    Raises RequestError if there are no shards, SamloveError if a file is damaged or the index is wrong.
     """
 
     def __init__(self, root: str | AnyPath) -> None:
         self.root = as_path(root)
         if not any(self.root.glob("*.tar")) and not (self.root / INDEX).is_file():
-            raise RequestError(f"{self.root}: expected a folder with .tar shards; {REMEDY}")
+            raise RequestError(f"{self.root}: expected a folder with .tar shards, found none; {REMEDY}")
         self._identity = identity(self.root / NAME)
         self.manifest: dict[str, Any] = read_manifest(self.root, REMEDY) if (self.root / NAME).is_file() else {}
         index = self._load_index()
@@ -160,35 +164,35 @@ class ShardReader:
             self._samples.append((sample["key"], sample["shard"], places))
 
     def _load_index(self) -> dict[str, Any]:
-        """The index, its shards checked to be the files on disk; rebuilt where there is none."""
+        """The index, after a check that its shards are the files on disk; rebuilt if there is none."""
         path = self.root / INDEX
         if not path.is_file():
             return build_index(self.root)
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
             if index["schema"] != SCHEMA:
-                raise ValueError(f"schema {index['schema']}, expected {SCHEMA}")
+                raise ValueError(f"expected schema {SCHEMA}, found {index['schema']}")
             expected = {str(shard["name"]): shard["bytes"] for shard in index["shards"]}
             if any(not 0 <= sample["shard"] < len(index["shards"]) for sample in index["samples"]):
-                raise ValueError("a sample in a shard that it does not list")
+                raise ValueError("a sample refers to a shard that is not listed")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SamloveError(f"{path}: not an index of shards ({type(error).__name__}: {error}); {REMEDY}") from None
+            raise SamloveError(f"{path}: not a shard index ({type(error).__name__}: {error}); {REMEDY}") from None
         found = {tar.name: tar.stat().st_size for tar in self.root.glob("*.tar")}
         for name in sorted({*expected, *found}):
             if found.get(name) != expected.get(name):
                 sizes = f"expected {expected.get(name, 'no such file')} bytes, found {found.get(name, 'no such file')}"
-                raise SamloveError(f"{self.root / name}: torn, missing or not of this set ({sizes}); {REMEDY}")
+                raise SamloveError(f"{self.root / name}: truncated, missing or not in the index ({sizes}); {REMEDY}")
         return index
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
 
     def keys(self) -> list[str]:
-        """All keys, in the order in which they were written."""
+        """All keys, in the order of writing."""
         return [key for key, _, _ in self._samples]
 
     def preload(self) -> None:
-        """Read every shard once from end to end, so that the system's page cache has it, for all processes alike."""
+        """Read every shard completely, so that it is in the system's page cache for all processes."""
         for path in self._shards:
             with path.open("rb") as file:
                 while file.read(_BLOCK):
@@ -198,7 +202,7 @@ class ShardReader:
         return len(self._samples)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """Sample i: {"__key__": str, name: array (a view, not writable) or decoded JSON value}."""
+        """Sample i: {"__key__": str, name: array (a read-only view) or decoded JSON value}."""
         key, shard, places = self._samples[i]
         if shard not in self._maps:
             self._maps[shard] = self._map(shard)
@@ -218,7 +222,7 @@ class ShardReader:
             with path.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
-            raise SamloveError(f"{path}: cannot be mapped ({error}); {REMEDY}") from None
+            raise SamloveError(f"{path}: cannot be memory-mapped ({error}); {REMEDY}") from None
         refuse_replaced(self.root / NAME, self._identity)
         if len(mapped) != self._sizes[shard]:
             raise SamloveError(f"{path}: expected {self._sizes[shard]} bytes, found {len(mapped)}; {REMEDY}")

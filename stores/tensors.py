@@ -1,7 +1,7 @@
-"""Tensors by name in one safetensors file, whose header says in a JSON text what made them and how its bytes sum up.
+"""Tensors by name in one safetensors file. Its header, a JSON object, describes the file and holds its checksum.
 
-The text, under HEADER_KEY of safetensors' own metadata, begins {"crc32c": "XXXXXXXX": the checksum of the whole file
-with zeros in the place of these eight digits.
+safetensors metadata hold only strings, so the header is stored as one JSON text under HEADER_KEY. The text begins with
+{"crc32c": "XXXXXXXX": the checksum of the whole file with zeros in place of these eight digits.
 """
 
 import json
@@ -16,20 +16,36 @@ from safetensors import SafetensorError, safe_open
 from samlove.errors import SamloveError
 from stores.manifest import BLOCK, identity, refuse_replaced
 
-HEADER_KEY = "samlove"  # safetensors' metadata hold texts only: ours is one JSON text
-_ROOM = "0" * 8
-_MARK = rb"{\"crc32c\": \""  # what stands before the digits: a JSON text within JSON
+HEADER_KEY = "samlove"
+_PLACEHOLDER = "0" * 8
+_MARK = rb"{\"crc32c\": \""  # precedes the digits: JSON text inside a JSON string
 _START = b'{"__metadata__":{"'
-_LENGTH = 8  # bytes at the start of the file: how long the header is that follows
+_LENGTH = 8  # bytes at the start of the file that hold the length of the safetensors header
 
 
-def metadata(header: Mapping[str, Any]) -> dict[str, str]:
-    """What to give safetensors as metadata, with room for the checksum that `seal` fills in."""
-    return {HEADER_KEY: json.dumps({"crc32c": _ROOM, **header}, ensure_ascii=False)}
+def to_metadata(header: Mapping[str, Any]) -> dict[str, str]:
+    """safetensors metadata that hold `header`, with a placeholder for the checksum, which `seal` fills in."""
+    return {HEADER_KEY: json.dumps({"crc32c": _PLACEHOLDER, **header}, ensure_ascii=False)}
+
+
+def from_metadata(metadata: Mapping[str, str] | None, path: Path) -> dict[str, Any]:
+    """The header, without its checksum, in the safetensors metadata of the file at `path`.
+
+    Raises SamloveError if there is none, or if it is not a JSON object.
+    """
+    text = (metadata or {}).get(HEADER_KEY)
+    if text is None:
+        raise SamloveError(f"{path}: expected a checkpoint of samlove, found a safetensors file without its header")
+    try:
+        header = dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise SamloveError(f"{path}: expected a JSON object as its header ({error}); regenerate the file") from None
+    header.pop("crc32c", None)
+    return header
 
 
 def seal(path: Path) -> None:
-    """Write the checksum of a file that is otherwise complete, and closed."""
+    """Write the checksum into a file that is otherwise complete, and closed."""
     with open(path, "r+b") as file:
         header = _header_bytes(file)
         place = header.index(_MARK) + len(_MARK)
@@ -38,7 +54,7 @@ def seal(path: Path) -> None:
 
 
 def _header_bytes(file: Any) -> bytes:
-    """The file up to the end of its header; ValueError where that is not in it."""
+    """The file up to the end of its safetensors header. Raises ValueError if the file is shorter than that."""
     start = file.read(_LENGTH)
     length = int.from_bytes(start, "little")
     size = file.seek(0, 2)
@@ -49,24 +65,24 @@ def _header_bytes(file: Any) -> bytes:
 
 
 def _checksum(path: Path, place: int) -> str:
-    """crc32c, as 8 hex digits, of a file's bytes with _ROOM at `place`."""
+    """crc32c, as 8 hex digits, of a file's bytes with _PLACEHOLDER at `place`."""
     with open(path, "rb") as file:
-        crc = google_crc32c.value(file.read(place) + _ROOM.encode())
-        file.seek(place + len(_ROOM))
+        crc = google_crc32c.value(file.read(place) + _PLACEHOLDER.encode())
+        file.seek(place + len(_PLACEHOLDER))
         while block := file.read(BLOCK):
             crc = google_crc32c.extend(crc, block)
     return f"{crc:08x}"
 
 
 def is_tensors(path: Path) -> bool:
-    """Whether a file is one of these, or was before it was damaged."""
+    """Whether a file is in this format; also true for most damaged ones."""
     with open(path, "rb") as file:
         start = file.read(64)
     return start[_LENGTH:].startswith(_START) or HEADER_KEY.encode() in start
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether the file has a checksum: those of older versions have none."""
+    """Whether the file has a checksum; files of older versions have none."""
     with open(path, "rb") as file:
         try:
             return _MARK in _header_bytes(file)
@@ -75,7 +91,7 @@ def is_sealed(path: Path) -> bool:
 
 
 def damage(path: Path, deep: bool) -> str:
-    """What is wrong with the bytes of a file, by its size or, `deep`, its checksum; empty where nothing is."""
+    """What is wrong with the bytes of a file, judged by its size or, if `deep`, its checksum; empty if nothing is."""
     with open(path, "rb") as file:
         try:
             header = _header_bytes(file)
@@ -83,21 +99,21 @@ def damage(path: Path, deep: bool) -> str:
             ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
             size = len(header) + max(ends, default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            return f"torn or damaged: its header cannot be read ({error})"
+            return f"truncated or damaged: its header cannot be read ({error})"
     if (found := path.stat().st_size) != size:
         return f"expected {size} bytes, found {found}"
     if deep and (place := header.find(_MARK)) >= 0:
         place += len(_MARK)
-        stored = header[place : place + len(_ROOM)].decode(errors="replace")
+        stored = header[place : place + len(_PLACEHOLDER)].decode(errors="replace")
         if (crc := _checksum(path, place)) != stored:
             return f"expected crc32c {stored}, found {crc}"
     return ""
 
 
 class TensorReader:
-    """The tensors of a file as arrays, read only; opened at first use, by each process for itself.
+    """The tensors of a file as arrays, read only. Can be pickled: each process opens the file for itself.
 
-    `header` is what made them. Raises SamloveError where the file is not whole, or has no such header.
+    `header`: the header as a dict. Raises SamloveError if the file is damaged or has no such header.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -105,10 +121,7 @@ class TensorReader:
         self._identity = identity(self.path)
         self._file: Any = None
         file = self._open()
-        text = (file.metadata() or {}).get(HEADER_KEY)
-        if text is None:
-            raise SamloveError(f"{path}: expected a checkpoint of samlove, found a safetensors file without its header")
-        self.header = parse(text, self.path)
+        self.header = from_metadata(file.metadata(), self.path)
         self._keys: list[str] = list(file.keys())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,7 +132,9 @@ class TensorReader:
             try:
                 file = safe_open(self.path, framework="np")
             except (SafetensorError, OSError) as error:
-                raise SamloveError(f"{self.path}: not a whole safetensors file ({error}); make it anew") from None
+                raise SamloveError(
+                    f"{self.path}: not a complete safetensors file ({error}); regenerate the file"
+                ) from None
             refuse_replaced(self.path, self._identity)
             self._file = file
         return self._file
@@ -132,18 +147,8 @@ class TensorReader:
         return len(self._keys)
 
     def read(self, key: str) -> np.ndarray:
-        """One tensor; SamloveError where there is none of this name."""
+        """One tensor. Raises SamloveError if none has this name."""
         try:
             return self._open().get_tensor(key)
         except SafetensorError as error:
             raise SamloveError(f"{self.path}: no tensor {key!r} ({error})") from None
-
-
-def parse(text: str, path: Path) -> dict[str, Any]:
-    """What made a file, from the text of its header; SamloveError where that is no JSON object."""
-    try:
-        header = dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise SamloveError(f"{path}: expected a JSON text as its header ({error}); make it anew") from None
-    header.pop("crc32c", None)
-    return header

@@ -1,4 +1,4 @@
-"""One extraction in a process of its own: a small real VGGish on short wavs, and a way to kill it at a given moment."""
+"""One extraction in its own process, with a small real VGGish on short wavs, and a way to kill it at a given point."""
 
 import json
 import multiprocessing
@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import distributed.dashboard.scheduler  # noqa: F401  # as torchvggish below: else imported in every process anew
+import distributed.dashboard.scheduler  # noqa: F401  # like torchvggish below: otherwise imported in every process
 import numpy as np
 import soundfile
 import torch
@@ -25,17 +25,17 @@ from samlove.features.encoders.vggish import VggishEncoder
 from samlove.features.extract import Job, extract
 
 SHARD, BATCH = 8, 3
-# What changes a folder: the interpreter announces each before it happens. Between two of them the disk stays the same,
-# but for the bytes of files that are open.
+# Audit events that change a folder; the interpreter raises each before the change. Between two of them the disk stays
+# the same, except for the bytes of open files.
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate")
-WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC  # of a file that is opened
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC  # flags of open() that write
 CONTEXT = multiprocessing.get_context("forkserver")  # torch is imported once, in a process without threads
-STARTING = Lock()  # start() also asks after the processes of other threads: two that ask at once get a wrong answer
+STARTING = Lock()  # start() also polls processes of other threads, and two polls at once give wrong answers
 CONTEXT.set_forkserver_preload(["tests.kill_run"])
 
 
 def write_wavs(folder: Path, numbers: range) -> dict[str, Path]:
-    """Half a second of a tone of its own each; every seventh is no wav at all."""
+    """Half a second of a different tone each; every seventh file is not a valid wav."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {f"clip_{n:02}": folder / f"{n:02}.wav" for n in numbers}
     for n, path in zip(numbers, paths.values(), strict=True):
@@ -49,9 +49,10 @@ def write_wavs(folder: Path, numbers: range) -> dict[str, Path]:
 def run(inputs: Path, config: AudioConfig, root: Path, report: Path, kill_at: int, file_limit: int) -> None:
     """Extract all wavs of `inputs` into root/store.
 
-    kill_at: the change before which to kill this process, or -1. file_limit: bytes that no file may outgrow, as on a
-    disk that is full, or -1. A run that lives writes to `report`: {"events", "shards", "shards_written", "items"} or
-    {"error"}.
+    kill_at: the number of the change before which to kill this process, or -1.
+    file_limit: maximum file size in bytes, to simulate a full disk, or -1.
+    A run that is not killed writes to `report`: {"events", "shards", "shards_written", "items", "text"} or
+    {"events", "error"}.
     """
     torch.set_num_threads(1)
     seen = 0
@@ -70,29 +71,29 @@ def run(inputs: Path, config: AudioConfig, root: Path, report: Path, kill_at: in
     try:
         with _files_limited_to(file_limit):
             done = extract(Job(encoder, sources, root / "store", root / "scratch", SHARD, BATCH))
-        told: dict[str, Any] = {"shards": done.shards, "shards_written": done.spent.shards_written}
-        told |= {"items": done.spent.items, "text": str(done)}
+        result: dict[str, Any] = {"shards": done.shards, "shards_written": done.spent.shards_written}
+        result |= {"items": done.spent.items, "text": str(done)}
     except SamloveError as error:
-        told = {"error": str(error)}
-    report.write_text(json.dumps({**told, "events": seen}))
+        result = {"error": str(error)}
+    report.write_text(json.dumps({**result, "events": seen}))
 
 
 def _changes(root: Path, event: str, arguments: tuple[Any, ...]) -> bool:
-    """Whether an event is a change below `root`: Dask has files of its own."""
+    """Whether an event is a change below `root`; Dask changes its own files elsewhere."""
     if event not in CHANGES and not (event == "open" and arguments[2] & WRITES):
         return False
     path = str(arguments[0])
-    if event in ("os.remove", "os.rmdir") and arguments[1] >= 0:  # a name in an opened folder, as rmtree has it
+    if event in ("os.remove", "os.rmdir") and arguments[1] >= 0:  # rmtree passes a name relative to an open folder
         path = f"{os.readlink(f'/proc/self/fd/{arguments[1]}')}/{path}"
     return path.startswith(str(root))
 
 
 @contextmanager
 def _files_limited_to(size: int) -> Iterator[None]:
-    """Writing beyond `size` fails with EFBIG. What is printed is thrown away: it goes to a file too, perhaps."""
+    """Make writes beyond `size` fail with EFBIG. Discards printed output, because it may go to a file too."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # Python ignores the signal that comes with it
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # Python ignores the accompanying signal
         try:
             yield
         finally:
@@ -102,9 +103,9 @@ def _files_limited_to(size: int) -> Iterator[None]:
 def run_apart(
     inputs: Path, config: AudioConfig, root: Path, kill_at: int = -1, after: float | None = None, file_limit: int = -1
 ) -> dict | None:
-    """`run` in a process of its own; what it told, None where it was killed.
+    """`run` in its own process; returns its report, or None if it was killed.
 
-    after: kill it from outside after so many seconds, wherever it is then.
+    after: kill it from outside after this many seconds.
     """
     report = root.with_name(f"{root.name}.json")
     report.unlink(missing_ok=True)
@@ -120,5 +121,5 @@ def run_apart(
     if process.exitcode == -signal.SIGKILL:
         return None
     assert process.exitcode == 0, process.exitcode
-    told: dict = json.loads(report.read_text())
-    return told
+    result: dict = json.loads(report.read_text())
+    return result

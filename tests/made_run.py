@@ -1,4 +1,4 @@
-"""A whole run made up of discs: dataset folder, index and predictions as the stages before evaluate leave them."""
+"""A synthetic run with discs: dataset folder, index and predictions, as the stages before evaluate write them."""
 
 import json
 import math
@@ -24,8 +24,8 @@ CATEGORIES = {"test_s": ("disc", "star"), "test_u": ("ring", "kite"), "val": ("d
 def make_run(data: Path, rows: dict[str, int], frames: int = 3, size: int = 24, width: int = 40) -> pd.DataFrame:
     """Writes {data}/set (Ref-AVS layout), {data}/index and {data}/predictions; returns the index's expressions.
 
-    rows: expressions a split, three of a clip. Each prediction is the true disc, shifted the more the later the row
-    comes; swapped_audio and permuted_text put it elsewhere on rows that need them, true_mask puts it right.
+    rows: expressions per split, three per video. Each prediction is the ground-truth disc, shifted more for later rows;
+    swapped_audio and permuted_text shift it away on rows that need them, true_mask does not shift it.
     """
     generator = np.random.default_rng(0)
     table = []
@@ -45,7 +45,7 @@ def make_run(data: Path, rows: dict[str, int], frames: int = 3, size: int = 24, 
 
 
 def make_curves(data: Path, epochs: int = 30) -> None:
-    """Learning curves as the trainer has DVCLive keep them, and the manifest of a feature store."""
+    """Write learning curves, as the trainer records them with DVCLive, and the manifest of a feature store."""
     ends = {"train/loss": (1.4, 0.2), "train/bce": (0.7, 0.1), "val/J&F": (0.0, 82.0), "lr": (1e-4, 0.0)}
     with Live(str(data / "dvclive"), save_dvc_exp=False, dvcyaml=None) as live:
         for epoch in range(epochs):
@@ -115,7 +115,7 @@ def _predictions(
 
 
 def _discs(frames: int, size: int, place: tuple[float, ...], radius: float) -> np.ndarray:
-    """A disc that drifts to the right: bool (frames, size, size), coordinates and radius in parts of the size."""
+    """A disc that drifts to the right: bool (frames, size, size); place and radius are fractions of the size."""
     y, x = np.mgrid[:size, :size] / size
     return np.stack([(x - place[0] - 0.02 * t) ** 2 + (y - place[1]) ** 2 < radius**2 for t in range(frames)])
 

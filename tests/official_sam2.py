@@ -1,4 +1,4 @@
-"""The official SAM2VideoPredictor on small random weights: what the light SAM2 is compared with."""
+"""The official SAM2VideoPredictor on small random weights, for comparison with the light SAM 2."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +16,10 @@ TINY = str(Path(__file__).parent / "sam2_tiny.yaml")  # image 64: embedding 4x4,
 
 
 def random_checkpoint(path: Path, seed: int, config: str = TINY, object_score: float = 2.0) -> Path:
-    """A checkpoint in the official form, {"model": state dict}, of a random SAM2 that is not a trivial one.
+    """Write a checkpoint in the official format, {"model": state dict}, of a random but non-trivial SAM 2.
 
-    SAM2's fresh weights give near-constant masks and ignore memory: layer scales are 1e-6, embeddings 0.02. Here
-    every vector and embedding is redrawn at a size that matters, and the object score leans to `object_score`.
+    SAM 2's initial weights give near-constant masks and ignore memory: layer scales are 1e-6, embeddings 0.02. Here,
+    every vector and embedding is redrawn at a size that has an effect, and object scores are biased to `object_score`.
     """
     torch.manual_seed(seed)
     model = instantiate_sam2(config)
@@ -30,16 +30,16 @@ def random_checkpoint(path: Path, seed: int, config: str = TINY, object_score: f
             elif name.endswith(("_embed", "_enc", "_ptr", "_spatial", "_token.weight", "_tokens.weight")):
                 value.normal_()
         for head in model.sam_mask_decoder.output_hypernetworks_mlps:
-            head.layers[-1].weight *= 20  # logits of the size that trained ones have
+            head.layers[-1].weight *= 20  # logits as large as trained ones
         model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.fill_(object_score)
     torch.save({"model": model.state_dict()}, path)
     return path
 
 
 def official_predictor(checkpoint: Path, config: str = TINY):
-    """As a user of the sam2 package builds it, on the CPU, with apply_postprocessing=False.
+    """The predictor as built by a user of the sam2 package, on the CPU, with apply_postprocessing=False.
 
-    config: a file, or one of the package's own names.
+    config: a file, or a name inside the package.
     """
     file = Path(config)
     packaged = not file.is_file()
@@ -56,7 +56,7 @@ def official_predictor(checkpoint: Path, config: str = TINY):
 
 
 def write_clip(folder: Path, seed: int, frames: int, size: tuple[int, int] = (96, 72)) -> np.ndarray:
-    """JPEG frames of two discs moving over noise, and the discs' masks on frame 0 as bool (2, H, W)."""
+    """Write JPEG frames of two discs moving over noise; returns the discs' masks on frame 0, bool (2, H, W)."""
     rng = np.random.default_rng(seed)
     width, height = size
     folder.mkdir(parents=True)
@@ -81,7 +81,7 @@ def write_clip(folder: Path, seed: int, frames: int, size: tuple[int, int] = (96
 
 
 def live_embeds(predictor, state: dict, before_convs: bool = False) -> dict[str, torch.Tensor]:
-    """What the predictor's own image encoder gives for each frame, under the names of the cache, (T, C, h, w) each."""
+    """The output of the predictor's image encoder for each frame, under the store's array names, (T, C, h, w) each."""
     levels = []
     with torch.no_grad():
         for t in range(state["num_frames"]):
@@ -93,7 +93,7 @@ def live_embeds(predictor, state: dict, before_convs: bool = False) -> dict[str,
 
 
 def official_logits(predictor, state: dict, prompt: Callable[[int], None], objects: int) -> torch.Tensor:
-    """Propagate after `prompt(obj_id)` has prompted each object: logits (B, T, H, W) at the video's size."""
+    """Call `prompt(obj_id)` for each object, then propagate: logits (B, T, H, W) at the video's size."""
     predictor.reset_state(state)
     for obj_id in range(objects):
         prompt(obj_id)

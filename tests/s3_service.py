@@ -1,4 +1,4 @@
-"""An S3 service on this machine (moto's server, over HTTP), and the environment in which a user would reach it."""
+"""An S3 service on this machine (moto's server, over HTTP), and the environment that a user needs to reach it."""
 
 import logging
 import os
@@ -15,8 +15,8 @@ from moto.server import ThreadedMotoServer
 
 @contextmanager
 def s3_service(bucket: str) -> Iterator[str]:
-    """Its endpoint, which the environment names while the block runs; it holds one empty bucket."""
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # not a line a request
+    """Run the service with one empty bucket and yield its endpoint; the environment is set while the block runs."""
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # otherwise one line per request
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -29,26 +29,26 @@ def s3_service(bucket: str) -> Iterator[str]:
             patch.setenv("AWS_ENDPOINT_URL", endpoint)
             patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
             patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-            ask(f"{endpoint}/moto-api/reset")  # its memory is that of the process, and may hold an earlier one's
+            ask(f"{endpoint}/moto-api/reset")  # moto's state is global: an earlier service may have left some
             boto3.client("s3", region_name="us-east-1").create_bucket(Bucket=bucket)
-            connect_anew()
+            reconnect()
             yield endpoint
     finally:
         server.stop()
-        connect_anew()
+        reconnect()
 
 
 def ask(url: str, body: str = "") -> None:
-    """POST to moto's own interface."""
+    """POST to moto's own API."""
     with urlopen(Request(url, body.encode(), {"Content-Type": "text/plain"})):
         pass
 
 
-def connect_anew() -> None:
-    """Let the next access to s3:// be by the environment as it is now."""
+def reconnect() -> None:
+    """Make the next access to s3:// use the current environment."""
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def upload(root: Path, url: str) -> None:
-    """Put the files below `root` below `url`, as docs/sharing.md does."""
+    """Upload the files below `root` to `url`, as in docs/sharing.md."""
     fsspec.filesystem("s3").put(f"{root}/", f"{url}/", recursive=True)

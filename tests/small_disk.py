@@ -1,4 +1,4 @@
-"""A file system that is soon full."""
+"""A small file system, to test a full disk."""
 
 import subprocess
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
-    """A disk of that size, mounted on the new `folder`; the test is skipped where one may not mount."""
+    """Mount a disk of this size on the new folder `folder`; skips the test if mounting is not permitted."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
     done = subprocess.run(mount, capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"needs the right to mount a small file system: {done.stderr.strip()}")
+        pytest.skip(f"needs permission to mount a small file system: {done.stderr.strip()}")
     try:
         yield folder
     finally:

@@ -1,4 +1,4 @@
-"""Small checkpoints in the official formats, and a small clip, for tests of the encoders and their stages."""
+"""Small checkpoints in the official formats and small videos, for tests of the encoders and their stages."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ LETTERS = [chr(c) for c in range(ord("a"), ord("z") + 1)]
 
 
 def write_clip(folder: RefAvsFolder, media_id: str, frames: int, seconds: float, rate: int = 16_000) -> None:
-    """JPEG frames of smooth noise, 48 x 36, and a stereo wav of two tones."""
+    """Write JPEG frames of smooth noise, 48 x 36, and a stereo wav of two tones."""
     rng = np.random.default_rng(len(media_id) + frames)
     folder.frame_path(media_id, 0).parent.mkdir(parents=True)
     for t in range(frames):
@@ -35,7 +35,7 @@ def write_clip(folder: RefAvsFolder, media_id: str, frames: int, seconds: float,
 
 
 def audio_config(root: Path, **options: object) -> AudioConfig:
-    """VGGish of 4 channels; vggish.pth and its PCA as the release writes them: plain torch.save, NumPy arrays."""
+    """A VGGish of 4 channels: vggish.pth and its PCA file in the release's format, torch.save with NumPy arrays."""
     torch.manual_seed(0)
     root.mkdir(parents=True, exist_ok=True)
     torch.save(build_vggish(4, 16).state_dict(), root / "vggish.pth")
@@ -46,7 +46,7 @@ def audio_config(root: Path, **options: object) -> AudioConfig:
 
 
 def vit_config(root: Path, trained_at: int = 32, image_size: int = 32, **options: object) -> VisualConfig:
-    """A ViT with the classifier that timm's checkpoints have."""
+    """A ViT with a classifier, as in timm's checkpoints."""
     torch.manual_seed(0)
     root.mkdir(parents=True, exist_ok=True)
     tensors = build_vit(VIT, VIT_ARGS, trained_at).state_dict()
@@ -57,7 +57,7 @@ def vit_config(root: Path, trained_at: int = 32, image_size: int = 32, **options
 
 
 def roberta_config(folder: Path, **options: object) -> TextConfig:
-    """A RoBERTa with the language-modelling head that distilroberta-base has, and without the pooler it lacks."""
+    """A RoBERTa with a language-modelling head and without a pooler, as in distilroberta-base."""
     from transformers import RobertaConfig, RobertaForMaskedLM, RobertaTokenizerFast
 
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def roberta_config(folder: Path, **options: object) -> TextConfig:
 
 
 def clip_folder(folder: Path) -> Path:
-    """A whole CLIP: image tower of 32 pixels in patches of 16, text tower of 30 tokens."""
+    """A whole CLIP: image encoder with 32 pixels in patches of 16, text encoder with 30 tokens."""
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
     torch.manual_seed(0)
@@ -86,7 +86,7 @@ def clip_folder(folder: Path) -> Path:
 
 
 def sam2_config(root: Path, **options: object) -> Sam2Config:
-    """The tests' SAM2 with random weights, as {"model": state dict}."""
+    """The tests' SAM 2 with random weights, as {"model": state dict}."""
     torch.manual_seed(0)
     root.mkdir(parents=True, exist_ok=True)
     torch.save({"model": instantiate_sam2(TINY_SAM2).state_dict()}, root / "sam2.pt")
@@ -94,7 +94,7 @@ def sam2_config(root: Path, **options: object) -> Sam2Config:
 
 
 def make_project(root: Path) -> None:
-    """A working folder with a profile of small encoders, an index of three clips and two texts, and their media."""
+    """A working folder with a profile of small encoders, an index of three videos and two expressions, and media."""
     sections: dict[str, Section] = {
         "audio": audio_config(root / "weights"),
         "visual": vit_config(root / "weights"),
@@ -112,7 +112,7 @@ def make_project(root: Path) -> None:
     splits = {"a": "train", "b": "val", "c": "test_s"}
     for media_id in splits:
         write_clip(folder, media_id, frames=3, seconds=3)
-    index = root / "data" / "index"
-    index.mkdir()
+    index = root / "data" / "small" / "index"
+    index.mkdir(parents=True)
     pd.DataFrame({"media_id": list(splits), "split": list(splits.values())}).to_parquet(index / "videos.parquet")
     pd.DataFrame({"exp": ["it", "the red star", "it"]}).to_parquet(index / "expressions.parquet")

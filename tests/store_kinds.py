@@ -1,9 +1,8 @@
-"""Every store class behind one small adapter, for the suites that ask the same of each.
+"""A small adapter for each store class, so that one suite can test all of them.
 
-An adapter writes {key: array}, all of one dtype and shape, opens what it wrote, and reads it back by key.
+An adapter writes {key: array}, all with the same dtype and shape, opens the result, and reads it back by key.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -27,7 +26,7 @@ from stores import (
     TensorReader,
     export_store,
 )
-from stores.features import DTYPES
+from stores.feature_writer import DTYPES
 
 SHAPE = (3, 4, 4)
 KEYS = [
@@ -41,7 +40,7 @@ KEYS = [
     "ünï 東京 \U0001f3bb",
     " the object, making the loudest sound\t(for 10 s). " * 8,
 ]
-MADE = {"made": "here"}  # what each says that it came from
+MADE = {"made": "here"}  # the fingerprint of each
 Items = Mapping[str, np.ndarray]
 
 any_shape = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
@@ -57,7 +56,7 @@ def finite(dtypes: st.SearchStrategy, shapes: st.SearchStrategy) -> st.SearchStr
 
 
 class Features:
-    """Zarr feature store. Refuses empty arrays and infinity, which have no business in a feature."""
+    """Zarr feature store. It refuses empty arrays and infinity, which are never valid features."""
 
     what = "feature store"
     values = finite(st.sampled_from(DTYPES), no_empty_shape)
@@ -79,7 +78,7 @@ class Features:
 
 
 class Shards:
-    """WebDataset shards."""
+    """WebDataset shard set."""
 
     what = "shard set"
     numbers = st.one_of(
@@ -105,7 +104,7 @@ class Shards:
 
 
 class Predictions:
-    """Masks in HDF5: uint8 (T, S, S) by definition."""
+    """Masks in HDF5: always uint8 (T, S, S)."""
 
     what = "predictions file"
     values = hnp.arrays(np.uint8, st.tuples(st.integers(1, 4), st.integers(1, 6)).map(lambda s: (s[0], s[1], s[1])))
@@ -128,7 +127,7 @@ class Predictions:
 
 
 class Exported:
-    """A feature store as one HDF5 file, read in place; tests/test_stores_hdf5.py has the way back into a store."""
+    """A feature store as one HDF5 file, read in place; tests/test_stores_hdf5.py tests the import."""
 
     what = "exported feature store"
     values = Features.values
@@ -137,7 +136,7 @@ class Exported:
         inner = path.parent / "inner"
         shutil.rmtree(inner, ignore_errors=True)
         Features().write(inner / "store", items)
-        path.unlink(missing_ok=True)  # export never writes over a file
+        path.unlink(missing_ok=True)  # export never overwrites a file
         export_store(inner / "store", path)
         shutil.rmtree(inner)
 
@@ -152,19 +151,19 @@ class Exported:
 
 
 class Tensors:
-    """A checkpoint's file. Its keys come back in safetensors' order, not in that of writing."""
+    """A checkpoint file. Its keys come back in safetensors' order, not in the order they were written."""
 
     what = "checkpoint"
     kept = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
     values = hnp.arrays(st.sampled_from(kept), any_shape)
 
     def write(self, path: Path, items: Items) -> None:
-        import torch  # here, for spawned processes that but read
+        import torch  # not at the top, because spawned processes only read
 
         from samlove.model.checkpoint import write_tensors
 
         tensors = {key: torch.from_numpy(np.array(value)) for key, value in items.items()}
-        write_tensors(path, tensors, json.dumps(MADE))
+        write_tensors(path, tensors, MADE)
 
     def open(self, path: Path) -> TensorReader:
         return TensorReader(path)
@@ -198,7 +197,7 @@ class Watched(dict):
 
 
 class Steps:
-    """The steps of this process from now on: changes to the disk, and what else calls `step`. Killed before one."""
+    """Counts this process's changes to the disk and calls of `step`, and kills it before step number `kill_at`."""
 
     def __init__(self, kill_at: int) -> None:
         self.seen, self.kill_at = 0, kill_at

@@ -1,4 +1,4 @@
-"""A folder of audio embeddings of another project becomes a store that packing takes."""
+"""Importing a folder of another project's audio embeddings as a store that the pack stage accepts."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def write(folder, **values) -> dict:
     return values
 
 
-def test_tensors_become_items_of_provenance_imported(tmp_path):
+def test_tensors_become_items_with_the_fingerprint_imported(tmp_path):
     made = write(tmp_path / "audio_embed", a_0_10000=torch.randn(10, 128), null_b=torch.rand(10, 128) * 255)
     made |= write(tmp_path / "audio_embed", grad=torch.randn(10, 128, requires_grad=True))
     assert import_audio_embed(tmp_path / "audio_embed", tmp_path / "audio") == 3
@@ -33,7 +33,7 @@ def test_tensors_become_items_of_provenance_imported(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"audio_embed", "audio"}
 
 
-def test_float32_keeps_every_bit_and_is_asked_for_by_dtype(tmp_path):
+def test_float32_keeps_every_bit_and_must_match_the_configured_dtype(tmp_path):
     made = write(tmp_path / "audio_embed", a=torch.randn(10, 128))
     import_audio_embed(tmp_path / "audio_embed", tmp_path / "audio", "float32")
     store = FeatureStore.open(tmp_path / "audio")
@@ -52,14 +52,14 @@ def test_float32_keeps_every_bit_and_is_asked_for_by_dtype(tmp_path):
         (torch.full((10, 128), 1e6), r"bad\.pt: 1e\+06 is beyond the range of float16"),
     ],
 )
-def test_what_is_no_such_tensor_is_named_and_nothing_is_left(tmp_path, value, match):
+def test_an_invalid_file_is_named_and_nothing_is_left(tmp_path, value, match):
     write(tmp_path / "audio_embed", a=torch.zeros(10, 128), bad=value)
     with pytest.raises(SamloveError, match=match):
         import_audio_embed(tmp_path / "audio_embed", tmp_path / "audio")
     assert {p.name for p in tmp_path.iterdir()} == {"audio_embed"}
 
 
-def test_torn_files_and_missing_ones(tmp_path):
+def test_truncated_and_missing_files(tmp_path):
     write(tmp_path / "audio_embed", a=torch.zeros(10, 128))
     with pytest.raises(RequestError, match="found none"):
         import_audio_embed(tmp_path, tmp_path / "audio")

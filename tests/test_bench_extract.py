@@ -1,4 +1,4 @@
-"""The extraction bench at its smallest: what it prints, and that it leaves nothing behind."""
+"""The extraction benchmark on few items: what it prints, and that it leaves no files behind."""
 
 import json
 import tempfile
@@ -36,7 +36,7 @@ def test_workers_are_compared_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
         run("micro", items=1, rounds=1, workers=2)
 
 
-def test_an_unknown_profile_is_a_wrong_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_profile_is_an_invalid_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(RequestError, match="expected one of micro, refavs"):
         run("huge", items=1)

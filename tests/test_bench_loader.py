@@ -1,4 +1,4 @@
-"""The loader's benchmark: every format gives back the same bytes, and what is printed is what is returned."""
+"""The loader benchmark: every format returns the same bytes, and `run` prints what it returns."""
 
 import json
 import sys
@@ -26,8 +26,8 @@ def test_every_format_reads_what_was_written(tmp_path, make):
                 np.testing.assert_array_equal(np.asarray(sample[name]), array)
 
 
-def test_a_run_prints_a_line_a_format_and_one_json_object(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "litdata", None)  # as where it is not installed
+def test_a_run_prints_one_line_per_format_and_one_json_object(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "litdata", None)  # as if it were not installed
     result = run(videos=2, rounds=1)
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1]) == result

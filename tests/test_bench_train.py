@@ -1,4 +1,4 @@
-"""The training bench at its smallest: what it prints, and that it leaves nothing behind."""
+"""The training benchmark on little data: what it prints, and that it leaves no files behind."""
 
 import json
 import tempfile
@@ -25,7 +25,7 @@ def test_it_ends_with_one_json_object(
     assert not list(tmp_path.glob("samlove-*"))
 
 
-def test_an_unknown_profile_is_a_wrong_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_profile_is_an_invalid_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(RequestError, match="expected one of micro, refavs"):
         run("huge")

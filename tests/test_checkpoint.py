@@ -13,7 +13,7 @@ from tests.tiny_training import Items, collate, origin, write_sam2
 
 @pytest.fixture
 def made(tmp_path):
-    """(model, header, checkpoint): trained parts moved away from where they started."""
+    """(model, header, checkpoint); the trained parameters differ from their initial values."""
     start = origin(write_sam2(tmp_path / "sam2.safetensors"), fusion={"seg_tokens": 2})
     model = start.build().eval()
     model.sam2.set_trainable(prompt_encoder=True, mask_decoder=True)
@@ -28,7 +28,7 @@ def made(tmp_path):
     return model, header, path
 
 
-def test_a_loaded_model_answers_as_the_saved_one(made):
+def test_a_loaded_model_gives_the_same_outputs_as_the_saved_one(made):
     model, header, path = made
     batch = collate([Items(2, seed=0)[i] for i in range(2)])
     loaded = load_model(path)
@@ -38,17 +38,17 @@ def test_a_loaded_model_answers_as_the_saved_one(made):
     assert read_header(path) == header
 
 
-def test_only_what_was_trained_is_in_it(made):
+def test_a_checkpoint_holds_only_trained_parameters(made):
     model, _, path = made
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert set(load_file(path)) == trained
     assert not any("memory" in name for name in trained)
 
 
-def test_another_sam2_is_refused(made):
+def test_a_different_sam2_is_refused(made):
     _, header, path = made
     write_sam2(path.parents[1] / "sam2.safetensors", seed=7)
-    with pytest.raises(SamloveError, match=f"expected the SAM2 that .*best.safetensors .*{header.sam2_sha256}.*found"):
+    with pytest.raises(SamloveError, match=f"expected the SAM 2 that .*best.safetensors .*{header.sam2_sha256}.*found"):
         load_model(path)
 
 
@@ -58,14 +58,14 @@ def test_a_missing_sam2_is_named(made):
         load_model(made[2])
 
 
-def test_files_that_are_no_checkpoint_are_refused(made, tmp_path):
+def test_files_that_are_not_checkpoints_are_refused(made, tmp_path):
     _, _, path = made
-    with pytest.raises(RequestError, match="no such file; make it with: dvc repro train"):
+    with pytest.raises(RequestError, match="no such file; run: dvc repro train"):
         load_model(tmp_path / "none.safetensors")
-    torn = tmp_path / "torn.safetensors"
-    torn.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(SamloveError, match="not a whole safetensors file"):
-        load_model(torn)
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(SamloveError, match="not a complete safetensors file"):
+        load_model(truncated)
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(SamloveError, match="without its header"):
         load_model(tmp_path / "foreign.safetensors")
@@ -73,27 +73,28 @@ def test_files_that_are_no_checkpoint_are_refused(made, tmp_path):
 
 def test_tensors_that_do_not_fit_are_named(made):
     _, header, path = made
-    tensors, text = read_tensors(path)
+    tensors, stored = read_tensors(path)
     del tensors["fusion.aud"]
     tensors["fusion.seg"] = torch.zeros(1, 16)
-    write_tensors(path, tensors, text)
+    write_tensors(path, tensors, stored)
     with pytest.raises(SamloveError, match=r"missing fusion.aud; fusion.seg is \(1, 16\), expected \(2, 16\)"):
         load_model(path)
 
 
-def test_a_header_of_another_schema_is_refused(made):
+def test_a_header_with_a_different_schema_is_refused(made):
     _, header, path = made
-    tensors, text = read_tensors(path)
-    write_tensors(path, tensors, text.replace('"epoch"', '"when"'))
+    tensors, stored = read_tensors(path)
+    stored["when"] = stored.pop("epoch")
+    write_tensors(path, tensors, stored)
     with pytest.raises(SamloveError, match="expected a header of schema 1"):
         read_header(path)
 
 
-def test_a_failed_write_leaves_the_file_that_was_there(made):
+def test_a_failed_write_leaves_the_existing_file(made):
     _, _, path = made
     before = path.read_bytes()
     with pytest.raises(Exception, match="."):
-        write_tensors(path, {"a": torch.zeros(2), "b": torch.zeros(2).to("meta")}, "header")
+        write_tensors(path, {"a": torch.zeros(2), "b": torch.zeros(2).to("meta")}, {})
     assert path.read_bytes() == before
 
 
@@ -111,7 +112,7 @@ def test_a_flipped_bit_is_refused_and_found_by_verify(made):
         assert fault.startswith(f"{path}: ")
 
 
-def test_a_checkpoint_of_an_older_version_is_read_as_before(made):
+def test_a_checkpoint_of_an_older_version_is_still_read(made):
     model, header, path = made
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     before = {name: value for name, value in header.model_dump(mode="json").items() if name != "shards"}
@@ -120,10 +121,10 @@ def test_a_checkpoint_of_an_older_version_is_read_as_before(made):
     loaded = load_model(path).state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in trained.items())
     (fault,) = verify(path)
-    assert "has no checksum: an older version made it" in fault
+    assert "has no checksum (written by an older version)" in fault
 
 
-def test_two_checkpoints_differ_in_what_made_them_and_in_their_tensors(made):
+def test_diff_of_two_checkpoints_shows_headers_and_tensors(made):
     model, header, path = made
     other = path.with_name("other.safetensors")
     with torch.no_grad():

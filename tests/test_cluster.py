@@ -1,4 +1,4 @@
-"""Feature stages on Dask: workers of this machine, of a scheduler, one of them killed, and what SLURM would be sent.
+"""Feature stages on Dask: local workers, workers of a scheduler, a killed worker, and the job script for SLURM.
 
 The scheduler and its workers are real processes on loopback, started with the `dask` command.
 """
@@ -34,13 +34,13 @@ from tests.test_stores_contract import tree
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-DEADLINE = 60  # seconds that something is waited for
-WAVS = range(7, 12)  # none of them broken
+DEADLINE = 60  # seconds to wait for something
+WAVS = range(7, 12)  # none is broken
 LOCAL = LocalConfig(kind="local", workers=1, threads=1)
 
 
 class Watched(VggishEncoder):
-    """Notes each process that loads it. The first whose second batch begins says so in `victim` and goes no further."""
+    """Logs each process that loads it. The first process to begin its second batch writes `victim` and then hangs."""
 
     def __init__(self, inputs: Path) -> None:
         super().__init__(audio_config(inputs / "weights"), 1, CPU)
@@ -82,7 +82,7 @@ def encoder(tmp_path: Path) -> Watched:
 
 @pytest.fixture
 def make(tmp_path: Path, encoder: Watched) -> Callable[[str, Cluster], Report]:
-    """Runs the stage, 16 wavs in shards of two, into tmp_path/<name>."""
+    """Runs the stage on 12 wavs, in shards of two, into tmp_path/<name>."""
     sources = write_wavs(tmp_path / "inputs", range(7, 13)) | write_wavs(tmp_path / "inputs", range(21, 27))
 
     def run(name: str, cluster: Cluster) -> Report:
@@ -94,8 +94,8 @@ def make(tmp_path: Path, encoder: Watched) -> Callable[[str, Cluster], Report]:
 
 @pytest.fixture
 def expected(tmp_path: Path, encoder: Watched, make: Callable[[str, Cluster], Report]) -> dict[str, bytes]:
-    """The files of the store as one worker inside this process makes it."""
-    (encoder.folder / "victim").touch()  # nobody is to be killed
+    """The files of the store that one worker inside this process writes."""
+    (encoder.folder / "victim").touch()  # so that no process becomes the victim
     report = make("expected", LOCAL)
     assert (report.workers, report.shards, report.spent.items) == (1, 6, 12)
     assert encoder.loaded() == [os.getpid()]
@@ -107,7 +107,7 @@ def expected(tmp_path: Path, encoder: Watched, make: Callable[[str, Cluster], Re
 
 
 class Dask:
-    """A scheduler and two workers, each a process of its own, without nannies that would start them again."""
+    """A scheduler and two workers, each in its own process, without nannies that would restart them."""
 
     def __init__(self, folder: Path, workers_in: Path) -> None:
         self.folder, self.started = folder, list[subprocess.Popen]()
@@ -136,10 +136,10 @@ class Dask:
 
 
 def wait_for(found: Callable[[], Any]) -> Any:
-    """What `found` gives once it is true; fails after DEADLINE."""
+    """Wait until the result of `found` is true and return it; fails after DEADLINE."""
     until = time.monotonic() + DEADLINE
     while not (value := found()):
-        assert time.monotonic() < until, "waited in vain"
+        assert time.monotonic() < until, "timed out"
         time.sleep(0.05)
     return value
 
@@ -158,7 +158,7 @@ def kill_victim(encoder: Watched, killed: list[int]) -> None:
     os.kill(killed[0], signal.SIGKILL)
 
 
-def test_a_worker_is_killed_and_the_store_is_the_same(
+def test_a_killed_worker_does_not_change_the_store(
     tmp_path: Path, encoder: Watched, make: Callable, expected: dict[str, bytes], dask: Dask
 ) -> None:
     killed: list[int] = []
@@ -170,11 +170,11 @@ def test_a_worker_is_killed_and_the_store_is_the_same(
     assert verify(tmp_path / "scheduler" / "store", deep=True) == []
     workers = [process.pid for process in dask.started[1:]]
     assert killed[0] in workers
-    assert sorted(encoder.loaded()) == sorted(workers)  # each once
+    assert sorted(encoder.loaded()) == sorted(workers)  # each loaded it once
     assert report.workers == 1  # at the end
 
 
-def test_local_workers_make_the_same_store_though_one_is_killed(
+def test_a_killed_local_worker_does_not_change_the_store(
     tmp_path: Path, encoder: Watched, make: Callable, expected: dict[str, bytes]
 ) -> None:
     killed: list[int] = []
@@ -189,7 +189,7 @@ def test_local_workers_make_the_same_store_though_one_is_killed(
     assert report.workers >= 1
 
 
-def test_a_lost_scheduler_is_one_line_and_the_run_is_taken_up(
+def test_a_lost_scheduler_gives_one_line_and_the_run_resumes(
     tmp_path: Path, encoder: Watched, make: Callable, expected: dict[str, bytes], dask: Dask
 ) -> None:
     def kill_all() -> None:
@@ -198,7 +198,7 @@ def test_a_lost_scheduler_is_one_line_and_the_run_is_taken_up(
 
     killer = threading.Thread(target=kill_all)
     killer.start()
-    with pytest.raises(SamloveError, match=r"store: the Dask scheduler went away; run the same command again"):
+    with pytest.raises(SamloveError, match=r"store: lost the Dask scheduler; run the same command again"):
         make("lost", dask.config)
     killer.join()
     assert not (tmp_path / "lost" / "store").exists()
@@ -206,7 +206,7 @@ def test_a_lost_scheduler_is_one_line_and_the_run_is_taken_up(
     assert tree(tmp_path / "lost" / "store") == expected
 
 
-def test_workers_in_another_folder_are_told_apart(
+def test_workers_started_in_another_folder_are_refused(
     tmp_path: Path, encoder: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
@@ -214,7 +214,7 @@ def test_workers_in_another_folder_are_told_apart(
     sources = write_wavs(tmp_path / "inputs", WAVS)
     dask = Dask(tmp_path, workers_in=tmp_path / "elsewhere")
     try:
-        with pytest.raises(SamloveError, match=r"started in .*elsewhere: expected to find scratch/lock of this run"):
+        with pytest.raises(SamloveError, match=r"started in .*elsewhere: expected this run's lock file scratch/lock"):
             extract(Job(encoder, sources, Path("store"), Path("scratch"), 2, 1), dask.config)
     finally:
         dask.stop()
@@ -222,20 +222,20 @@ def test_workers_in_another_folder_are_told_apart(
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense"])
-def test_no_scheduler_is_one_line(
+def test_a_missing_scheduler_gives_one_line(
     tmp_path: Path, make: Callable, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     monkeypatch.setattr("samlove.features.cluster.CONNECT_S", 1)
-    with pytest.raises(SamloveError, match=f"{address}: no Dask scheduler answers there") as raised:
+    with pytest.raises(SamloveError, match=f"{address}: no Dask scheduler answers") as raised:
         make("none", SchedulerConfig(kind="scheduler", address=address))
     assert "\n" not in str(raised.value)
 
 
-def test_a_worker_that_always_dies_is_one_line(tmp_path: Path) -> None:
+def test_a_worker_that_always_dies_gives_one_line(tmp_path: Path) -> None:
     sources = write_wavs(tmp_path / "inputs", WAVS)
     encoder = Deadly(audio_config(tmp_path / "inputs" / "weights"), 1, CPU)
     job = Job(encoder, sources, tmp_path / "store", tmp_path / "scratch", 2, 1)
-    with pytest.raises(SamloveError, match=r"every worker that computed it died; out of memory, most often") as raised:
+    with pytest.raises(SamloveError, match=r"every worker that ran it died, usually out of memory") as raised:
         extract(job, LocalConfig(kind="local", workers=2, threads=1))
     assert "\n" not in str(raised.value)
 
@@ -254,12 +254,12 @@ def configs(tmp_path: Path) -> Path:
     return Path(shutil.copytree(ROOT / "configs", tmp_path / "configs"))
 
 
-def test_every_cluster_of_the_repository_loads(configs: Path) -> None:
+def test_every_cluster_configuration_in_the_repository_loads(configs: Path) -> None:
     kinds = {path.stem: load_cluster(path.stem, configs).kind for path in (configs / "cluster").glob("*.yaml")}
     assert kinds == {"local": "local", "scheduler": "scheduler", "slurm": "slurm"}
 
 
-def test_the_environment_chooses(configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_selects_the_cluster(configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(configs.parent)
     monkeypatch.delenv("SAMLOVE_CLUSTER", raising=False)
     assert chosen_cluster() == LocalConfig(kind="local")
@@ -274,13 +274,13 @@ def test_the_environment_chooses(configs: Path, monkeypatch: pytest.MonkeyPatch)
     ("text", "message"),
     [("kind: moon\n", "moon"), ("kind: local\nworkers: 0\n", "workers"), ("kind: scheduler\n", "address")],
 )
-def test_wrong_values_name_the_file(configs: Path, text: str, message: str) -> None:
+def test_the_error_for_an_invalid_value_names_the_file(configs: Path, text: str, message: str) -> None:
     (configs / "cluster" / "local.yaml").write_text(text)
     with pytest.raises(RequestError, match=f"local.yaml: .*{message}"):
         load_cluster("local", configs)
 
 
-def test_slurm_is_sent_what_the_file_says(configs: Path) -> None:
+def test_the_slurm_job_script_follows_the_configuration(configs: Path) -> None:
     config = load_cluster("slurm", configs)
     assert isinstance(config, SlurmConfig)
     with slurm_cluster(config) as cluster:
@@ -293,11 +293,11 @@ def test_slurm_is_sent_what_the_file_says(configs: Path) -> None:
 
 @pytest.fixture
 def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stands in for SLURM's own commands, which are not here: jobs run at once on this machine."""
+    """Replacements for SLURM's commands, which are not installed: jobs run immediately on this machine."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, text in {
-        # The script is gone once sbatch returns, so it is read first.
+        # Read the script first, because it is deleted once sbatch returns.
         "sbatch": 'job=$(cat "$1"); PYTHONPATH=$SOURCE bash -c "$job" >/dev/null 2>&1 & echo "Submitted batch job $!"',
         "scancel": 'pkill -P "$1"; kill "$1"',
     }.items():
@@ -308,7 +308,7 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_slurm_jobs_make_the_same_store(
+def test_slurm_jobs_write_the_same_store(
     tmp_path: Path, sbatch: Path, encoder: Watched, make: Callable, expected: dict[str, bytes]
 ) -> None:
     (encoder.folder / "victim").touch()

@@ -21,17 +21,16 @@ def configs(tmp_path: Path) -> Path:
 def test_every_section_of_a_profile_loads(configs: Path, profile: str) -> None:
     (configs / "profile.yaml").write_text(f"profile: {profile}\n")
     assert active_profile(configs) == profile
-    files = {path.stem for path in (configs / profile).glob("*.yaml")} - {"dvc"}
-    assert files == set(SECTIONS) - ({"synth"} if profile == "refavs" else set())
-    for name in files:
+    assert {path.stem for path in (configs / profile).glob("*.yaml")} == set(SECTIONS)
+    for name in SECTIONS:
         load(SECTIONS[name], configs)
 
 
-def test_the_repository_selects_the_embedded_profile() -> None:
+def test_the_repository_selects_the_demo_profile() -> None:
     assert active_profile(CONFIGS) == "micro"
 
 
-def test_paper_profile_is_the_papers_setting(configs: Path) -> None:
+def test_refavs_is_the_papers_configuration(configs: Path) -> None:
     (configs / "profile.yaml").write_text("profile: refavs\n")
     train, fusion = load(TrainConfig, configs), load(FusionConfig, configs)
     assert (train.lr, train.weight_decay, train.warmup_steps) == (1e-4, 0, 100)  # section 4.1
@@ -39,10 +38,10 @@ def test_paper_profile_is_the_papers_setting(configs: Path) -> None:
     assert (fusion.blocks, fusion.seg_tokens, fusion.prompt, fusion.accumulate_cls) == (6, 1, "seg", True)
 
 
-def test_dataset_lies_where_dvc_watches_it(configs: Path) -> None:
+def test_the_dataset_is_where_dvc_watches_it(configs: Path) -> None:
     assert load(DatasetConfig, configs).root == "data/dataset/micro"
     (configs / "micro" / "dataset.yaml").write_text("root: /elsewhere\n")
-    with pytest.raises(RequestError, match=r"micro/dataset.yaml: root is not a choice; link .* data/dataset/micro"):
+    with pytest.raises(RequestError, match=r"micro/dataset.yaml: root is not a setting; link .* data/dataset/micro"):
         load(DatasetConfig, configs)
 
 
@@ -67,14 +66,15 @@ def test_wrong_values_are_one_line_that_names_the_file(configs: Path, text: str,
     assert caught.value.exit_status == 2
 
 
-def test_unknown_profile_lists_those_there_are(configs: Path) -> None:
+def test_unknown_profile_is_an_error_that_lists_the_profiles(configs: Path) -> None:
+    (configs / "dataset").mkdir()  # a reserved name: data/dataset holds the datasets of all profiles
     (configs / "profile.yaml").write_text("profile: macro\n")
     with pytest.raises(RequestError, match=r"\['micro', 'refavs'\], found .*macro"):
         load(FusionConfig, configs)
 
 
-def test_missing_file_says_where_to_run(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="no such configuration file; run from the repository's root"):
+def test_error_for_a_missing_file_says_where_to_run(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no such configuration file; run from the root of the repository"):
         load(FusionConfig, tmp_path)
 
 

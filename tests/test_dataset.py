@@ -1,4 +1,4 @@
-"""Reading a Ref-AVS folder: values, padding, and files that are broken."""
+"""Reading a Ref-AVS folder: values, padding, and damaged files."""
 
 import io
 import struct
@@ -29,7 +29,7 @@ def encoded(image: Image.Image, kind: str) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RefAvsFolder:
-    """One video, v, of three frames and an object 0 that moves a column a frame."""
+    """One video, v, with three frames and an object 0 that moves to the right in each."""
     folder = RefAvsFolder(tmp_path)
     folder.frame_path("v", 0).parent.mkdir(parents=True)
     folder.mask_path("v", 0, 0).parent.mkdir(parents=True)
@@ -48,7 +48,7 @@ def test_frame_paths_are_cut_or_repeat_the_last(folder: RefAvsFolder) -> None:
         folder.frame_paths("w", 2)
 
 
-def test_a_gap_counts_as_a_frame_and_is_named_when_read(folder: RefAvsFolder) -> None:
+def test_a_gap_counts_as_a_frame_and_is_reported_when_read(folder: RefAvsFolder) -> None:
     folder.frame_path("v", 1).unlink()
     assert folder.frame_count("v") == 3
     with pytest.raises(SamloveError, match="frames/1.jpg: no such file"):
@@ -103,18 +103,18 @@ def test_truncated_images_raise_wherever_they_are_cut(
     path, whole = tmp_path / f"image.{kind.lower()}", encoded(picture(0), kind)
     path.write_bytes(whole)
     read(path)
-    end = len(whole) - (4 if kind == "PNG" else 0)  # nothing depends on the closing chunk's checksum
+    end = len(whole) - (4 if kind == "PNG" else 0)  # no pixel depends on the checksum of the last chunk
     for length in [*range(0, end - 40, 19), *range(end - 40, end)]:
         path.write_bytes(whole[:length])
         with pytest.raises(SamloveError, match=path.name):
             read(path)
-        path.write_bytes(whole[:length] + bytes(len(whole) - length))  # as an interrupted download may leave it
+        path.write_bytes(whole[:length] + bytes(len(whole) - length))  # like an interrupted download
         if length < len(whole) - 20:
             with pytest.raises(SamloveError, match=path.name):
                 read(path)
 
 
-def test_image_size_is_that_of_the_whole_image(tmp_path: Path) -> None:
+def test_image_size_is_the_size_of_the_full_image(tmp_path: Path) -> None:
     picture(0, (320, 200)).save(tmp_path / "a.jpg")
     assert image_size(tmp_path / "a.jpg") == (320, 200)
     assert load_frame(tmp_path / "a.jpg").shape == (200, 320, 3)
@@ -153,11 +153,11 @@ def test_a_wav_from_a_pipe_that_does_not_know_its_length_is_read(tmp_path: Path)
     assert load_audio(path)[0].shape == (500,)
 
 
-def test_audio_that_is_none_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_no_audio_is_reported(tmp_path: Path) -> None:
     with pytest.raises(SamloveError, match="absent.wav: no such file"):
         load_audio(tmp_path / "absent.wav")
     (tmp_path / "text.wav").write_text("not a sound")
-    with pytest.raises(SamloveError, match="text.wav: audio that cannot be decoded"):
+    with pytest.raises(SamloveError, match="text.wav: audio cannot be decoded"):
         load_audio(tmp_path / "text.wav")
     soundfile.write(tmp_path / "nan.wav", np.array([0.0, np.nan]), RATE, subtype="FLOAT")
     with pytest.raises(SamloveError, match="nan.wav: expected finite samples"):
@@ -186,13 +186,13 @@ def test_metadata_keeps_every_value_as_text(tmp_path: Path) -> None:
         (b"vid,uid,split,fid,exp,exp\na,b,c,0,e,f\n", "expected the columns"),
     ],
 )
-def test_tables_that_are_none_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_invalid_tables_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(SamloveError, match=message):
         read_table(tmp_path / "t.csv", ("vid", "uid", "split", "fid", "exp"))
 
 
-def test_a_folder_without_metadata_is_a_wrong_request(tmp_path: Path) -> None:
+def test_a_folder_without_metadata_is_an_invalid_request(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="metadata.csv: no such file"):
         RefAvsFolder(tmp_path / "nowhere").metadata()
     assert RefAvsFolder(tmp_path).cues() is None

@@ -1,4 +1,4 @@
-"""Digests of folders, sources, rows and code change with their content and with nothing else."""
+"""Digests of folders, sources, rows and code change with the content, and with nothing else."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ def test_content_and_names_count(folder: Path) -> None:
     assert len(set(digests)) == 4
 
 
-def test_times_and_place_do_not(folder: Path, tmp_path: Path) -> None:
+def test_times_and_location_do_not_count(folder: Path, tmp_path: Path) -> None:
     before = folder_digest(folder)
     os.utime(folder / "a" / "1", (0, 0))
     assert folder_digest(folder) == before
@@ -46,7 +46,7 @@ def test_missing_folder_is_an_empty_one(tmp_path: Path) -> None:
     assert folder_digest(tmp_path / "nowhere") == folder_digest(tmp_path / "empty")
 
 
-def test_a_source_is_known_by_its_content_alone(tmp_path: Path) -> None:
+def test_only_the_content_identifies_a_source(tmp_path: Path) -> None:
     for name, content in {"a": "1", "b": "2", "c": "1"}.items():
         (tmp_path / name).write_text(content)
     a, b, c = (tmp_path / name for name in "abc")
@@ -58,8 +58,8 @@ def test_a_source_is_known_by_its_content_alone(tmp_path: Path) -> None:
     assert source_ids({"gone": tmp_path / "gone", "half": [a, tmp_path / "gone"]}) == {"gone": "", "half": ""}
 
 
-def test_code_is_known_by_all_that_it_imports(tmp_path: Path) -> None:
-    """Edits of a copy of the package: of the encoder, of what it imports, of what it does not."""
+def test_the_code_digest_covers_imported_modules(tmp_path: Path) -> None:
+    """Edits in a copy of the package: the encoder, a module that it imports, and modules that it does not import."""
     root = Path(__file__).parents[1]
     shutil.copytree(root / "samlove", tmp_path / "samlove", ignore=shutil.ignore_patterns("__pycache__", "*.npz"))
     shutil.copytree(root / "stores", tmp_path / "stores", ignore=shutil.ignore_patterns("__pycache__"))
@@ -83,7 +83,7 @@ def test_code_is_known_by_all_that_it_imports(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["row_id", "media_id", "fid", "exp", "null"])
-def test_rows_are_known_by_what_they_ask_for_not_by_their_order(name):
+def test_the_content_of_rows_counts_and_their_order_does_not(name):
     changed = ROWS.copy()
     changed.loc[2, name] = {"fid": 7, "null": True}.get(name, "another")
     assert rows_digest(changed) != rows_digest(ROWS)

@@ -1,4 +1,4 @@
-"""Each encoder against the library it goes through, on small checkpoints in the official formats."""
+"""Each encoder against the library that it uses, on small checkpoints in the official formats."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,8 @@ from samlove.features.encoders.roberta import RobertaEncoder
 from samlove.features.encoders.sam2_image import LEVELS, Sam2ImageEncoder
 from samlove.features.encoders.vggish import RATE, VggishEncoder, build_vggish, log_mel, pad_or_trim
 from samlove.features.encoders.vit import VitEncoder, build_vit
-from samlove.model.sam2_build import instantiate_sam2, load_sam2_weights
+from samlove.model.sam2 import LightSam2
+from samlove.model.sam2_build import checkpoint_path, instantiate_sam2, load_sam2_weights
 from samlove.model.weights import load_state_dict
 from stores.codec import decode
 from tests import small_encoders as small
@@ -33,7 +34,7 @@ TEXTS = ["the red star", "the object making the loudest sound of all", "it"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> RefAvsFolder:
-    """Three clips: whole, with frames and sound missing at the end, and at another rate."""
+    """Three videos: complete, with frames and audio missing at the end, and with a different sample rate."""
     folder = RefAvsFolder(tmp_path_factory.mktemp("media"))
     small.write_clip(folder, "whole", frames=3, seconds=3)
     small.write_clip(folder, "short", frames=2, seconds=1.1)
@@ -74,7 +75,7 @@ def encoder_and_sources(
     return make[name]()
 
 
-def test_a_batch_is_its_items_alone(encoder_and_sources: tuple[Any, list[Any]]) -> None:
+def test_a_batch_equals_its_items_encoded_one_by_one(encoder_and_sources: tuple[Any, list[Any]]) -> None:
     encoder, sources = encoder_and_sources
     items = [encoder.load(source) for source in sources]
     together = encoder.encode(items)
@@ -110,12 +111,12 @@ def test_fingerprint_is_json_and_needs_no_network(encoder_and_sources: tuple[Any
         (lambda: ClipTextEncoder(TextConfig(weights="no/clip"), CPU), "no/clip.*CLIP.*hf download openai/clip"),
         (
             lambda: Sam2ImageEncoder(Sam2Config(config="configs/sam2/sam2_hiera_t.yaml", checkpoint="no/sam2.pt"), CPU),
-            "no/sam2.pt.*SAM2 checkpoint.*dl.fbaipublicfiles.com",
+            "no/sam2.pt.*SAM 2 checkpoint.*hub:facebook/sam2.*dl.fbaipublicfiles.com",
         ),
         (lambda: Sam2ImageEncoder(Sam2Config(config="no.yaml", checkpoint=""), CPU), "no.yaml.*sam2_hiera_l.yaml"),
     ],
 )
-def test_missing_weights_say_what_they_are_and_where_to_get_them(build: Callable[[], Any], says: str) -> None:
+def test_missing_weights_are_reported_with_how_to_get_them(build: Callable[[], Any], says: str) -> None:
     with pytest.raises(RequestError, match=says):
         build()
 
@@ -123,7 +124,7 @@ def test_missing_weights_say_what_they_are_and_where_to_get_them(build: Callable
 # --- weights and dtype -----------------------------------------------------------------------------------------------
 
 
-def test_weights_are_float32_whatever_the_file_holds(tmp_path: Path) -> None:
+def test_weights_are_read_as_float32_from_any_dtype(tmp_path: Path) -> None:
     tensors = {"a": torch.arange(3).half(), "b": torch.arange(3), "c": torch.ones(2, dtype=torch.bfloat16)}
     save_file(tensors, tmp_path / "w.safetensors")
     torch.save({"model": tensors}, tmp_path / "w.pt")
@@ -138,26 +139,26 @@ def test_weights_are_float32_whatever_the_file_holds(tmp_path: Path) -> None:
 
 
 class Unwanted:
-    """What a pickle could run."""
+    """Stands for code that a pickle could run."""
 
 
-def test_a_pickle_that_is_more_than_tensors_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_with_more_than_tensors_is_refused(tmp_path: Path) -> None:
     torch.save({"a": Unwanted()}, tmp_path / "w.pt")
     with pytest.raises(SamloveError, match=r"w\.pt: not readable as weights"):
         load_state_dict(tmp_path / "w.pt")
-    (tmp_path / "torn.safetensors").write_bytes(b"torn")
-    with pytest.raises(SamloveError, match="torn.safetensors: not readable as weights"):
-        load_state_dict(tmp_path / "torn.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(b"damaged")
+    with pytest.raises(SamloveError, match="damaged.safetensors: not readable as weights"):
+        load_state_dict(tmp_path / "damaged.safetensors")
 
 
-def test_other_weights_name_what_does_not_fit(tmp_path: Path) -> None:
+def test_the_error_for_wrong_weights_names_the_mismatch(tmp_path: Path) -> None:
     config = small.audio_config(tmp_path).model_copy(update={"hidden": 8})
     encoder = VggishEncoder(config, 1, CPU)
     with pytest.raises(SamloveError, match=r"4 channels and hidden width 8.*embeddings\.0\.weight is \(16, 768\)"):
         encoder.encode([(torch.zeros(1, 1, 96, 64), np.ones(1, bool))])
 
 
-def test_what_a_dtype_cannot_hold_is_an_error_that_names_the_array() -> None:
+def test_the_error_for_a_value_outside_the_dtype_names_the_array() -> None:
     assert to_store("x", torch.tensor([65504.0]), "float16").dtype == np.float16
     with pytest.raises(SamloveError, match="visual: 70000 is beyond the range of float16.*dtype: float32"):
         to_store("visual", torch.tensor([1.0, -70_000.0]), "float16")
@@ -186,7 +187,7 @@ def test_vggish_reads_the_official_checkpoint(tmp_path: Path) -> None:
     torch.manual_seed(0)
     official = VGG(make_layers(), postprocess=False).eval()
     path = tmp_path / "vggish-10086976.pth"  # 288 MB
-    torch.save(official.state_dict(), path, _use_new_zipfile_serialization=False)  # as torch did when it was released
+    torch.save(official.state_dict(), path, _use_new_zipfile_serialization=False)  # the release's format
     encoder = VggishEncoder(AudioConfig(weights=str(path), dtype="float32"), 2, CPU)
     patches = log_mel(np.random.default_rng(0).normal(0, 0.1, 2 * RATE).astype(np.float32))
     (found,) = encoder.encode([(patches, np.ones(2, bool))])
@@ -194,7 +195,7 @@ def test_vggish_reads_the_official_checkpoint(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found["audio"], official(patches).numpy())
 
 
-def test_ten_seconds_are_ten_patches_whatever_the_wav(tmp_path: Path, folder: RefAvsFolder) -> None:
+def test_any_wav_gives_ten_patches_for_ten_seconds(tmp_path: Path, folder: RefAvsFolder) -> None:
     encoder = VggishEncoder(small.audio_config(tmp_path), 10, CPU)
     found = encoder.encode([encoder.load(folder.audio_path(m)) for m in ("whole", "short")])
     assert [item["audio"].shape for item in found] == [(10, 128), (10, 128)]
@@ -210,16 +211,16 @@ def test_pad_or_trim() -> None:
     assert pad_or_trim(np.ones(159_840), 10)[1].all()
 
 
-def test_another_rate_is_resampled(tmp_path: Path, folder: RefAvsFolder) -> None:
+def test_a_different_rate_is_resampled(tmp_path: Path, folder: RefAvsFolder) -> None:
     encoder = VggishEncoder(small.audio_config(tmp_path), 3, CPU)
-    (there, _), (resampled, _) = (encoder.load(folder.audio_path(m)) for m in ("whole", "other_rate"))
-    assert there.shape == resampled.shape == (3, 1, 96, 64)
-    loud = there > 0  # the bands of the two tones
+    (original, _), (resampled, _) = (encoder.load(folder.audio_path(m)) for m in ("whole", "other_rate"))
+    assert original.shape == resampled.shape == (3, 1, 96, 64)
+    loud = original > 0  # the bands of the two tones
     assert loud.float().mean() > 0.02
-    torch.testing.assert_close(resampled[loud], there[loud], rtol=0, atol=0.1)
+    torch.testing.assert_close(resampled[loud], original[loud], rtol=0, atol=0.1)
 
 
-def test_pre_relu_is_what_the_last_relu_takes(tmp_path: Path, folder: RefAvsFolder) -> None:
+def test_pre_relu_is_the_input_of_the_last_relu(tmp_path: Path, folder: RefAvsFolder) -> None:
     with_relu, before = (VggishEncoder(small.audio_config(tmp_path, pre_relu=p), 3, CPU) for p in (False, True))
     item = with_relu.load(folder.audio_path("whole"))
     signed = before.encode([item])[0]["audio"]
@@ -237,7 +238,7 @@ def test_postprocess_is_pca_and_eight_bits(tmp_path: Path, folder: RefAvsFolder)
     wanted = np.round((np.clip(rotated, -2, 2) + 2) * 255 / 4)
     found = encoder.encode([item])[0]["audio"]
     assert found.shape == (1, 128)
-    assert np.abs(found[0] - wanted).max() <= 1  # a value at the edge of two steps may fall to either
+    assert np.abs(found[0] - wanted).max() <= 1  # a value at the edge of two steps may round either way
     assert encoder.fingerprint()["pca_sha256"]
     (tmp_path / "vggish_pca_params-970ea276.pth").unlink()
     with pytest.raises(RequestError, match="vggish_pca_params-970ea276.pth: no such file"):
@@ -247,7 +248,7 @@ def test_postprocess_is_pca_and_eight_bits(tmp_path: Path, folder: RefAvsFolder)
 # --- frames ----------------------------------------------------------------------------------------------------------
 
 
-def test_vit_tokens_are_timms(tmp_path: Path, folder: RefAvsFolder) -> None:
+def test_vit_tokens_equal_timms(tmp_path: Path, folder: RefAvsFolder) -> None:
     encoder = VitEncoder(small.vit_config(tmp_path, dtype="float32"), CPU)
     frames = encoder.load(frame_sources(folder, ["whole"], 3)["whole"])
     assert frames.shape == (3, 3, 32, 32)
@@ -260,7 +261,7 @@ def test_vit_tokens_are_timms(tmp_path: Path, folder: RefAvsFolder) -> None:
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_vit_of_another_size_has_its_positions_resampled(tmp_path: Path) -> None:
+def test_vit_position_embeddings_are_resampled_to_a_different_size(tmp_path: Path) -> None:
     from timm.layers import resample_abs_pos_embed
 
     encoder = VitEncoder(small.vit_config(tmp_path, trained_at=32, image_size=64), CPU)
@@ -270,18 +271,20 @@ def test_vit_of_another_size_has_its_positions_resampled(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("model", ["resnet18", "no_such_model"])
-def test_a_model_that_is_no_vit_is_refused(model: str) -> None:
+def test_a_model_that_is_not_a_vit_is_refused(model: str) -> None:
     with pytest.raises(RequestError, match=f"{model}.*visual.yaml"):
         build_vit(model, {}, 32)
 
 
-def test_short_clips_repeat_their_last_frame(folder: RefAvsFolder) -> None:
+def test_short_videos_repeat_their_last_frame(folder: RefAvsFolder) -> None:
     sources = frame_sources(folder, ["short", "absent"], 3)
     assert [path.name for path in sources["short"]] == ["0.jpg", "1.jpg", "1.jpg"]
     assert sources["absent"] == [folder.frame_path("absent", 0)] * 3
 
 
-def test_clip_towers_come_from_a_whole_clip_or_alone(tmp_path: Path, clip: str, folder: RefAvsFolder) -> None:
+def test_the_clip_image_encoder_loads_with_and_without_the_rest_of_clip(
+    tmp_path: Path, clip: str, folder: RefAvsFolder
+) -> None:
     from transformers import CLIPModel
 
     whole = CLIPModel.from_pretrained(clip)
@@ -296,10 +299,10 @@ def test_clip_towers_come_from_a_whole_clip_or_alone(tmp_path: Path, clip: str, 
     assert bigger.encode([torch.zeros(1, 3, 64, 64, dtype=torch.uint8)])[0]["visual"].shape == (1, 17, 16)
 
 
-# --- texts -----------------------------------------------------------------------------------------------------------
+# --- text ------------------------------------------------------------------------------------------------------------
 
 
-def test_texts_are_padded_and_cut(tmp_path: Path) -> None:
+def test_expressions_are_padded_and_truncated(tmp_path: Path) -> None:
     encoder = RobertaEncoder(small.roberta_config(tmp_path, max_tokens=8), CPU)
     short, long = encoder.encode(["it", "a long text that is cut"])
     assert short["text"].shape == long["text"].shape == (8, 16)
@@ -318,23 +321,23 @@ def test_more_tokens_than_the_model_has_positions_are_refused(tmp_path: Path, cl
         (RobertaEncoder(small.roberta_config(tmp_path, max_tokens=39), CPU), 38),
         (ClipTextEncoder(TextConfig(encoder="clip", weights=clip, max_tokens=31), CPU), 30),
     ):
-        with pytest.raises(RequestError, match=f"takes {longest} tokens at most"):
+        with pytest.raises(RequestError, match=f"takes at most {longest} tokens"):
             encoder.encode(["it"])
 
 
-def test_a_folder_that_lacks_a_weight_is_refused_not_filled_at_random(tmp_path: Path) -> None:
+def test_a_folder_with_a_missing_weight_is_refused(tmp_path: Path) -> None:
     config = small.roberta_config(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["roberta.encoder.layer.0.output.dense.bias"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SamloveError, match="RobertaModel, found none for encoder.layer.0.output.dense.bias"):
+    with pytest.raises(SamloveError, match="RobertaModel missing: encoder.layer.0.output.dense.bias"):
         RobertaEncoder(config, CPU).encode(["it"])
 
 
-# --- SAM2 ------------------------------------------------------------------------------------------------------------
+# --- SAM 2 -----------------------------------------------------------------------------------------------------------
 
 
-def test_frames_are_prepared_as_sam2_does_it(tmp_path: Path, folder: RefAvsFolder) -> None:
+def test_frames_are_prepared_as_in_sam2(tmp_path: Path, folder: RefAvsFolder) -> None:
     from sam2.utils.misc import load_video_frames
 
     from samlove.features.encoders.frames import normalise
@@ -346,7 +349,7 @@ def test_frames_are_prepared_as_sam2_does_it(tmp_path: Path, folder: RefAvsFolde
     torch.testing.assert_close(ours, official, rtol=0, atol=0)
 
 
-def test_both_cache_points_lead_to_what_sam2_computes(tmp_path: Path) -> None:
+def test_both_cache_points_equal_what_sam2_computes(tmp_path: Path) -> None:
     frames = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     found = {}
     for point in ("pre_conv", "post_conv"):
@@ -365,8 +368,46 @@ def test_both_cache_points_lead_to_what_sam2_computes(tmp_path: Path) -> None:
         torch.testing.assert_close(found["post_conv"][name], wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_sam2_checkpoint_of_the_hub_equals_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = small.sam2_config(tmp_path)
+    asked = []
+
+    def download(name: str, file: str) -> str:
+        asked.append((name, file))
+        return local.checkpoint
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    from_hub = Sam2ImageEncoder(local.model_copy(update={"checkpoint": "hub:facebook/sam2-hiera-large"}), CPU)
+    expected = Sam2ImageEncoder(local, CPU)
+    assert from_hub.fingerprint() == expected.fingerprint()
+    frames = [torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)]
+    for found, wanted in zip(from_hub.encode(frames), expected.encode(frames), strict=True):
+        for name, array in wanted.items():
+            np.testing.assert_array_equal(found[name], array)
+    assert asked == [("facebook/sam2-hiera-large", "sam2_hiera_large.pt")]  # fingerprint and weights: one file
+    light = LightSam2.load(small.TINY_SAM2, "hub:facebook/sam2.1-hiera-base-plus")
+    assert asked[1:] == [("facebook/sam2.1-hiera-base-plus", "sam2.1_hiera_base_plus.pt")]
+    assert all((value == load_state_dict(from_hub.checkpoint)[key]).all() for key, value in light.state_dict().items())
+
+
+def test_the_hub_is_refused_or_fails_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str, file: str) -> str:
+        raise OSError("no network\nmore")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    for checkpoint, says in (
+        ("hub:facebook/sam2", "not an official SAM 2 model; expected one of: .*hub:facebook/sam2-hiera-large"),
+        ("hub:facebook/sam2-hiera-tiny", "cannot be downloaded from the Hub: no network; .*dl.fbaipublicfiles.com"),
+    ):
+        with pytest.raises(RequestError, match=f"^{checkpoint}: .*{says}") as raised:
+            checkpoint_path(checkpoint)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(RequestError, match=r"^hub:any: .*not supported for VGGish's weights; download https.*\.pth$"):
+        VggishEncoder(AudioConfig(weights="hub:any"), 10, CPU)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
-def test_sam2_is_kept_narrower_within_its_bounds(tmp_path: Path, dtype: str) -> None:
+def test_sam2_dtypes_stay_within_their_error_bounds(tmp_path: Path, dtype: str) -> None:
     frames = [torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8) for n in (2, 1)]
     exact = Sam2ImageEncoder(small.sam2_config(tmp_path, dtype="float32"), CPU)
     narrow = Sam2ImageEncoder(small.sam2_config(tmp_path, dtype=dtype), CPU)

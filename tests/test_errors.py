@@ -1,4 +1,4 @@
-"""What a user sees of an error: one line and an exit status."""
+"""What a user sees when a command fails: one line and an exit status."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ import pytest
 from samlove.errors import RequestError, SamloveError, one_line_errors
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a file that has no room")
-def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+def test_a_full_disk_gives_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     @one_line_errors
     def main() -> None:
-        Path("/dev/full").write_text("more than it takes")
+        Path("/dev/full").write_text("too much")
 
     with pytest.raises(SystemExit) as ended:
         main()
@@ -22,7 +22,9 @@ def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(("kind", "status"), [(SamloveError, 1), (RequestError, 2)])
-def test_each_kind_has_its_status(kind: type[SamloveError], status: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_kind_of_error_has_its_exit_status(
+    kind: type[SamloveError], status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     @one_line_errors
     def main() -> None:
         raise kind("expected this, found that")
@@ -33,7 +35,7 @@ def test_each_kind_has_its_status(kind: type[SamloveError], status: int, capsys:
     assert capsys.readouterr().err == "error: expected this, found that\n"
 
 
-def test_a_fault_of_ours_keeps_its_traceback() -> None:
+def test_a_bug_keeps_its_traceback() -> None:
     @one_line_errors
     def main() -> None:
         open("no/such/file")

@@ -1,4 +1,4 @@
-"""The evaluate stage over a made-up run: the contract's form, both protocols, break-downs, controls, faults."""
+"""Evaluation of a synthetic run: the format of its outputs, both protocols, breakdowns, controls, faults."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def evaluated(run: Run, protocol: str = "per_expression") -> Evaluation:
     return evaluate(expressions, RefAvsFolder(data / "set"), data / "predictions", protocol)
 
 
-def test_metrics_have_the_contracts_form(run, tmp_path):
+def test_metrics_have_the_documented_format(run, tmp_path):
     write(evaluated(run), tmp_path / "metrics.json", tmp_path / "evaluation")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert set(metrics) == {"test_s", "test_u", "mix", "test_n", "protocol"}
@@ -108,10 +108,11 @@ def test_controls_compare_the_same_rows(run):
     assert ceiling["J"] == result.metrics["test_u"]["J"]
 
 
-def test_the_table_says_all_of_it(run):
+def test_the_table_shows_everything(run):
     result = evaluated(run)
     text = render_table(result.metrics, result.details)
-    for expected in ("per_expression", "seen", "unseen", "mix", "null", "sound of another clip", "true mask", "drop"):
+    names = ("per_expression", "seen", "unseen", "mix", "null")
+    for expected in (*names, "audio of another video", "ground-truth mask", "drop"):
         assert expected in text
     assert f"{result.metrics['mix']['J&F']:.1f}" in text and f"{result.metrics['test_n']['S']:.3f}" in text
     assert max(map(len, text.splitlines())) <= 100
@@ -131,7 +132,7 @@ def test_without_cues_controls_and_val(tmp_path):
     assert "all" in render_table(result.metrics, result.details)
 
 
-def test_rows_of_unknown_cues_count_in_no_cue_and_need_no_sound(run):
+def test_rows_with_unknown_cues_count_for_no_cue_and_need_no_sound(run):
     data, expressions = run
     hearing = expressions[expressions["sound"] & (expressions["split"] == "test_s")]
     known = expressions["row_id"] != hearing["row_id"].iloc[0]
@@ -142,7 +143,7 @@ def test_rows_of_unknown_cues_count_in_no_cue_and_need_no_sound(run):
     assert details["controls"]["swapped_audio"]["test_s"]["n"] == 6 - 1
 
 
-def test_a_target_in_no_frame_has_no_f(tmp_path):
+def test_a_target_that_no_frame_shows_has_no_f(tmp_path):
     expressions = make_run(tmp_path, {"test_s": 3, "test_u": 3})
     first = expressions.iloc[0]
     for path in (tmp_path / "set" / "gt_mask" / first["media_id"] / f"fid_{first['fid']}").glob("*.png"):
@@ -155,17 +156,17 @@ def test_a_target_in_no_frame_has_no_f(tmp_path):
     write(result, tmp_path / "metrics.json", tmp_path / "evaluation")  # NaN would not be JSON
 
 
-def test_missing_predictions_are_named(run, tmp_path):
+def test_missing_predictions_are_reported(run, tmp_path):
     data, expressions = run
     folder = RefAvsFolder(data / "set")
-    with pytest.raises(RequestError, match=r"test_s/predictions\.h5.*dvc repro infer@test_s"):
+    with pytest.raises(RequestError, match=r"test_s/predictions\.h5.*dvc repro infer"):
         evaluate(expressions, folder, tmp_path, "per_expression")
     more = expressions.assign(split="test_s")
     with pytest.raises(SamloveError, match="14 are missing"):
         evaluate(more, folder, data / "predictions", "per_expression")
 
 
-def test_other_edges_are_refused(run, tmp_path):
+def test_different_bin_edges_are_refused(run, tmp_path):
     _, expressions = run
     (tmp_path / "test_s").mkdir()
     with PredictionWriter(tmp_path / "test_s" / "predictions.h5", 3, 24, EDGES * np.float32(0.5)):

@@ -1,4 +1,4 @@
-"""The runner with an encoder of one line, and the four stages with small real encoders."""
+"""The runner of the feature stages with a one-line encoder, and the four stages with small real encoders."""
 
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ from tests import small_encoders as small
 
 
 class Numbers:
-    """Reads a number from a file; its array is the number twice. Keeps a record of what it computed."""
+    """Reads a number from a file; its array is the number twice. Records the numbers that it computed."""
 
     def __init__(self, factor: int = 1) -> None:
         self.factor, self.computed, self.batches = factor, list[float](), list[int]()
@@ -43,7 +43,7 @@ class Numbers:
 
 
 class Stopped(Numbers):
-    """Ends the run in its third shard."""
+    """Stops the run in its third shard."""
 
     def encode(self, items: list[float]) -> list[Arrays]:
         if max(items) >= 200:
@@ -85,7 +85,9 @@ def test_every_item_is_in_the_store_under_its_key(tmp_path: Path, sources: dict[
     assert "items/s after warm-up" in str(report)
 
 
-def test_what_cannot_be_read_is_a_row_and_the_rest_goes_on(tmp_path: Path, sources: dict[str, Path]) -> None:
+def test_an_unreadable_item_is_in_the_failure_log_and_the_others_are_computed(
+    tmp_path: Path, sources: dict[str, Path]
+) -> None:
     sources["k007"].unlink()
     store = run(Numbers(), sources, tmp_path)
     assert len(store) == 249
@@ -93,7 +95,7 @@ def test_what_cannot_be_read_is_a_row_and_the_rest_goes_on(tmp_path: Path, sourc
     assert store.failures == [("k007", "numbers", f"{sources['k007']}: no such file")]
 
 
-def test_more_failures_than_the_budget_publish_nothing(tmp_path: Path, sources: dict[str, Path]) -> None:
+def test_nothing_is_published_if_failures_exceed_the_budget(tmp_path: Path, sources: dict[str, Path]) -> None:
     lost = list(sources)[100 : 100 + int(FAILURE_BUDGET * 250) + 1]
     for key in lost:
         sources[key].rename(sources[key].with_suffix(".away"))
@@ -103,7 +105,7 @@ def test_more_failures_than_the_budget_publish_nothing(tmp_path: Path, sources: 
     assert list(pd.read_csv(tmp_path / "scratch" / "failures.csv")["key"]) == lost
 
 
-def test_a_stopped_run_is_taken_up(tmp_path: Path, sources: dict[str, Path]) -> None:
+def test_a_stopped_run_resumes(tmp_path: Path, sources: dict[str, Path]) -> None:
     with pytest.raises(RuntimeError, match="stopped"):
         run(Stopped(), sources, tmp_path)
     encoder = Numbers()
@@ -112,11 +114,11 @@ def test_a_stopped_run_is_taken_up(tmp_path: Path, sources: dict[str, Path]) -> 
     assert [store.read(key)["x"][0] for key in sources] == list(range(250))
 
 
-def test_only_what_changed_is_made_anew(tmp_path: Path, sources: dict[str, Path]) -> None:
+def test_only_changed_items_are_recomputed(tmp_path: Path, sources: dict[str, Path]) -> None:
     with pytest.raises(RuntimeError, match="stopped"):
         run(Stopped(), sources, tmp_path)
     times = sources["k000"].stat()
-    sources["k000"].write_text("7")  # of the same size, and said to be of the same time
+    sources["k000"].write_text("7")  # same size; the next line restores its times
     os.utime(sources["k000"], ns=(times.st_atime_ns, times.st_mtime_ns))
     encoder = Numbers()
     assert run(encoder, sources, tmp_path).read("k000")["x"][0] == 7
@@ -126,12 +128,12 @@ def test_only_what_changed_is_made_anew(tmp_path: Path, sources: dict[str, Path]
     assert len(again.computed) == 250
 
 
-def test_a_value_out_of_range_names_array_and_items(tmp_path: Path, sources: dict[str, Path]) -> None:
-    with pytest.raises(SamloveError, match="k000 to k029: x: 70000 is beyond the range of float16"):
+def test_the_error_for_a_value_out_of_range_names_array_and_items(tmp_path: Path, sources: dict[str, Path]) -> None:
+    with pytest.raises(SamloveError, match=r"k\d00 to k\d29: x: \S+ is beyond the range of float16"):
         run(Numbers(factor=10_000), sources, tmp_path)
 
 
-def test_an_unforeseen_error_names_the_item(tmp_path: Path, sources: dict[str, Path]) -> None:
+def test_an_unexpected_error_names_the_item(tmp_path: Path, sources: dict[str, Path]) -> None:
     sources["k003"].write_text("no number")
     with pytest.raises(ValueError, match="no number") as raised:
         run(Numbers(), sources, tmp_path)
@@ -148,13 +150,13 @@ def test_nothing_to_encode_is_an_error(tmp_path: Path) -> None:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a profile of small encoders, an index of three clips, and their media."""
+    """A working folder with a profile of small encoders, an index of three videos, and their media."""
     monkeypatch.chdir(tmp_path)
     small.make_project(tmp_path)
     return tmp_path
 
 
-def assert_cached_is_live(store: FeatureStore, live: dict[str, Arrays]) -> None:
+def assert_stored_equals_live(store: FeatureStore, live: dict[str, Arrays]) -> None:
     assert list(store.keys()) == list(live)
     for key, arrays in live.items():
         found = store.read(key)
@@ -172,21 +174,23 @@ def test_stages_write_what_the_encoders_compute(project: Path, monkeypatch: pyte
     for group in ("train", "eval"):
         monkeypatch.setattr("sys.argv", ["sam2", group])
         sam2.main()
-    stores = {name: FeatureStore.open(f"data/features/{name}") for name in ("audio", "visual", "text")}
-    stores |= {f"sam2_{group}": FeatureStore.open(f"data/features/sam2_{group}") for group in ("train", "eval")}
+    stores = {name: FeatureStore.open(f"data/small/features/{name}") for name in ("audio", "visual", "text")}
+    stores |= {f"sam2_{group}": FeatureStore.open(f"data/small/features/sam2_{group}") for group in ("train", "eval")}
     assert stores["sam2_train"].manifest["fingerprint"] == stores["sam2_eval"].manifest["fingerprint"]
 
     vggish = VggishEncoder(small.audio_config(weights), 3, cpu)
     live = {m: vggish.encode([vggish.load(folder.audio_path(m))])[0] for m in media}
-    assert_cached_is_live(stores["audio"], live)
+    assert_stored_equals_live(stores["audio"], live)
     vit = VitEncoder(small.vit_config(weights), cpu)
     frames = frame_sources(folder, media, 3)
-    assert_cached_is_live(stores["visual"], {m: vit.encode([vit.load(frames[m])])[0] for m in media})
+    assert_stored_equals_live(stores["visual"], {m: vit.encode([vit.load(frames[m])])[0] for m in media})
     roberta = RobertaEncoder(small.roberta_config(weights / "roberta"), cpu)
-    assert_cached_is_live(stores["text"], {t: roberta.encode([t])[0] for t in ("it", "the red star")})
+    assert_stored_equals_live(stores["text"], {t: roberta.encode([t])[0] for t in ("it", "the red star")})
     encoder = Sam2ImageEncoder(small.sam2_config(weights), cpu)
-    assert_cached_is_live(stores["sam2_train"], {"a": encoder.encode([encoder.load(frames["a"][:1])])[0]})
-    assert_cached_is_live(stores["sam2_eval"], {m: encoder.encode([encoder.load(frames[m])])[0] for m in ("b", "c")})
+    assert_stored_equals_live(stores["sam2_train"], {"a": encoder.encode([encoder.load(frames["a"][:1])])[0]})
+    assert_stored_equals_live(
+        stores["sam2_eval"], {m: encoder.encode([encoder.load(frames[m])])[0] for m in ("b", "c")}
+    )
     one_frame = stores["sam2_eval"].read("b", slice(0, 1))["sam2_image_embed"]
     assert one_frame.shape == (1, 64, 4, 4)
 

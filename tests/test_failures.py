@@ -1,4 +1,4 @@
-"""Media as they come: each broken file is a row of the ledger with its reason, each odd one is read as it should be."""
+"""Real-world files: each broken file is listed in the failure log with its reason, each unusual one is read."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -24,22 +24,22 @@ NOBODY = 65534
 
 
 def tone(rate: int, seconds: float = SECONDS, channels: int = 1) -> np.ndarray:
-    sound = 0.5 * np.sin(2 * np.pi * 440 * np.arange(round(rate * seconds)) / rate)
-    return np.repeat(sound[:, None], channels, axis=1)
+    wave = 0.5 * np.sin(2 * np.pi * 440 * np.arange(round(rate * seconds)) / rate)
+    return np.repeat(wave[:, None], channels, axis=1)
 
 
-def write(path: Path, sound: np.ndarray, rate: int, subtype: str = "PCM_16") -> None:
-    soundfile.write(path, sound, rate, subtype=subtype)
+def write(path: Path, wave: np.ndarray, rate: int, subtype: str = "PCM_16") -> None:
+    soundfile.write(path, wave, rate, subtype=subtype)
 
 
-BROKEN_SOUND: dict[str, tuple[Callable[[Path], object], str]] = {
-    "zero_bytes": (lambda path: path.write_bytes(b""), "audio that cannot be decoded"),
+BROKEN_AUDIO: dict[str, tuple[Callable[[Path], object], str]] = {
+    "zero_bytes": (lambda path: path.write_bytes(b""), "audio cannot be decoded"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:9000]), "truncated audio: expected"),
-    "missing": (lambda path: path.unlink(), "no such file; expected audio there"),
-    "no_sound": (lambda path: path.write_text("hello, this is a text"), "audio that cannot be decoded"),
-    "a_folder": (lambda path: (path.unlink(), path.mkdir()), "audio that cannot be decoded"),
+    "missing": (lambda path: path.unlink(), "no such file; expected audio"),
+    "no_sound": (lambda path: path.write_text("hello, this is a text"), "audio cannot be decoded"),
+    "a_folder": (lambda path: (path.unlink(), path.mkdir()), "audio cannot be decoded"),
 }
-ODD_SOUND: dict[str, tuple[Callable[[Path], object], list[bool]]] = {
+UNUSUAL_AUDIO: dict[str, tuple[Callable[[Path], object], list[bool]]] = {
     "empty": (lambda path: write(path, tone(16_000, 0), 16_000), [False, False]),
     "short": (lambda path: write(path, tone(16_000, 0.01), 16_000), [False, False]),
     "one_second": (lambda path: write(path, tone(16_000, 1), 16_000), [True, False]),
@@ -48,16 +48,16 @@ ODD_SOUND: dict[str, tuple[Callable[[Path], object], list[bool]]] = {
     "float": (lambda path: write(path, tone(44_100), 44_100, "FLOAT"), [True, True]),
 }
 BROKEN_FRAME: dict[str, tuple[Callable[[Path], object], str]] = {
-    "zero_bytes": (lambda path: path.write_bytes(b""), "image that cannot be decoded"),
-    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-200]), "image that cannot be decoded"),
-    "missing": (lambda path: path.unlink(), "no such file; expected image there"),
-    "no_image": (lambda path: path.write_text("hello"), "image that cannot be decoded"),
+    "zero_bytes": (lambda path: path.write_bytes(b""), "image cannot be decoded"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-200]), "image cannot be decoded"),
+    "missing": (lambda path: path.unlink(), "no such file; expected image"),
+    "no_image": (lambda path: path.write_text("hello"), "image cannot be decoded"),
 }
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RefAvsFolder:
-    """Three sound clips, and room for failures: the budget is for thousands."""
+    """Three valid videos. Any share of items may fail: the real budget suits thousands of items."""
     monkeypatch.setattr("samlove.features.extract.FAILURE_BUDGET", 1.0)
     folder = RefAvsFolder(tmp_path / "clips")
     for media_id in ("before", "sound", "after"):
@@ -80,36 +80,36 @@ def extract_visual(folder: RefAvsFolder, media_ids: list[str]) -> FeatureStore:
     return FeatureStore.open(root / "visual")
 
 
-def test_every_broken_wav_is_a_row_with_its_reason(folder: RefAvsFolder) -> None:
-    for media_id, (spoil, _) in BROKEN_SOUND.items():
+def test_every_broken_wav_is_in_the_failure_log_with_its_reason(folder: RefAvsFolder) -> None:
+    for media_id, (spoil, _) in BROKEN_AUDIO.items():
         small.write_clip(folder, media_id, frames=1, seconds=SECONDS)
         spoil(folder.audio_path(media_id))
-    store = extract_audio(folder, ["before", *BROKEN_SOUND, "after"])
+    store = extract_audio(folder, ["before", *BROKEN_AUDIO, "after"])
     assert store.keys() == ["before", "after"]
-    assert [failure.key for failure in store.failures] == list(BROKEN_SOUND)
+    assert [failure.key for failure in store.failures] == list(BROKEN_AUDIO)
     for failure in store.failures:
         assert failure.stage == "audio"
-        assert failure.error.startswith(f"{folder.audio_path(failure.key)}: {BROKEN_SOUND[failure.key][1]}")
+        assert failure.error.startswith(f"{folder.audio_path(failure.key)}: {BROKEN_AUDIO[failure.key][1]}")
 
 
-def test_every_odd_wav_is_read(folder: RefAvsFolder) -> None:
-    for media_id, (spoil, _) in ODD_SOUND.items():
+def test_every_unusual_wav_is_read(folder: RefAvsFolder) -> None:
+    for media_id, (spoil, _) in UNUSUAL_AUDIO.items():
         small.write_clip(folder, media_id, frames=1, seconds=SECONDS)
         spoil(folder.audio_path(media_id))
     small.write_clip(folder, "plain", frames=1, seconds=SECONDS)
     write(folder.audio_path("plain"), tone(16_000), 16_000)
-    store = extract_audio(folder, ["plain", *ODD_SOUND])
+    store = extract_audio(folder, ["plain", *UNUSUAL_AUDIO])
     assert store.failures == []
-    for media_id, (_, valid) in ODD_SOUND.items():
+    for media_id, (_, valid) in UNUSUAL_AUDIO.items():
         found = store.read(media_id)
         assert found["audio_valid"].tolist() == valid, media_id
-        if all(valid):  # the same tone, whatever its rate, channels and depth
+        if all(valid):  # the same tone at any sample rate, channel count and bit depth
             expected = store.read("plain")["audio"].astype(np.float32)
             error = np.linalg.norm(found["audio"] - expected) / np.linalg.norm(expected)
-            assert error < 0.05, (media_id, error)  # 8 bits are heard: 0.03
+            assert error < 0.05, (media_id, error)  # 8 bits give 0.03
 
 
-def test_every_broken_frame_is_a_row_with_its_reason(folder: RefAvsFolder) -> None:
+def test_every_broken_frame_is_in_the_failure_log_with_its_reason(folder: RefAvsFolder) -> None:
     for media_id, (spoil, _) in BROKEN_FRAME.items():
         small.write_clip(folder, media_id, frames=3, seconds=SECONDS)
         spoil(folder.frame_path(media_id, 1))
@@ -119,12 +119,12 @@ def test_every_broken_frame_is_a_row_with_its_reason(folder: RefAvsFolder) -> No
     assert store.keys() == ["before", "after"]
     assert [failure.key for failure in store.failures] == broken
     for failure in store.failures:
-        reason = BROKEN_FRAME.get(failure.key, (None, "no such file; expected image there"))[1]
+        reason = BROKEN_FRAME.get(failure.key, (None, "no such file; expected image"))[1]
         frame = 0 if failure.key == "no_frames" else 1
         assert failure.error.startswith(f"{folder.frame_path(failure.key, frame)}: {reason}")
 
 
-def test_a_shorter_clip_repeats_its_last_frame(folder: RefAvsFolder) -> None:
+def test_a_shorter_video_repeats_its_last_frame(folder: RefAvsFolder) -> None:
     small.write_clip(folder, "one", frames=1, seconds=SECONDS)
     tokens = extract_visual(folder, ["one"]).read("one")["visual"]  # (3, 1 + P, d)
     np.testing.assert_array_equal(tokens, np.repeat(tokens[:1], 3, axis=0))
@@ -132,12 +132,12 @@ def test_a_shorter_clip_repeats_its_last_frame(folder: RefAvsFolder) -> None:
 
 @contextmanager
 def as_nobody() -> Iterator[Path]:
-    """Without root's right to read everything, in a folder of one's own; a plain user is that already."""
+    """Drop root's permission to read everything, if we are root; yields a folder owned by the remaining user."""
     root = os.geteuid() == 0
     with TemporaryDirectory() as folder:
         if root:
             os.chown(folder, NOBODY, -1)
-            os.seteuid(NOBODY)  # of all threads; undone below
+            os.seteuid(NOBODY)  # affects all threads; undone below
         try:
             yield Path(folder)
         finally:
@@ -145,10 +145,10 @@ def as_nobody() -> Iterator[Path]:
                 os.seteuid(0)
 
 
-def test_what_may_not_be_read_is_a_row_with_its_reason(folder: RefAvsFolder) -> None:
+def test_a_file_without_read_permission_is_in_the_failure_log_with_its_reason(folder: RefAvsFolder) -> None:
     extracts = (extract_audio, extract_visual)
     for extract_some in extracts:
-        assert extract_some(folder, ["before"]).failures == []  # all is imported now that only root may read, perhaps
+        assert extract_some(folder, ["before"]).failures == []  # import everything now: perhaps only root may read it
     with as_nobody() as root:
         mine = RefAvsFolder(root / "clips")
         for media_id in ("before", "sound"):
@@ -163,7 +163,7 @@ def test_what_may_not_be_read_is_a_row_with_its_reason(folder: RefAvsFolder) -> 
             assert "Permission denied" in failure.error
 
 
-def test_mended_files_are_computed_and_the_others_left(folder: RefAvsFolder) -> None:
+def test_fixed_files_are_computed_and_the_others_are_kept(folder: RefAvsFolder) -> None:
     wav = folder.audio_path("sound")
     whole = wav.read_bytes()
     wav.write_bytes(whole[:100])

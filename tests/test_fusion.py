@@ -15,7 +15,7 @@ DIMS = {"audio": 7, "visual": 9, "text": 11, "frames": N}
 def make(seed: int = 0, **choices: Any) -> Fusion:
     torch.manual_seed(seed)
     fusion = Fusion(FusionConfig(**{"dim": D, "blocks": 2, "heads": 4, **choices}), DIMS, prompt_dim=16)
-    for parameter in fusion.parameters():  # biases and norms other than 0 and 1, so that leaving one out is seen
+    for parameter in fusion.parameters():  # no bias is 0 and no norm is 1, so that omitting one shows
         nn.init.normal_(parameter, std=0.3)
     return fusion
 
@@ -32,7 +32,7 @@ def inputs(seed: int = 1) -> dict[str, torch.Tensor]:
 
 
 def by_the_equations(fusion, audio, visual, text, text_mask, audio_valid):
-    """One sample at a time, padding cut off, every token of every block computed."""
+    """One sample at a time, without padding, computing every token of every block."""
     out = []
     for b in range(len(audio)):
         A = (fusion.project_audio(audio[b]) + fusion.time)[audio_valid[b]]
@@ -53,7 +53,7 @@ def by_the_equations(fusion, audio, visual, text, text_mask, audio_valid):
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("seg_tokens", [1, 4])
 @pytest.mark.parametrize("accumulate_cls", [True, False])
-def test_the_fast_way_equals_the_equations(blocks, seg_tokens, accumulate_cls):
+def test_the_fast_path_equals_the_equations(blocks, seg_tokens, accumulate_cls):
     fusion = make(blocks=blocks, seg_tokens=seg_tokens, accumulate_cls=accumulate_cls)
     batch = inputs()
     token = fusion(**batch)
@@ -61,7 +61,7 @@ def test_the_fast_way_equals_the_equations(blocks, seg_tokens, accumulate_cls):
     torch.testing.assert_close(token, by_the_equations(fusion, **batch), rtol=1e-4, atol=1e-4)
 
 
-def test_the_first_tokens_of_a_block_equal_the_whole_block_and_its_gradient():
+def test_the_first_tokens_of_a_block_have_the_values_and_gradients_of_the_whole_block():
     torch.manual_seed(0)
     block = Block(D, 4, 4).double()
     for parameter in block.parameters():
@@ -75,7 +75,7 @@ def test_the_first_tokens_of_a_block_equal_the_whole_block_and_its_gradient():
     torch.testing.assert_close(found, expected)
 
 
-def test_attention_equals_torchs_own_layer():
+def test_attention_equals_torchs_layer():
     torch.manual_seed(0)
     block = Block(D, 4, 4)
     twin = nn.MultiheadAttention(D, 4, batch_first=True)
@@ -96,7 +96,7 @@ def test_attention_equals_torchs_own_layer():
 
 
 @pytest.mark.parametrize("prompt", ["seg", "mean"])
-def test_padding_is_never_seen(prompt):
+def test_padding_has_no_effect(prompt):
     fusion = make(prompt=prompt)
     batch = inputs()
     noisy = {**batch, "audio": batch["audio"].clone(), "text": batch["text"].clone()}
@@ -128,7 +128,7 @@ def test_audio_valid_may_be_left_out():
     assert torch.equal(fusion(**batch), expected)
 
 
-def test_the_mean_is_that_of_one_sequence_with_all_frames():
+def test_the_mean_is_over_one_sequence_with_all_frames():
     fusion = make(prompt="mean", blocks=1)
     batch = {name: array[:1] for name, array in inputs().items()}
     A = fusion.project_audio(batch["audio"][0]) + fusion.time
@@ -141,7 +141,7 @@ def test_the_mean_is_that_of_one_sequence_with_all_frames():
 
 @pytest.mark.parametrize("prompt", ["seg", "mean"])
 @pytest.mark.parametrize("accumulate_cls", [True, False])
-def test_cls_counts_only_where_it_is_accumulated(prompt, accumulate_cls):
+def test_cls_matters_only_if_it_is_accumulated(prompt, accumulate_cls):
     fusion = make(prompt=prompt, accumulate_cls=accumulate_cls)
     batch = inputs()
     before = fusion(**batch)
@@ -150,7 +150,7 @@ def test_cls_counts_only_where_it_is_accumulated(prompt, accumulate_cls):
 
 
 @pytest.mark.parametrize("changed", ["audio", "visual", "text"])
-def test_every_modality_and_its_order_count(changed):
+def test_every_modality_and_its_order_matter(changed):
     fusion = make()
     batch = inputs()
     before = fusion(**batch)
@@ -158,7 +158,7 @@ def test_every_modality_and_its_order_count(changed):
     assert (fusion(**batch) - before).abs().amax(dim=(1, 2)).min() > (0 if changed == "text" else 1e-4)
 
 
-def test_the_order_of_the_seconds_counts_though_attention_has_none():
+def test_the_order_of_the_seconds_matters():
     fusion = make(prompt="mean")
     batch = inputs()
     batch["audio_valid"][:] = True
@@ -174,7 +174,7 @@ def test_every_parameter_learns(prompt):
     assert still == (["seg"] if prompt == "mean" else [])
 
 
-def test_narrow_and_wide_models_start_with_tokens_of_like_size():
+def test_narrow_and_wide_models_start_with_tokens_of_similar_size():
     sizes = []
     for dim in (64, 512):
         torch.manual_seed(0)
@@ -183,6 +183,6 @@ def test_narrow_and_wide_models_start_with_tokens_of_like_size():
     assert 0.2 < sizes[0] < 2 and 0.2 < sizes[1] < 2
 
 
-def test_a_width_that_the_heads_do_not_divide_is_refused():
+def test_a_width_that_is_not_a_multiple_of_the_heads_is_refused():
     with pytest.raises(RequestError, match="found dim 30, heads 4"):
         make(dim=30)

@@ -1,4 +1,4 @@
-"""How far two arrays lie apart, and that the golden sample's tolerance tells rounding from another computation."""
+"""The distance between two arrays, and that the golden sample's tolerance separates rounding from real changes."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from samlove.features.golden import TOLERANCE, Row, distance
 
 
-def test_rounding_is_within_and_another_computation_without() -> None:
+def test_rounding_is_within_the_tolerance_and_a_real_change_is_not() -> None:
     values = np.random.default_rng(0).normal(size=(10, 64)).astype(np.float32)
     stored = values.astype(np.float16)
     assert distance(stored, stored) == 0
@@ -16,13 +16,13 @@ def test_rounding_is_within_and_another_computation_without() -> None:
 
 
 @pytest.mark.parametrize("other", [np.zeros(3, np.float32), np.zeros(4, np.float16), np.ones(3, np.float16)])
-def test_what_cannot_be_compared_is_infinitely_far(other: np.ndarray) -> None:
+def test_arrays_that_cannot_be_compared_are_infinitely_far_apart(other: np.ndarray) -> None:
     stored = np.zeros(3, np.float16)
     assert distance(stored, other) == float("inf")
     assert distance(stored, stored) == 0
 
 
-def test_a_row_is_good_within_the_tolerance() -> None:
+def test_a_row_is_good_if_within_the_tolerance_and_without_a_fault() -> None:
     assert Row("a", "x", TOLERANCE).good
     assert not Row("a", "x", TOLERANCE * 1.1).good
     assert not Row("a", "", 0.0, "gone").good

@@ -1,4 +1,4 @@
-"""What runs on a GPU against the same on the CPU: python -m pytest -m gpu."""
+"""Results on a GPU against results on the CPU: python -m pytest -m gpu."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -46,7 +46,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture
 def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The micro profile's weights are named from the repository's root."""
+    """The micro profile's weights have paths relative to the repository's root."""
     monkeypatch.chdir(ROOT)
 
 
@@ -67,7 +67,7 @@ def encoder_and_sources(name: str, device: torch.device, folder: RefAvsFolder) -
 
 
 @pytest.mark.parametrize("name", ["audio", "visual", "text", "sam2"])
-def test_an_encoder_is_itself_again_and_the_cpus_within_the_tolerance(name: str, tmp_path: Path, in_root: None) -> None:
+def test_an_encoder_is_repeatable_and_within_the_tolerance_of_the_cpu(name: str, tmp_path: Path, in_root: None) -> None:
     folder = RefAvsFolder(tmp_path)
     for media_id in ("a", "bb", "ccc"):
         small.write_clip(folder, media_id, frames=3, seconds=3)
@@ -92,7 +92,7 @@ def on(device: torch.device, job: Job) -> Job:
     return replace(job, encoder=encoder)
 
 
-def test_stores_of_the_gpu_are_made_again_bit_for_bit_and_verified_on_the_cpu(
+def test_stores_of_the_gpu_are_repeatable_bit_for_bit_and_verified_on_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -125,30 +125,30 @@ def new_trainer(start: Origin, scratch: Path, data: Samples | None = None, devic
 
 
 def trained(trainer: Trainer, folder: Path) -> list[dict[str, float]]:
-    """What each epoch's row says."""
+    """The row of each epoch."""
     trainer.run(Live(str(folder), save_dvc_exp=False, dvcyaml=None))
     return trainer.progress.history
 
 
 def assert_same(found: list[dict[str, float]], expected: list[dict[str, float]], tolerance: float) -> None:
-    """Losses within a relative tolerance; of the scores a pixel near its threshold may change sides."""
+    """Losses within a relative tolerance; for the scores, a pixel near the threshold may change sides."""
     for row, wanted in zip(found, expected, strict=True):
         for name, value in wanted.items():
             assert row[name] == (pytest.approx(value, abs=2) if "val/" in name else pytest.approx(value, rel=tolerance))
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-2), ("bfloat16", 0.05)])
-def test_losses_are_those_of_the_cpu(weights: Path, tmp_path: Path, precision: str, tolerance: float) -> None:
+def test_losses_match_the_cpus(weights: Path, tmp_path: Path, precision: str, tolerance: float) -> None:
     expected = trained(new_trainer(tiny.origin(weights), tmp_path / "cpu", device=CPU), tmp_path / "live")
-    start = tiny.origin(weights, precision=precision, clip_norm=1e6)  # never reached, but computed
+    start = tiny.origin(weights, precision=precision, clip_norm=1e6)  # computed, but never reached
     found = trained(new_trainer(start, tmp_path / "gpu"), tmp_path / "live")
     for row, wanted in zip(found, expected, strict=True):
         losses = {name: value for name, value in wanted.items() if name.startswith("train/")}
         assert {name: row[name] for name in losses} == pytest.approx(losses, rel=tolerance)
 
 
-def test_an_interrupted_run_goes_on_from_its_very_state(weights: Path, tmp_path: Path) -> None:
-    """To the same end but for rounding: on a GPU the gradient of the masks' upsampling is summed in no fixed order."""
+def test_an_interrupted_run_resumes_from_its_exact_state(weights: Path, tmp_path: Path) -> None:
+    """Ends equal except for rounding: on a GPU, the gradient of the masks' upsampling is summed in no fixed order."""
     start = tiny.origin(weights, clip_norm=1.0)
     whole = trained(new_trainer(start, tmp_path / "whole"), tmp_path / "live")
     with pytest.raises(KeyboardInterrupt):
@@ -166,7 +166,7 @@ def test_an_interrupted_run_goes_on_from_its_very_state(weights: Path, tmp_path:
 
 
 class OnGpu(tiny.Items):
-    """Items as `ExpressionDataset.to` holds them."""
+    """Items on the GPU, as after `ExpressionDataset.to`."""
 
     def __getitem__(self, index: int) -> dict:
         item = super().__getitem__(index)
@@ -176,7 +176,7 @@ class OnGpu(tiny.Items):
         }
 
 
-def test_neither_workers_nor_residency_change_a_run(weights: Path, tmp_path: Path) -> None:
+def test_workers_and_residency_do_not_change_a_run(weights: Path, tmp_path: Path) -> None:
     plain = trained(new_trainer(tiny.origin(weights), tmp_path / "plain"), tmp_path / "live")
     two = trained(new_trainer(tiny.origin(weights, workers=2), tmp_path / "two"), tmp_path / "live")
     held = replace(tiny.samples(OnGpu(10, seed=1), OnGpu(4, seed=2)), on_gpu=True)
@@ -187,13 +187,13 @@ def test_neither_workers_nor_residency_change_a_run(weights: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["read", "resident"])
 def test_a_step_waits_for_the_gpu_once(weights: Path, tmp_path: Path, on_gpu: bool) -> None:
-    """For the losses, without which no step may be taken; each further wait would leave the GPU without work."""
+    """It waits for the losses, which it must check before the step; each further wait would leave the GPU idle."""
     items = OnGpu(12, seed=1) if on_gpu else tiny.Items(12, seed=1)
     start = tiny.origin(weights, clip_norm=1.0)
     trainer = new_trainer(start, tmp_path, replace(tiny.samples(items), on_gpu=on_gpu))
     batches = iter(trainer._loader(items, range(12)))
     pairs = [list(islice(batches, 2)) for _ in range(2)]
-    trainer._step(pairs[0], 6)  # makes the optimiser's state, and what CUDA makes at first
+    trainer._step(pairs[0], 6)  # creates the optimiser's state and CUDA's lazily created state
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as found:
@@ -205,7 +205,7 @@ def test_a_step_waits_for_the_gpu_once(weights: Path, tmp_path: Path, on_gpu: bo
     assert len(waits) == 1, waits
 
 
-def test_residency_on_the_gpu_changes_no_batch(tmp_path: Path) -> None:
+def test_residency_on_the_gpu_does_not_change_a_batch(tmp_path: Path) -> None:
     make_shards(tmp_path)
     read, held = (ExpressionDataset(tmp_path / "shards") for _ in range(2))
     assert make_resident([held], "auto", GPU) == "gpu"
@@ -222,7 +222,7 @@ def test_residency_on_the_gpu_changes_no_batch(tmp_path: Path) -> None:
 # --- inference -------------------------------------------------------------------------------------------------------
 
 
-def test_every_variant_is_predicted_as_on_the_cpu(tmp_path: Path) -> None:
+def test_predictions_of_every_variant_match_the_cpus(tmp_path: Path) -> None:
     runs = [Run(tmp_path / name) for name in ("on_cpu", "on_gpu")]
     runs[1].device = GPU
     counts = [run.infer() for run in runs]
@@ -235,8 +235,8 @@ def test_every_variant_is_predicted_as_on_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("precision", "least"), [("float32", 0.99), ("bfloat16", 0.95)])
-def test_objects_are_followed_as_on_the_cpu(in_root: None, precision: str, least: float) -> None:
-    """The micro profile's SAM2, image encoder and memory, each wholly on its device; IoU of all masks together."""
+def test_tracked_objects_match_the_cpus(in_root: None, precision: str, least: float) -> None:
+    """The micro profile's SAM 2, image encoder and memory, run entirely on each device; IoU over all masks together."""
     rng = np.random.default_rng(0)
     both = one = 0
     for clip in (draw_clip(rng) for _ in range(3)):

@@ -15,20 +15,14 @@ from samlove.config import SECTIONS
 from tests.stage_code import ROOT, has_code, imported_files, loaded_parameters
 
 PROFILES = ("micro", "refavs")
-FEATURES = {"audio", "visual", "text", "sam2@train", "sam2@eval"}
+FEATURES = {"audio", "visual", "text", "sam2-train", "sam2-eval"}
 SPLITS = ("val", "test_s", "test_u", "test_n")
-AFTER_TRAIN = {*(f"infer@{split}" for split in SPLITS), "evaluate", "report"}
+AFTER_TRAIN = {*(f"infer-{split}" for split in SPLITS), "evaluate", "report"}
 AFTER_PACK = {"train", *AFTER_TRAIN}
-
-
-def stage_definitions() -> dict[str, dict]:
-    """Stage name, of a foreach group its own -> what the two dvc.yaml say of it."""
-    files = (ROOT / "dvc.yaml", ROOT / "configs" / "micro" / "dvc.yaml")
-    stages = {name: stage for file in files for name, stage in yaml.safe_load(file.read_text())["stages"].items()}
-    return {name: stage.get("do", stage) for name, stage in stages.items()}
-
-
-STAGES = stage_definitions()
+EVERY_STAGE = {"dataset", "index", *FEATURES, "pack", *AFTER_PACK}
+# Stage name without the profile -> its definition in dvc.yaml.
+DEFINITIONS = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+STAGES = {name: stage.get("do", stage) for name, stage in DEFINITIONS.items()}
 UNSEEN = {line[1:] for line in (ROOT / ".dvcignore").read_text().splitlines() if line.startswith("/")}
 by_stage = pytest.mark.parametrize("stage", STAGES)
 by_profile = pytest.mark.parametrize("profile", PROFILES)
@@ -63,8 +57,6 @@ def test_lists_exactly_the_code_it_runs(stage: str) -> None:
 def test_lists_exactly_the_parameters_it_reads(stage: str) -> None:
     listed = listed_parameters(stage)
     read = {name: keys for name, keys in loaded_parameters(script_of(stage)).items() if keys is None or keys}
-    if stage == "report":  # shows every choice there is, but synth's are the data set's, which it lists
-        del read["synth"]
     assert set(listed) == set(read)
     for section, keys in listed.items():
         every = set(SECTIONS[section].model_fields) - {"root"}
@@ -72,14 +64,13 @@ def test_lists_exactly_the_parameters_it_reads(stage: str) -> None:
 
 
 @by_profile
-def test_every_choice_is_some_stages_parameter(profile: str) -> None:
+def test_every_setting_is_a_parameter_of_some_stage(profile: str) -> None:
     listed = [listed_parameters(stage) for stage in STAGES if stage != "report"]
     for path in (ROOT / "configs" / profile).glob("*.yaml"):
-        if path.name != "dvc.yaml":
-            sections = [stage[path.stem] for stage in listed if path.stem in stage]
-            keys = set(yaml.safe_load(path.read_text()))
-            covered = keys if None in sections else set().union(*(s or () for s in sections))
-            assert path.stem == "report" or keys <= covered, path
+        sections = [stage[path.stem] for stage in listed if path.stem in stage]
+        keys = set(yaml.safe_load(path.read_text())) - {"name"}  # only the report shows it
+        covered = keys if None in sections else set().union(*(s or () for s in sections))
+        assert path.stem == "report" or keys <= covered, path
 
 
 @by_profile
@@ -87,13 +78,13 @@ def test_listed_keys_are_in_the_files(profile: str) -> None:
     for stage in STAGES:
         for section, keys in listed_parameters(stage).items():
             path = ROOT / "configs" / profile / f"{section}.yaml"
-            if stage != "synth":
-                assert (keys or set()) <= set(yaml.safe_load(path.read_text())), f"{stage}: {path}"
+            assert (keys or set()) <= set(yaml.safe_load(path.read_text())), f"{stage}: {path}"
 
 
 # --- what an edit re-runs, by DVC itself -----------------------------------------------------------------------------
 
-# Stands in PATH for Python, so that DVC runs the real graph with stages that take no time: every out is new content.
+# Stands in for Python on PATH, so that DVC runs the real graph with stages that take no time. Every output gets new
+# content, except a dataset that is there already.
 STAND_IN = """#!{python}
 import json, os, pathlib, sys, uuid
 here = pathlib.Path(__file__).parent
@@ -103,6 +94,8 @@ with open(here / "log", "a") as log:
     log.write(stage + "\\n")
 for out in outs:
     path = pathlib.Path(out)
+    if "dataset" in out and path.exists():
+        continue
     if not path.suffix:
         names = ["media/a", "gt_mask/a"] if "dataset" in out else ["manifest.json", "metrics.json"]
     for file in [path] if path.suffix else [path / name for name in names]:
@@ -111,8 +104,14 @@ for out in outs:
 """
 
 
+def without_profile(stage: str) -> str:
+    """'audio@micro' -> 'audio', 'sam2@micro-train' -> 'sam2-train'."""
+    name, item = stage.split("@")
+    return "-".join([name, *item.split("-")[1:]])
+
+
 class Project:
-    """A copy of the pipeline, its commands replaced by the stand-in, reproduced once."""
+    """A copy of the pipeline with its commands replaced by the stand-in, reproduced once in profile micro."""
 
     def __init__(self, root: Path, tools: Path):
         self.root, self.tools = root, tools
@@ -134,7 +133,6 @@ class Project:
         self.run("git", "config", "user.name", "test")
         self.run("dvc", "init", "--quiet")
         self.run("dvc", "config", "core.analytics", "false")
-        self.write_stand_in()
         self.ran_first = self.reproduce()
         self.commit()
 
@@ -158,18 +156,19 @@ class Project:
         (self.tools / "python").chmod(0o755)
 
     def logged(self, *command: str) -> list[str]:
-        """The stages that `command` runs, in order."""
+        """The stages that `command` runs, in order, without the profile in their names."""
+        self.write_stand_in()
         (self.tools / "log").write_text("")
         self.run(*command)
-        return (self.tools / "log").read_text().split()
+        return [without_profile(name) for name in (self.tools / "log").read_text().split()]
 
     def reproduce(self) -> list[str]:
         return self.logged("dvc", "repro")
 
     def changed(self) -> set[str]:
-        """The stages that themselves see a change, without those that follow them."""
+        """The stages that see a change themselves, without the stages downstream."""
         with Repo(str(self.root)) as repo:
-            return {str(name).split(":")[-1] for name in repo.status()}
+            return {without_profile(str(name).split(":")[-1]) for name in repo.status()}
 
     def commit(self) -> None:
         self.run("git", "add", "--all")
@@ -186,8 +185,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 def test_first_run_is_everything_and_the_second_nothing(project: Project) -> None:
-    assert project.ran_first[:2] == ["synth", "index"]
-    assert sorted(project.ran_first) == sorted(["synth", "index", *FEATURES, "pack", *AFTER_PACK])
+    assert project.ran_first[:2] == ["dataset", "index"]
+    assert sorted(project.ran_first) == sorted(EVERY_STAGE)
     assert project.reproduce() == []
 
 
@@ -198,7 +197,7 @@ def test_first_run_is_everything_and_the_second_nothing(project: Project) -> Non
         ("configs/micro/visual.yaml", {"model": "vit_small_patch16_224"}, {"visual", "pack", *AFTER_PACK}),
     ],
 )
-def test_an_edited_choice_reruns_what_follows_and_no_more(
+def test_an_edited_setting_reruns_its_stage_and_those_downstream(
     project: Project, path: str, values: dict, ran: set[str]
 ) -> None:
     project.edit(path, **values)
@@ -208,7 +207,6 @@ def test_an_edited_choice_reruns_what_follows_and_no_more(
 @pytest.mark.parametrize(
     ("path", "changed"),
     [
-        ("configs/micro/synth.yaml", {"synth"}),
         ("configs/micro/text.yaml", {"text", "pack", "report"}),
         ("configs/micro/train.yaml", {"train", "report"}),
         ("configs/micro/evaluate.yaml", {"evaluate", "report"}),
@@ -216,9 +214,9 @@ def test_an_edited_choice_reruns_what_follows_and_no_more(
         ("weights/refavs/visual/w", set()),
         ("samlove/model/loss.py", {"train"}),
         ("samlove/features/encoders/vggish.py", {"audio"}),
-        ("stores/features.py", set(STAGES) - {"synth", "index"}),
-        ("data/index/gt_mask.sha256", {"index", "pack", "infer", "evaluate", "report"}),
-        ("data/dataset/micro/gt_mask/a", {"synth", "index"}),
+        ("stores/features.py", set(STAGES) - {"dataset", "index"}),
+        ("data/micro/index/gt_mask.sha256", {"index", "pack", "infer", "evaluate", "report"}),
+        ("data/dataset/micro/gt_mask/a", {"dataset", "index"}),
     ],
 )
 def test_an_edit_is_seen_by_the_stages_that_list_it(project: Project, path: str, changed: set[str]) -> None:
@@ -227,12 +225,12 @@ def test_an_edit_is_seen_by_the_stages_that_list_it(project: Project, path: str,
     file.unlink()  # DVC may have linked it to its cache
     file.write_bytes(before + b"\nnever_written_before: 1\n")
     try:
-        assert {name.split("@")[0] for name in project.changed()} == changed
+        assert {name.split("-")[0] for name in project.changed()} == changed
     finally:
         file.write_bytes(before)
 
 
-def test_experiment_changes_a_choice_by_option(project: Project) -> None:
+def test_an_experiment_changes_a_setting_by_option(project: Project) -> None:
     project.commit()
     option = "configs/micro/fusion.yaml:blocks=5"
     assert set(project.logged("dvc", "exp", "run", "-S", option)) == AFTER_PACK
@@ -241,9 +239,67 @@ def test_experiment_changes_a_choice_by_option(project: Project) -> None:
     assert len(experiments) == 1
     data = experiments[0]["revs"][0]["data"]
     assert data["params"]["configs/micro/fusion.yaml"]["data"]["blocks"] == 5
-    assert "value" in data["metrics"]["data/metrics.json"]["data"]
+    assert "value" in data["metrics"]["data/micro/metrics.json"]["data"]
 
 
-def test_profile_is_selected_by_one_value(project: Project) -> None:
+# --- profiles side by side -------------------------------------------------------------------------------------------
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_switching_profiles_back_and_forth_reruns_and_deletes_nothing(project: Project) -> None:
+    project.edit("configs/profile.yaml", profile="micro")
+    project.reproduce()
+    micro = files(project.root / "data" / "micro")
     project.edit("configs/profile.yaml", profile="refavs")
-    assert sorted(project.reproduce()) == sorted(["index", *FEATURES, "pack", *AFTER_PACK])
+    assert set(project.reproduce()) == EVERY_STAGE
+    assert project.changed() == set()
+    refavs = files(project.root / "data" / "refavs")
+    for profile in ("micro", "refavs", "micro"):
+        project.edit("configs/profile.yaml", profile=profile)
+        assert project.changed() == set()
+        assert project.reproduce() == []
+    assert files(project.root / "data" / "micro") == micro
+    assert files(project.root / "data" / "refavs") == refavs
+
+
+def test_metrics_of_two_profiles_are_shown_together(project: Project) -> None:
+    for profile in ("refavs", "micro"):
+        project.edit("configs/profile.yaml", profile=profile)
+        project.reproduce()
+    shown = json.loads(project.run("dvc", "metrics", "show", "--json"))[""]["data"]
+    assert set(shown) == {"data/micro/metrics.json", "data/micro/dvclive/metrics.json"}
+    paths = [f"data/{profile}/metrics.json" for profile in PROFILES]
+    shown = json.loads(project.run("dvc", "metrics", "show", "--json", *paths))[""]["data"]
+    assert set(shown) == set(paths)
+
+
+def test_a_further_profile_takes_two_commands_and_shares_dataset_and_weights(project: Project) -> None:
+    project.run("bash", "-c", "cp -r configs/refavs configs/clip")
+    project.run("bash", "-c", "for d in weights data/dataset; do ln -s refavs $d/clip; done")
+    project.edit("configs/profile.yaml", profile="clip")
+    before = files(project.root / "data" / "refavs")
+    assert set(project.reproduce()) == EVERY_STAGE
+    assert project.changed() == set()
+    assert files(project.root / "data" / "refavs") == before
+    weight = project.root / "weights" / "refavs" / "visual" / "w"
+    weight.write_text("other")
+    assert project.changed() == {"visual"}
+    (project.root / "data" / "dataset" / "refavs" / "media" / "a").write_text("other")
+    assert project.changed() == {"visual", "dataset", "index"}
+    project.reproduce()
+    assert (project.root / "data" / "dataset" / "clip").is_symlink()
+
+
+def test_dvc_never_deletes_the_users_dataset(project: Project, tmp_path: Path) -> None:
+    shutil.copytree(project.root / "data" / "dataset" / "refavs", tmp_path / "mine")
+    place = project.root / "data" / "dataset" / "refavs"
+    shutil.rmtree(place)
+    place.symlink_to(tmp_path / "mine")
+    before = files(tmp_path / "mine")
+    project.edit("configs/profile.yaml", profile="refavs")
+    assert set(project.logged("dvc", "repro", "--force", "--single-item", "dataset", "index")) == {"dataset", "index"}
+    project.run("dvc", "checkout", "--force")
+    assert place.is_symlink() and files(tmp_path / "mine") == before

@@ -1,4 +1,4 @@
-"""Extraction of media that were added, changed, removed or mended: what is computed, and what is left as it was."""
+"""Extraction after files were added, changed, removed or fixed: what is computed, and what stays as it was."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ from stores.earlier import layout
 from stores.verify import verify
 from tests.test_extract import Numbers, Stopped, job
 
-SIZE = 100  # of a shard
+SIZE = 100  # items per shard
 
 
 def make_sources(folder: Path, numbers: range) -> dict[str, Path]:
@@ -34,12 +34,12 @@ def make_sources(folder: Path, numbers: range) -> dict[str, Path]:
 
 
 def inodes(store: FeatureStore, shard: int) -> set[int]:
-    """Which files a shard consists of."""
+    """The inodes of a shard's files."""
     return {path.stat().st_ino for path in (store.path / f"shard-{shard:05d}.zarr").rglob("*") if path.is_file()}
 
 
 class Project:
-    """A store of 250 numbers in three shards, and the same again with other sources."""
+    """A store of 250 numbers in three shards, which `run` updates after its sources changed."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -59,7 +59,7 @@ class Project:
         store = self.store
         assert {key: store.read(key)["x"][0] for key in store.keys()} == values
 
-    def dvc_removes_the_out(self) -> None:
+    def dvc_removes_the_output(self) -> None:
         """As `dvc repro` does before it runs the stage."""
         shutil.rmtree(self.root / "numbers")
 
@@ -70,11 +70,11 @@ def project(tmp_path: Path) -> Project:
 
 
 @pytest.mark.parametrize("removed", [False, True])
-def test_added_media_add_shards(project: Project, removed: bool) -> None:
+def test_added_items_go_into_new_shards(project: Project, removed: bool) -> None:
     before = [inodes(project.store, n) for n in range(3)]
     if removed:
-        project.dvc_removes_the_out()
-    # In front of all others, as an index in order of names would have it.
+        project.dvc_removes_the_output()
+    # Added in front of the others, as in an index sorted by name.
     project.sources = {**make_sources(project.root / "new", range(900, 930)), **project.sources}
     store = project.run()
     assert project.encoder.computed == list(range(900, 930))
@@ -82,11 +82,11 @@ def test_added_media_add_shards(project: Project, removed: bool) -> None:
     assert [shard["keys"] for shard in store.manifest["shards"]] == [100, 100, 50, 30]
     assert (project.report.shards, project.report.spent.shards_written) == (4, 1)
     assert "30 of 280 items computed" in str(project.report)
-    assert "3 of 4 shards were finished before" in str(project.report)
+    assert "3 of 4 shards reused" in str(project.report)
     project.assert_holds({**{f"k{n:03}": n for n in range(250)}, **{f"k{n:03}": n for n in range(900, 930)}})
 
 
-def test_changed_media_are_computed_and_their_shard_keeps_its_other_rows(project: Project) -> None:
+def test_changed_items_are_recomputed_and_their_shard_keeps_its_other_rows(project: Project) -> None:
     before = [inodes(project.store, n) for n in range(3)]
     project.sources["k120"].write_text("7")
     store = project.run()
@@ -95,7 +95,7 @@ def test_changed_media_are_computed_and_their_shard_keeps_its_other_rows(project
     project.assert_holds({f"k{n:03}": 7 if n == 120 else n for n in range(250)})
 
 
-def test_removed_media_are_left_out_and_nothing_is_computed(project: Project) -> None:
+def test_removed_items_are_left_out_and_nothing_is_computed(project: Project) -> None:
     before = [inodes(project.store, n) for n in range(3)]
     for n in (3, *range(100, 200)):  # one row of shard 0, all of shard 1
         del project.sources[f"k{n:03}"]
@@ -106,7 +106,7 @@ def test_removed_media_are_left_out_and_nothing_is_computed(project: Project) ->
     project.assert_holds({f"k{n:03}": n for n in range(250) if n != 3 and not 100 <= n < 200})
 
 
-def test_failed_rows_are_tried_again_and_no_others(project: Project) -> None:
+def test_only_failed_items_are_retried(project: Project) -> None:
     project.sources["k007"].unlink()
     assert [failure.key for failure in project.run().failures] == ["k007"]
     assert project.encoder.computed == []
@@ -119,15 +119,15 @@ def test_failed_rows_are_tried_again_and_no_others(project: Project) -> None:
     project.assert_holds({f"k{n:03}": n for n in range(250)})
 
 
-def test_the_same_media_under_other_paths_are_the_same(project: Project) -> None:
+def test_moved_files_are_not_recomputed(project: Project) -> None:
     (project.root / "in").rename(project.root / "moved")
     project.sources = {key: project.root / "moved" / path.name for key, path in project.sources.items()}
     project.run()
     assert project.encoder.computed == []
-    assert "nothing to compute; 3 of 3 shards were finished before" in str(project.report)
+    assert "nothing to compute; 3 of 3 shards reused" in str(project.report)
 
 
-def test_rows_of_other_code_or_another_layout_are_not_reused(project: Project) -> None:
+def test_rows_with_different_code_fingerprint_layout_or_ids_are_not_reused(project: Project) -> None:
     def todo(**changes: object) -> int:
         made = project.store.manifest
         values = {
@@ -147,7 +147,7 @@ def test_rows_of_other_code_or_another_layout_are_not_reused(project: Project) -
 
 
 def test_linked_files_are_never_edited(project: Project) -> None:
-    """DVC may have put links to its cache in place of the store's files."""
+    """DVC may have replaced the store's files by links to its cache."""
     cache = project.root / "cache"
     shutil.copytree(project.root / "numbers", cache)
     for path in (project.root / "numbers").rglob("*"):
@@ -163,7 +163,7 @@ def test_linked_files_are_never_edited(project: Project) -> None:
     assert not any(path.is_symlink() for path in (project.root / "numbers").rglob("*"))
 
 
-def test_damage_in_scratch_is_found_and_computed_anew(tmp_path: Path) -> None:
+def test_damage_in_scratch_is_found_and_recomputed(tmp_path: Path) -> None:
     sources = make_sources(tmp_path / "in", range(250))
     with pytest.raises(RuntimeError, match="stopped"):
         extract(job(Stopped(), sources, tmp_path))
@@ -180,7 +180,7 @@ some_keys = st.lists(st.integers(0, 30).map(str), unique=True)
 
 
 @given(some_keys, st.lists(some_keys, max_size=4), st.integers(1, 5))
-def test_every_key_has_one_place_and_keeps_it(wanted: list[str], history: list[list[str]], size: int) -> None:
+def test_every_key_is_in_one_shard_and_stays_there(wanted: list[str], history: list[list[str]], size: int) -> None:
     standing: dict[int, list[str]] = {}
     for keys in [*history, wanted]:
         placed = dict(layout(keys, standing, size))
@@ -188,7 +188,7 @@ def test_every_key_has_one_place_and_keeps_it(wanted: list[str], history: list[l
         assert all(0 < len(shard) <= size for shard in placed.values())
         where = {key: number for number, shard in placed.items() for key in shard}
         assert all(where[key] == number for number, shard in standing.items() for key in shard if key in where)
-        # Whichever of these shards a stopped run had finished, the rest come to lie where they would have.
+        # Whichever of these shards an interrupted run finished, all keys keep their places.
         for finished in ({}, {n: placed[n] for n in list(placed)[::2]}, {n: placed[n] for n in list(placed)[1::2]}):
             assert dict(layout(keys, {**standing, **finished}, size)) == placed
         standing = placed
@@ -196,17 +196,17 @@ def test_every_key_has_one_place_and_keeps_it(wanted: list[str], history: list[l
 
 @st.composite
 def histories(draw: st.DrawFn) -> list[dict[str, int]]:
-    """Runs, one after the other: the version of each key that is asked for; keys come, change and go."""
+    """Consecutive runs, each as {key: version}; keys are added, changed and removed."""
     run = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 2), min_size=1)
     return draw(st.lists(run, min_size=1, max_size=4))
 
 
 @settings(max_examples=15, deadline=None)
 @given(histories(), st.integers(1, 4), st.booleans())
-def test_whatever_came_changed_and_went_the_store_is_as_if_made_at_once(
+def test_after_any_changes_the_store_is_as_if_made_from_scratch(
     history: list[dict[str, int]], size: int, stopped: bool
 ) -> None:
-    """And nothing is computed that the store before has. `stopped`: each run ends once before it publishes."""
+    """And nothing that the previous store has is recomputed. stopped: each run is stopped once before it publishes."""
     with TemporaryDirectory() as name:
         root, before = Path(name), {}
         for versions in history:
@@ -216,10 +216,10 @@ def test_whatever_came_changed_and_went_the_store_is_as_if_made_at_once(
                     root / "store", root / "scratch", {"encoder": "x"}, list(versions), size,
                     ids={key: str(version) for key, version in versions.items()}, previous=[root / "store"],
                 )  # fmt: skip
-                for number, lacking in writer.todo()[: None if last else 1]:
-                    items = {key: {"x": np.array([versions[key], ord(key)], np.int32)} for key in lacking}
+                for number, missing in writer.todo()[: None if last else 1]:
+                    items = {key: {"x": np.array([versions[key], ord(key)], np.int32)} for key in missing}
                     assert not computed.keys() & items.keys()
-                    computed |= {key: versions[key] for key in lacking}
+                    computed |= {key: versions[key] for key in missing}
                     writer.write_shard(number, items)
             writer.publish()
             assert computed == {key: v for key, v in versions.items() if before.get(key) != v}
@@ -243,7 +243,7 @@ with only_run(Path(sys.argv[1]), "x"):
 """
 
 
-def test_a_second_run_is_told_and_harms_nothing(project: Project) -> None:
+def test_a_second_run_at_the_same_time_is_refused_and_changes_nothing(project: Project) -> None:
     before = {path: path.read_bytes() for path in project.root.rglob("*") if path.is_file()}
     lock = project.root / "scratch" / "lock"
     holder = subprocess.Popen(
@@ -251,12 +251,12 @@ def test_a_second_run_is_told_and_harms_nothing(project: Project) -> None:
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(SamloveError, match=rf"numbers: .* at work \(process {holder.pid} on "):
+    with pytest.raises(SamloveError, match=rf"numbers: in use by another run \(process {holder.pid} on "):
         project.run()
     assert project.encoder.computed == []
     after = {path: path.read_bytes() for path in project.root.rglob("*") if path.is_file()}
     assert {path for path in {*before, *after} if before.get(path) != after.get(path)} == {lock}
-    os.kill(holder.pid, signal.SIGKILL)  # the kernel lets go of the lock, whatever its file says
+    os.kill(holder.pid, signal.SIGKILL)  # the kernel releases the lock, whatever the lock file says
     holder.wait()
     project.run()
 

@@ -1,4 +1,4 @@
-"""The index and its audit: every kind of fault in a folder made for it."""
+"""The index and its audit: every kind of fault, in a folder that is made to have it."""
 
 import csv
 import json
@@ -65,7 +65,7 @@ def sound_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(sound_folder: Path, tmp_path: Path) -> RefAvsFolder:
-    """A copy of the faultless folder, to spoil."""
+    """A copy of the faultless folder, for a test to damage."""
     return RefAvsFolder(shutil.copytree(sound_folder, tmp_path / "folder"))
 
 
@@ -106,7 +106,7 @@ def test_a_faultless_folder_becomes_two_tables(sound_folder: Path, tmp_path: Pat
     assert report["splits"]["train"]["found"] == {"rows": 3, "vids": 1, "media": 2, "null_rows": 1}
 
 
-def test_without_media_checks_no_media_is_touched(tmp_path: Path) -> None:
+def test_without_media_checks_no_media_is_read(tmp_path: Path) -> None:
     write_rows(tmp_path, ROWS)
     found = audit_folder(tmp_path, False, {}, FRAMES)
     assert not found.faults and not found.media_checked
@@ -138,7 +138,7 @@ def test_each_fault_of_a_row_is_found_and_dropped_kept_or_failed(folder: RefAvsF
     expected |= {"split_leak"} if kind == "wrong_split" else set()  # d is in test_s already
     assert kinds(found) == expected
     (fault,) = [f for f in found.faults if f.kind == kind]
-    lost = 3 if kind == "split_leak" else 1  # of the leaked video, the three rows of train
+    lost = 3 if kind == "split_leak" else 1  # the three train rows of the leaked video
     assert len(fault.rows) == lost
     if kind != "split_leak":
         assert fault.where == f"{folder.root}/metadata.csv:9"
@@ -247,10 +247,10 @@ def audio(folder: RefAvsFolder) -> Path:
     return folder.audio_path("c")
 
 
-MEDIA_FAULTS = [  # kind, what spoils the folder (returns the path that the audit must name)
+MEDIA_FAULTS = [  # kind, a function that damages the folder and returns the path that the audit must name
     ("missing_media", at(lambda f: f.audio_path("c").parent, shutil.rmtree)),
     ("missing_frame", at(frame(1), Path.unlink)),
-    ("missing_frame", at(frame(2), Path.unlink)),  # the last: its mask says that it was there
+    ("missing_frame", at(frame(2), Path.unlink)),  # the last one: its mask implies that it existed
     ("missing_frame", unlink_frames),
     ("bad_frame", at(frame(1), truncate)),
     ("bad_frame", at(frame(1), lambda path: path.write_bytes(b""))),
@@ -287,7 +287,7 @@ def test_frames_that_differ_in_size(folder: RefAvsFolder) -> None:
     Image.new("RGB", (8, 8)).save(folder.frame_path("null_c-d", 1))
     (fault,) = audit(folder).faults
     assert (fault.kind, fault.where) == ("frame_size", str(folder.frame_path("null_c-d", 1)))
-    assert fault.found == "8x8, where an earlier frame is 24x16"
+    assert fault.found == "8x8, but an earlier frame is 24x16"
 
 
 def test_a_broken_mask_costs_only_the_rows_of_its_object(folder: RefAvsFolder) -> None:
@@ -299,12 +299,12 @@ def test_a_broken_mask_costs_only_the_rows_of_its_object(folder: RefAvsFolder) -
 def test_every_kind_is_tested_and_documented() -> None:
     tested = {*ROW_FAULTS, *(kind for kind, _ in MEDIA_FAULTS), "bad_row", "frame_size", "missing_cues"}
     assert tested == set(KINDS)
-    page = (Path(__file__).parents[1] / "docs" / "index.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "audit.md").read_text()
     assert all(f"| `{kind}` | {policy}" in page and meaning in page for kind, (policy, meaning) in KINDS.items())
 
 
-def test_policies_that_are_none_are_refused_and_the_known_ones_listed() -> None:
-    with pytest.raises(RequestError, match="no fault kind 'bad_frames'; known: bad_row, todo_split, .*empty_mask"):
+def test_invalid_policies_are_refused_and_the_known_kinds_listed() -> None:
+    with pytest.raises(RequestError, match="unknown fault kind 'bad_frames'; expected one of bad_row, .*empty_mask"):
         merge_policies({"bad_frames": "drop"})
     with pytest.raises(RequestError, match="bad_frame: expected drop, keep or fail, found 'ignore'"):
         merge_policies({"bad_frame": "ignore"})
@@ -345,7 +345,7 @@ def test_a_failing_audit_leaves_the_old_index_alone(folder: RefAvsFolder, tmp_pa
     write_index(audit(folder), out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     truncate(folder.frame_path("c", 1))
-    with pytest.raises(SamloveError, match=r"bad_frame \(1\); the first: .*media/c/frames/1.jpg") as error:
+    with pytest.raises(SamloveError, match=r"bad_frame \(1\); first: .*media/c/frames/1.jpg") as error:
         write_index(audit(folder), out)
     assert "\n" not in str(error.value)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -369,7 +369,7 @@ def test_the_same_folder_gives_the_same_bytes(folder: RefAvsFolder, tmp_path: Pa
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_the_stage_says_what_it_found_and_its_status_tells_how_it_ended(
+def test_the_stage_prints_its_audit_and_exits_with_a_status(
     folder: RefAvsFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -387,10 +387,10 @@ def test_the_stage_says_what_it_found_and_its_status_tells_how_it_ended(
         stage.main()
     out, err = capsys.readouterr()
     assert "bad_audio             fail       1       1" in out
-    assert "error: data/dataset/small: faults that the policy does not let pass: bad_audio (1)" in err
+    assert "error: data/dataset/small: faults with policy 'fail': bad_audio (1)" in err
     config.write_text(f"frames: {FRAMES}\npolicy: {{bad_audio: drop}}\n")
     stage.main()
-    assert len(pd.read_parquet("data/index/expressions.parquet")) == 6
+    assert len(pd.read_parquet("data/small/index/expressions.parquet")) == 6
     place.unlink()
     with pytest.raises(SystemExit, match="2"):
         stage.main()

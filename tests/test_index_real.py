@@ -1,4 +1,4 @@
-"""The index of the benchmark's own metadata.csv, where it is at hand: the counts known of it come out."""
+"""The index of the metadata.csv of Ref-AVS Bench, if it is available: the counts are the known ones."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def test_counts_of_the_real_table(real: Audit) -> None:
 
 
 def test_texts_of_the_real_table(real: Audit) -> None:
-    """5,232 counts the texts as they stand, of every row; without blanks, TODO, NO. and [Error] fewer are left."""
+    """5,232 distinct texts in all rows as written; fewer in the kept rows, after normalisation."""
     assert real.as_dict()["distinct_texts"] == {"found": 5232, "kept": 5213}
     assert not real.expressions["exp"].isin(["NO.", ""]).any()
     (apostrophe,) = real.expressions.loc[~real.expressions["exp"].map(str.isascii), "exp"]
@@ -54,7 +54,7 @@ def test_texts_of_the_real_table(real: Audit) -> None:
 def test_splits_and_objects_of_the_real_table(real: Audit) -> None:
     report = real.as_dict()
     shared = {tuple(pair["splits"]): pair["vids"] for pair in report["shared_vids"]}
-    assert shared == {("test_s", "test_n"): 250, ("test_n", "TODO"): 7}  # none of train's
+    assert shared == {("test_s", "test_n"): 250, ("test_n", "TODO"): 7}  # none with train
     unseen = "baby emergency-car gun leopard lion motorcycle mower pig sheep tiger truck tuba wolf"
     assert report["objects_only_in_test_u"] == unseen.split()
     assert dict(real.videos["split"].value_counts()) == dict(zip(SPLITS, (2919, 275, 273, 269, 257), strict=True))

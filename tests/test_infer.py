@@ -1,4 +1,4 @@
-"""Full-video inference on a small split: stores, checkpoint and masks as the stages before it leave them."""
+"""Full-video inference on a small split, with stores, checkpoint and masks as left by the previous stages."""
 
 import sys
 from pathlib import Path
@@ -20,13 +20,13 @@ from samlove.scoring.metrics import EDGES, f_score, jaccard, null_score, scores_
 from stores import Failure, FeatureStoreWriter, PredictionReader, PredictionWriter
 from tests.tiny_training import CONFIG, DIMS, PATCHES, TOKENS, origin, write_sam2
 
-FRAMES, SIZE = DIMS["frames"], 64  # one pixel on an edge by its last bit must weigh less than the tolerance
+FRAMES, SIZE = DIMS["frames"], 64  # large enough that one pixel weighs less than the tolerance
 CONTROLS = ["swapped_audio", "permuted_text", "true_mask"]
 SHAPES = {"sam2_image_embed": (64, 4, 4), "sam2_high_res_0": (8, 16, 16), "sam2_high_res_1": (16, 8, 8)}
 
 
 def expressions(videos: int = 3) -> pd.DataFrame:
-    """Each video: two objects, the first named twice; the last row of the last video means nothing."""
+    """Each video has two objects, the first with two expressions. The last row of all is a null expression."""
     rows = [
         {"row_id": f"{v}.{i}", "media_id": f"clip{v}", "vid": f"vid{v}", "fid": fid, "exp": f"the {v}.{i}"}
         for v in range(videos)
@@ -83,10 +83,9 @@ class Run:
         torch.manual_seed(seed)
         model = Origin(**made_by).build()
         for parameter in model.fusion.head.parameters():
-            parameter.data *= 3  # tokens that make a difference
-        model.sam2.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.data.fill_(
-            present
-        )  # an absent object has no mask
+            parameter.data *= 3  # so that the tokens matter
+        score = model.sam2.sam_mask_decoder.pred_obj_score_head.layers[-1]
+        score.bias.data.fill_(present)  # an absent object has no mask
         model.sam2.set_trainable(True, True)
         save_checkpoint(self.checkpoint, model, Header(**made_by, epoch=1, validation={"J&F": 0.0}))
 
@@ -129,7 +128,7 @@ def test_writes_every_row_with_its_provenance(run):
     assert not run.scratch.exists()
 
 
-def test_scores_from_the_file_are_those_from_the_logits(run):
+def test_scores_from_the_file_equal_scores_from_the_logits(run):
     run.infer()
     bins = run.bins()
     model = load_model(run.checkpoint)
@@ -143,9 +142,9 @@ def test_scores_from_the_file_are_those_from_the_logits(run):
 
 
 def _logits(run: Run, model, media_id: str, texts: list[str]) -> torch.Tensor:
-    """The expressions of a video, by other means than infer's: (B, T, S, S).
+    """Logits (B, T, S, S) of a video's expressions, computed without `infer`.
 
-    In one batch, as in infer: in another the last bits differ, and one pixel on the other side of an edge is 3e-4 of
+    One batch, as in `infer`: in a different batch the last bits differ, and one pixel that crosses an edge is 3e-4 of
     these small masks.
     """
     from stores import FeatureStore
@@ -163,8 +162,8 @@ def _logits(run: Run, model, media_id: str, texts: list[str]) -> torch.Tensor:
     return torch.nn.functional.interpolate(logits, size=(SIZE, SIZE), mode="bilinear")
 
 
-def test_what_is_absent_on_the_first_frame_stays_away_if_so_asked(run):
-    for present in np.arange(-1, 1, 0.1):  # until some object is absent on frame 0 and found later
+def test_objects_absent_on_the_first_frame_stay_absent_if_configured(run):
+    for present in np.arange(-1, 1, 0.1):  # until an object is absent on frame 0 and found later
         run.save_checkpoint(present=float(present))
         run.infer(controls=[])
         tracked = run.bins()
@@ -177,7 +176,7 @@ def test_what_is_absent_on_the_first_frame_stays_away_if_so_asked(run):
         np.testing.assert_array_equal(bins, tracked[row] if tracked[row][0].any() else 0)
 
 
-def test_rows_do_not_depend_on_their_company(run):
+def test_rows_do_not_depend_on_their_batch(run):
     run.infer(controls=[])
     together = run.bins()
     alone = {}
@@ -185,10 +184,10 @@ def test_rows_do_not_depend_on_their_company(run):
         run.infer(controls=[], rows=run.rows.iloc[i : i + 1])
         alone |= run.bins()
     differing = np.concatenate([(together[row] != alone[row]).ravel() for row in together])
-    assert differing.mean() < 1e-3  # the last bits of a logit may fall on the other side of an edge
+    assert differing.mean() < 1e-3  # the last bits of a logit may cross an edge
 
 
-def test_controls_change_what_they_say(run):
+def test_controls_change_the_predictions(run):
     run.infer()
     plain, sound, words = run.bins(), run.bins("swapped_audio"), run.bins("permuted_text")
     assert all((plain[row] != sound[row]).any() for row in plain)
@@ -199,7 +198,7 @@ def test_controls_change_what_they_say(run):
     assert ((masks["0.0"][0] > 127) == (np.asarray(true) > 0)).mean() > 0.7
 
 
-def test_plan_swaps_sounds_between_clips_and_texts_between_objects():
+def test_plan_swaps_audio_between_videos_and_texts_between_objects():
     jobs = plan(expressions(), CONTROLS)
     assert jobs == plan(expressions(), CONTROLS)
     donors = {media_id: variants["swapped_audio"].audio for media_id, variants in jobs.items()}
@@ -209,7 +208,7 @@ def test_plan_swaps_sounds_between_clips_and_texts_between_objects():
     assert jobs["clip2"]["true_mask"] == (["2.0", "2.1"], [], "clip2", [1, 1])
 
 
-def test_plan_looks_elsewhere_where_a_video_has_one_object_or_a_vid_two_clips():
+def test_plan_uses_other_videos_if_a_video_has_one_object_or_a_vid_two_videos():
     rows = expressions().assign(fid=1)
     texts = plan(rows, CONTROLS)["clip0"]["permuted_text"].texts
     assert len(texts) == 3 and not any(text.startswith("the 0.") for text in texts)
@@ -220,7 +219,7 @@ def test_plan_looks_elsewhere_where_a_video_has_one_object_or_a_vid_two_clips():
         plan(expressions(videos=1), CONTROLS)
 
 
-def test_goes_on_where_it_was_stopped(run):
+def test_resumes_after_an_interruption(run):
     run.infer()
     whole = {name: (run.out / f"{name}.h5").read_bytes() for name in ("predictions", *CONTROLS)}
     path = run.folder.mask_path("clip1", 2, 0)
@@ -228,7 +227,7 @@ def test_goes_on_where_it_was_stopped(run):
     path.write_bytes(mask[:40])
     with pytest.raises(SamloveError, match="clip1"):
         run.infer()
-    assert (run.out / "predictions.h5").read_bytes() == whole["predictions"]  # a failed run leaves what was there
+    assert (run.out / "predictions.h5").read_bytes() == whole["predictions"]  # a failed run keeps the previous file
     path.write_bytes(mask)
     (kept,) = run.scratch.glob("*/clip0/predictions.h5")
     mark = np.full((3, FRAMES, SIZE, SIZE), 7, np.uint8)
@@ -236,12 +235,12 @@ def test_goes_on_where_it_was_stopped(run):
         writer.write(["0.0", "0.1", "0.2"], mark)
     run.infer()
     bins = run.bins()
-    assert all((bins[row] == 7).all() == row.startswith("0.") for row in bins)  # clip0 was not computed again
+    assert all((bins[row] == 7).all() == row.startswith("0.") for row in bins)  # clip0 was not recomputed
     run.infer()
     assert whole == {name: (run.out / f"{name}.h5").read_bytes() for name in whole}
 
 
-def test_masks_of_another_checkpoint_are_not_taken_up(run):
+def test_masks_of_a_different_checkpoint_are_not_reused(run):
     path = run.folder.mask_path("clip1", 2, 0)
     mask = path.read_bytes()
     path.write_bytes(b"")
@@ -255,14 +254,14 @@ def test_masks_of_another_checkpoint_are_not_taken_up(run):
     assert all((resumed[row] == bins).all() for row, bins in run.bins().items())
 
 
-def test_refuses_features_of_another_kind(run):
+def test_refuses_features_with_a_different_fingerprint(run):
     words = {t: {"text": np.ones((TOKENS, DIMS["text"]), np.float16)} for t in run.rows["exp"]}
     run.store("text", words, fingerprint="b")
     with pytest.raises(SamloveError, match=r"weights: expected 'a', found 'b'.*dvc repro text"):
         run.infer()
 
 
-def test_names_what_could_not_be_encoded(run):
+def test_names_the_items_that_could_not_be_encoded(run):
     embeds = {f"clip{v}": {name: np.ones((FRAMES, *SHAPES[name]), np.float16) for name in LEVELS} for v in range(2)}
     run.store("sam2_eval", embeds, failures=(Failure("clip2", "sam2", "clip2/frames/1.jpg: truncated"),))
     with pytest.raises(SamloveError, match=r"'clip2' \(sam2 failed: clip2/frames/1.jpg: truncated\)"):
@@ -270,13 +269,13 @@ def test_names_what_could_not_be_encoded(run):
 
 
 def test_stage(tmp_path, monkeypatch, capsys):
-    run = Run(tmp_path / "data")
+    run = Run(tmp_path / "data" / "micro")
     (tmp_path / "configs" / "micro").mkdir(parents=True)
     (tmp_path / "configs" / "profile.yaml").write_text("profile: micro\n")
     (tmp_path / "configs" / "micro" / "dataset.yaml").write_text(f"mask_size: {SIZE}\n")
     (tmp_path / "configs" / "micro" / "infer.yaml").write_text("controls: [swapped_audio]\n")
-    (tmp_path / "data" / "index").mkdir()
-    run.rows.to_parquet(tmp_path / "data" / "index" / "expressions.parquet")
+    (tmp_path / "data" / "micro" / "index").mkdir()
+    run.rows.to_parquet(tmp_path / "data" / "micro" / "index" / "expressions.parquet")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["infer", "test_s"])
     pipelines.infer.main()

@@ -1,6 +1,6 @@
-"""Extraction that is killed, for real, at many moments, or whose disk fills up: the same store in the end.
+"""Extraction that is really killed at many points, or whose disk fills up, ends with the same store.
 
-A moment is a change to the file system, counted; that makes every kill repeatable whatever else the machine does.
+A point is the number of a change to the file system, so every kill is repeatable whatever else the machine does.
 """
 
 import shutil
@@ -19,11 +19,11 @@ from tests.kill_run import run_apart, write_wavs
 from tests.small_encoders import audio_config
 from tests.store_kinds import tree
 
-FIRST, MORE = range(22), range(22, 33)  # wavs at first, and those added later
+FIRST, MORE = range(22), range(22, 33)  # the first wavs, and those added later
 
 
 class Trial:
-    """One store to be made, from nothing or from the one before with media added and changed."""
+    """Makes one store, from scratch or from a previous store after videos were added, changed and removed."""
 
     def __init__(self, root: Path, incremental: bool) -> None:
         self.root, self.incremental = root, incremental
@@ -32,9 +32,9 @@ class Trial:
         if incremental:
             self.run(root / "base")
             write_wavs(self.inputs, MORE)
-            shutil.copy(self.inputs / "01.wav", self.inputs / "02.wav")  # a changed medium
-            (self.inputs / "10.wav").unlink()  # a removed one
-        for _ in range(2):  # the first process of all waits for imports that the later ones share
+            shutil.copy(self.inputs / "01.wav", self.inputs / "02.wav")  # a changed video
+            (self.inputs / "10.wav").unlink()  # a removed video
+        for _ in range(2):  # the first process also waits for imports, which later ones share
             started = time.monotonic()
             whole = self.run(self.fresh("whole"))
             self.seconds = time.monotonic() - started
@@ -43,7 +43,7 @@ class Trial:
         assert len(FeatureStore.open(root / "whole" / "store").failures) == (4 if incremental else 3)
 
     def fresh(self, name: str) -> Path:
-        """A folder in which the store is still to be made."""
+        """A folder in which the store is not made yet."""
         shutil.rmtree(self.root / name, ignore_errors=True)
         if self.incremental:
             shutil.copytree(self.root / "base", self.root / name)
@@ -53,7 +53,7 @@ class Trial:
         return run_apart(self.inputs, self.config, root, **kill)  # type: ignore[arg-type]
 
     def finished(self, root: Path) -> int:
-        """Shards that need not be computed again: none that is not whole counts."""
+        """Number of complete shards, which need not be recomputed."""
         if (root / "store").exists() and tree(root / "store") == self.expected:
             return len(FeatureStore.open(root / "store").manifest["shards"])
         staged = [path for path in root.glob("scratch/*/shard-*.zarr") if path.parent.name not in ("partial", "last")]
@@ -66,38 +66,38 @@ def trial(request: pytest.FixtureRequest, tmp_path: Path) -> Trial:
 
 
 def kill_and_finish(trial: Trial, seed: int, times: int, by_clock: bool = False) -> None:
-    """Kill at random moments, run again, and so on; DVC may remove the store before a run. Prints the counts."""
+    """Kill at random points and run again, repeatedly. The store may be removed before a run, as DVC does."""
     rng = np.random.default_rng(seed)
     kills = survived = recomputed = whole = 0
     for number in range(times):
         root = trial.fresh("killed")
-        killed, told = 0, None
-        while told is None:  # a kill, perhaps another in the run that follows, then a run to its end
-            if not killed and not by_clock:  # the first kills are spread evenly over a whole run
-                moment = {"kill_at": int((number + rng.random()) / times * trial.events)}
+        killed, result = 0, None
+        while result is None:  # one to three kills, then a run to its end
+            if not killed and not by_clock:  # spread the first kills evenly over a whole run
+                point = {"kill_at": int((number + rng.random()) / times * trial.events)}
             elif killed < rng.integers(1, 4):
-                moment = (
+                point = (
                     {"after": rng.uniform(0, trial.seconds)}
                     if by_clock
                     else {"kill_at": int(rng.integers(trial.events))}
                 )
             else:
-                moment = {}
+                point = {}
             if trial.incremental and killed and rng.random() < 0.5:
                 shutil.rmtree(root / "store", ignore_errors=True)
             finished = trial.finished(root)
-            told = trial.run(root, **moment)
-            killed += told is None
+            result = trial.run(root, **point)
+            killed += result is None
         assert tree(root / "store") == trial.expected, (seed, kills)
-        assert "error" not in told
+        assert "error" not in result
         if not trial.incremental:
-            assert told["shards_written"] == told["shards"] - finished
+            assert result["shards_written"] == result["shards"] - finished
         assert verify(root / "store", deep=True) == []
         assert sorted(p.name for p in (root / "scratch").iterdir()) == ["last", "lock"]
         kills, survived = kills + killed, survived + 1
-        recomputed, whole = recomputed + told["shards_written"], whole + told["shards"]
+        recomputed, whole = recomputed + result["shards_written"], whole + result["shards"]
     print(f"\n{kills} kills in {times} runs: {survived} ended bit-identical to an uninterrupted one;", end=" ")
-    print(f"their last runs computed {recomputed} of {whole} shards")
+    print(f"the last runs computed {recomputed} of {whole} shards")
     assert kills >= times // 2
 
 
@@ -107,14 +107,14 @@ def test_killed_runs_end_bit_identical(trial: Trial) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_killed_runs_end_bit_identical_at_every_moment(trial: Trial) -> None:
-    """Before each single change to the file system, then run to the end; two runs at a time."""
-    moments = range(trial.events)
+def test_runs_killed_at_every_point_end_bit_identical(trial: Trial) -> None:
+    """Kill before each change to the file system, then run to the end; two runs at a time."""
+    points = range(trial.events)
 
-    def kill_before(moment: int) -> bool:
-        root = trial.fresh(f"killed_{moment}")
-        assert trial.run(root, kill_at=moment) is None
-        if trial.incremental and moment % 2:
+    def kill_before(point: int) -> bool:
+        root = trial.fresh(f"killed_{point}")
+        assert trial.run(root, kill_at=point) is None
+        if trial.incremental and point % 2:
             shutil.rmtree(root / "store", ignore_errors=True)
         assert trial.run(root) is not None
         same = tree(root / "store") == trial.expected
@@ -122,15 +122,15 @@ def test_killed_runs_end_bit_identical_at_every_moment(trial: Trial) -> None:
         return same
 
     with ThreadPoolExecutor(2) as pool:
-        survived = list(pool.map(kill_before, moments))
-    print(f"\nkilled at {len(moments)} moments: {sum(survived)} ended bit-identical to an uninterrupted run")
-    assert [moment for moment, same in zip(moments, survived, strict=True) if not same] == []
+        survived = list(pool.map(kill_before, points))
+    print(f"\nkilled at {len(points)} points: {sum(survived)} ended bit-identical to an uninterrupted run")
+    assert [point for point, same in zip(points, survived, strict=True) if not same] == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_killed_from_outside_runs_end_bit_identical(trial: Trial) -> None:
-    """By the clock, so that a kill may fall between two changes: while bytes are written, or computed."""
+def test_runs_killed_from_outside_end_bit_identical(trial: Trial) -> None:
+    """Kill after a random time, so possibly between two changes, while bytes are written or computed."""
     kill_and_finish(trial, seed=1, times=40, by_clock=True)
 
 
@@ -143,45 +143,45 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(disk)], capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"needs the right to mount a small file system: {done.stderr.strip()}")
+        pytest.skip(f"needs permission to mount a small file system: {done.stderr.strip()}")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_disk_is_told_and_survived(tmp_path: Path, small_disk: Path) -> None:
-    """The disk grows by 8 kB a run, so that it fills up at each stage of the work: shards, checksums, manifest."""
+def test_a_full_disk_is_reported_and_survived(tmp_path: Path, small_disk: Path) -> None:
+    """The disk grows by 8 kB per run, so that it fills up at each step: shards, checksums, manifest."""
     trial = Trial(tmp_path, incremental=False)
-    told: dict | None = {"error": ""}
+    result: dict | None = {"error": ""}
     full = -1
-    while told and "error" in told:
+    while result and "error" in result:
         full += 1
         subprocess.run(["mount", "-o", f"remount,size={8 * (full + 1)}k", str(small_disk)], check=True)
-        told = trial.run(small_disk)
-        if told and "error" in told:
-            assert "No space left on device" in told["error"]
-            assert "\n" not in told["error"]
+        result = trial.run(small_disk)
+        if result and "error" in result:
+            assert "No space left on device" in result["error"]
+            assert "\n" not in result["error"]
             assert not (small_disk / "store").exists()
     assert tree(small_disk / "store") == trial.expected
-    print(f"\nfull {full} times, at sizes from 8 kB to {8 * full} kB; then whole, bit-identical")
+    print(f"\nfull {full} times, at sizes from 8 kB to {8 * full} kB; then complete and bit-identical")
     assert full > 3
 
 
-def test_a_file_that_cannot_be_written_to_its_end_is_told_and_survived(tmp_path: Path) -> None:
-    """As a full disk, without the right to mount one: no file may outgrow a limit, which rises from run to run.
+def test_a_file_size_limit_is_reported_and_survived(tmp_path: Path) -> None:
+    """Simulates a full disk without mounting one: no file may exceed a limit, which increases from run to run.
 
-    The limits are the sizes of the store's files less one byte: whichever is written first of those beyond it fails.
+    Each limit is the size of one of the store's files minus one byte; writing the first larger file fails.
     """
     trial = Trial(tmp_path, incremental=False)
     limits = sorted({len(content) - 1 for content in trial.expected.values()})
     root = tmp_path / "small"
     for limit in limits:
-        told = trial.run(root, file_limit=limit)
-        assert told is not None and "File too large" in told["error"], (limit, told)
-        assert "\n" not in told["error"] and str(root / "scratch") in told["error"]
+        result = trial.run(root, file_limit=limit)
+        assert result is not None and "File too large" in result["error"], (limit, result)
+        assert "\n" not in result["error"] and str(root / "scratch") in result["error"]
         assert not (root / "store").exists()
     assert "error" not in (trial.run(root) or {"error": "killed"})
     assert tree(root / "store") == trial.expected
     print(
-        f"\nstopped at {len(limits)} sizes of a file, from {limits[0]} to {limits[-1]} bytes; then whole, bit-identical"
+        f"\nstopped at {len(limits)} file sizes from {limits[0]} to {limits[-1]} bytes; then complete and bit-identical"
     )
     assert len(limits) > 3

@@ -1,4 +1,4 @@
-"""The loader: batches as trained on, exact and resumable epochs, workers of both kinds."""
+"""The loader: the trainer's batches, exact and resumable epochs, forked and spawned workers."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_a_batch_may_be_changed_without_harm(dataset):
     assert dataset[0]["text_mask"].any()
 
 
-def test_held_as_tensors_it_gives_the_same_batches(dataset):
+def test_samples_in_memory_give_the_same_batches(dataset):
     held = ExpressionDataset(dataset.reader.root)
     held.to(torch.device("cpu"))
     assert all(isinstance(held[i]["mask"], torch.Tensor) for i in range(len(held)))
@@ -76,14 +76,14 @@ def test_held_as_tensors_it_gives_the_same_batches(dataset):
 
 
 @pytest.mark.parametrize(("asked", "place"), [("auto", "ram"), ("ram", "ram"), ("off", "off")])
-def test_residency_says_in_one_line_what_it_is(dataset, capsys, asked, place):
+def test_residency_prints_one_line(dataset, capsys, asked, place):
     assert make_resident([dataset, dataset], asked, torch.device("cpu")) == place
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"resident: {place} (") and f"{2 * dataset.reader.nbytes / 1e9:.3g} GB of shards" in line
 
 
-def test_residency_without_room_is_refused(dataset):
-    with pytest.raises(RequestError, match="resident: gpu needs more room .* 0 GB on the GPU"):
+def test_residency_without_enough_memory_is_refused(dataset):
+    with pytest.raises(RequestError, match="resident: gpu needs more memory .* 0 GB on the GPU"):
         make_resident([dataset], "gpu", torch.device("cpu"))
 
 
@@ -103,7 +103,7 @@ pools = pytest.mark.parametrize("pool", [1, 4, 30, 1000])
 
 
 @pools
-def test_an_epoch_has_each_item_once_in_an_order_of_its_own(pool):
+def test_an_epoch_has_each_item_once_in_its_own_order(pool):
     orders = {(seed, epoch): list(PoolSampler(VIDEOS, pool, seed, epoch)) for seed in range(3) for epoch in range(3)}
     assert all(sorted(order) == list(range(105)) for order in orders.values())
     assert len({tuple(order) for order in orders.values()}) == 9
@@ -112,7 +112,7 @@ def test_an_epoch_has_each_item_once_in_an_order_of_its_own(pool):
 
 
 def most_open(order: list[int]) -> int:
-    """The most videos that some, but not all items of have been drawn, at any time."""
+    """The largest number of videos that are partly drawn (some of their items, but not all) at the same time."""
     drawn = [VIDEOS[item] for item in order]
     first = {video: drawn.index(video) for video in drawn}
     last = {video: place for place, video in enumerate(drawn)}
@@ -126,7 +126,7 @@ def test_no_more_videos_than_the_pool_holds_are_open_at_once(pool):
 
 @pytest.mark.parametrize("pool", [30, 1000])
 def test_a_pool_of_all_videos_is_a_plain_permutation(pool):
-    """Each item comes at each place alike: the mean place of every item is the middle, as far as 400 epochs can say."""
+    """Every item is equally likely at every place: over 400 epochs, its mean place is the middle."""
     places = np.array([np.argsort(list(PoolSampler(VIDEOS, pool, 0, epoch))) for epoch in range(400)])
     deviation = np.sqrt((105**2 - 1) / 12 / 400)
     assert np.abs(places.mean(0) - 52).max() < 4.5 * deviation
@@ -135,7 +135,7 @@ def test_a_pool_of_all_videos_is_a_plain_permutation(pool):
 
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (0, 3), (2, 3), (4, 5)])
 @pytest.mark.parametrize("start", [0, 1, 37, 104, 105])
-def test_a_rank_gets_its_share_of_what_is_left(start, rank, ranks):
+def test_a_rank_gets_its_share_of_the_remaining_items(start, rank, ranks):
     share = PoolSampler(VIDEOS, 4, 1, 2, start, rank, ranks)
     assert list(share) == list(PoolSampler(VIDEOS, 4, 1, 2))[start:][rank::ranks]
     assert len(share) == len(list(share))
@@ -150,7 +150,7 @@ class Numbers(torch.utils.data.Dataset):
 
 
 def steps(start: int, ranks: int, workers: int, count: int | None = None, batch: int = 12) -> list[int]:
-    """The items of `count` steps of `batch`, each shared by `ranks` processes that have `workers` workers each."""
+    """The items of `count` steps of `batch`, each step shared by `ranks` processes with `workers` workers each."""
     loaders = [
         DataLoader(
             Numbers(), batch // ranks, sampler=PoolSampler(VIDEOS, 4, 5, 6, start, r, ranks), num_workers=workers
@@ -162,7 +162,7 @@ def steps(start: int, ranks: int, workers: int, count: int | None = None, batch:
     return [share[place] for place in range(longest) for share in shares if place < len(share)]
 
 
-def test_resumed_with_other_ranks_and_workers_the_order_is_the_uninterrupted_one():
+def test_resuming_with_different_ranks_and_workers_keeps_the_order():
     whole = list(PoolSampler(VIDEOS, 4, 5, 6))
     assert steps(0, 1, 0) == whole
     first = steps(0, ranks=2, workers=1, count=3)
@@ -182,21 +182,21 @@ def test_the_order_is_the_same_on_every_machine():
     [
         ({"start": 106}, "105 items, found 106"),
         ({"start": -1}, "found -1"),
-        ({"pool": 0}, "pool of 1"),
+        ({"pool": 0}, "pool >= 1"),
         ({"rank": 2, "ranks": 2}, "rank < ranks"),
     ],
 )
-def test_a_place_outside_the_epoch_is_refused(changes, match):
+def test_a_position_outside_the_epoch_is_refused(changes, match):
     with pytest.raises(SamloveError, match=match):
         PoolSampler(**{"videos": VIDEOS, "pool": 4, "seed": 0, "epoch": 0, **changes})
 
 
-def test_shards_that_are_not_packs_are_refused(tmp_path):
+def test_shards_of_a_different_kind_are_refused(tmp_path):
     with pytest.raises(RequestError, match="expected a folder with"):
         ExpressionDataset(tmp_path)
     with ShardWriter(tmp_path / "other") as writer:
         writer.write("clip", {"audio": np.zeros((2, 3))})
-    with pytest.raises(SamloveError, match=r"'clip' lacks \['audio_valid', .*dvc repro pack"):
+    with pytest.raises(SamloveError, match=r"'clip' has no audio_valid, .*dvc repro pack"):
         ExpressionDataset(tmp_path / "other")
     with ShardWriter(tmp_path / "none"):
         pass

@@ -7,7 +7,7 @@ from samlove.config import LossConfig
 from samlove.model.loss import mask_loss, upsample
 
 
-def test_it_is_bce_plus_dice_by_hand():
+def test_the_loss_is_bce_plus_dice_computed_by_hand():
     logits = torch.tensor([[[0.0, math.log(3)], [-math.log(3), 0.0]]])  # probabilities 1/2, 3/4, 1/4, 1/2
     mask = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
     losses = mask_loss(logits, torch.zeros(1), mask, LossConfig(bce=2.0, dice=3.0, object_score=4.0))
@@ -19,7 +19,7 @@ def test_it_is_bce_plus_dice_by_hand():
     torch.testing.assert_close(losses.total, torch.tensor([2 * bce + 3 * dice + 4 * math.log(2)]))
 
 
-def test_one_value_a_sample_whatever_the_company():
+def test_a_samples_loss_does_not_depend_on_its_batch():
     torch.manual_seed(0)
     logits, score = torch.randn(3, 8, 8), torch.randn(3)
     mask = (torch.rand(3, 32, 32) > 0.5).float()
@@ -31,7 +31,7 @@ def test_one_value_a_sample_whatever_the_company():
 
 
 @pytest.mark.parametrize("full", [0.0, 1.0])
-def test_a_right_answer_costs_nothing_also_on_empty_and_full_masks(full):
+def test_a_correct_answer_has_no_loss_on_empty_and_full_masks(full):
     mask = torch.full((1, 16, 16), full)
     sure = torch.full((1, 4, 4), 40.0 if full else -40.0)
     config = LossConfig(object_score=1.0)
@@ -40,12 +40,12 @@ def test_a_right_answer_costs_nothing_also_on_empty_and_full_masks(full):
     assert right.item() < 1e-6 and wrong.item() > 1
 
 
-def test_the_object_score_learns_only_where_it_is_asked_to():
+def test_the_object_score_gets_a_gradient_only_if_it_has_a_weight():
     logits, mask = torch.randn(2, 8, 8), torch.zeros(2, 16, 16)
     for weight in (0.0, 0.5):
         score = torch.zeros(2, requires_grad=True)
         mask_loss(logits, score, mask, LossConfig(object_score=weight)).total.sum().backward()
-        torch.testing.assert_close(score.grad, torch.full((2,), 0.5 * weight))  # an empty mask pulls it down
+        torch.testing.assert_close(score.grad, torch.full((2,), 0.5 * weight))  # an empty mask lowers it
 
 
 def test_half_precision_logits_are_scored_in_float32():
@@ -54,7 +54,7 @@ def test_half_precision_logits_are_scored_in_float32():
     assert all(loss.dtype == torch.float32 for loss in losses)
 
 
-def test_upsampling_is_sam2s():
+def test_upsampling_equals_sam2s():
     logits = torch.randn(2, 8, 8)
     expected = torch.nn.functional.interpolate(logits[:, None], (32, 32), mode="bilinear", align_corners=False)[:, 0]
     assert torch.equal(upsample(logits, 32), expected)

@@ -1,4 +1,4 @@
-"""The metrics against the benchmark's own results, and against its loop over 255 thresholds written out here."""
+"""The metrics against results of the code of Ref-AVS Bench, and against a plain loop over its 255 thresholds."""
 
 import math
 from pathlib import Path
@@ -18,7 +18,7 @@ REFERENCE = Path(__file__).parents[1] / ".." / "shared" / "refavs" / "metric_ref
 CASES = ["plain", "some_empty_frames", "all_empty_frames", "sharp", "flat", "predicts_nothing", "two_frames_odd_size"]
 
 
-@pytest.mark.skipif(not REFERENCE.exists(), reason="the benchmark's reference results are not here")
+@pytest.mark.skipif(not REFERENCE.exists(), reason="needs the reference results of Ref-AVS Bench")
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_the_benchmarks_own_code(case):
     with np.load(REFERENCE) as reference:
@@ -30,13 +30,13 @@ def test_agrees_with_the_benchmarks_own_code(case):
 
 @st.composite
 def masks(draw):
-    """Logits and targets of odd sizes and every kind: soft, sharp, on the edges themselves, empty frames."""
+    """Logits and targets of many sizes and kinds: soft, sharp, exactly on the edges, with empty frames."""
     frames, height, width = draw(st.integers(1, 4)), draw(st.integers(1, 9)), draw(st.integers(1, 9))
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shape = (frames, height, width)
     scale = draw(st.sampled_from([0.01, 1.0, 5.0, 1000.0]))
     logits = generator.normal(size=shape).astype(np.float32) * scale
-    if draw(st.booleans()):  # sigmoids that lie on or right beside an edge
+    if draw(st.booleans()):  # sigmoids exactly on an edge or next to it
         edge = generator.choice(EDGES[:-1], size=shape).astype(np.float64)
         logits = np.log(edge / (1 - edge)).astype(np.float32)
     target = generator.random(shape) < draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
@@ -65,7 +65,7 @@ def test_bins_count_the_edges_a_sigmoid_reaches(case):
 
 @given(masks())
 @settings(max_examples=50, deadline=None)
-def test_scores_from_bins_are_those_from_logits(case):
+def test_scores_from_bins_equal_scores_from_logits(case):
     logits, target = case
     scores = scores_from_bins(quantise(logits), target)
     assert scores.J == jaccard(logits, target)
@@ -74,7 +74,7 @@ def test_scores_from_bins_are_those_from_logits(case):
     assert abs(scores.S**2 - null_score(logits) ** 2) <= on_the_threshold + 1e-9
 
 
-def test_edges_are_255_distinct_values_and_cells_hold_one_at_most():
+def test_edges_are_255_distinct_values_and_each_cell_has_at_most_one():
     assert EDGES.shape == (255,) and EDGES.dtype == np.float32
     assert (np.diff(EDGES) > 1 / 1024).all()
     assert EDGES[-1] == 1 and EDGES[metrics.NULL_BIN - 1] == 0.5
@@ -97,7 +97,7 @@ def test_saturated_masks_score_fully():
     assert null_score(logits) == pytest.approx(math.sqrt(0.5))
 
 
-def test_no_target_in_any_frame_is_no_score():
+def test_without_a_target_there_is_no_score():
     nothing = torch.zeros(3, 4, 4, dtype=torch.bool)
     logits = torch.full((3, 4, 4), -5.0)
     assert math.isnan(f_score(logits, nothing))
@@ -105,7 +105,7 @@ def test_no_target_in_any_frame_is_no_score():
     assert null_score(logits) == 0
 
 
-def test_joined_histograms_score_as_the_joined_frames():
+def test_joined_histograms_score_like_joined_frames():
     generator = torch.Generator().manual_seed(0)
     parts = [
         (torch.randn(3, 5, 5, generator=generator), torch.rand(3, 5, 5, generator=generator) > 0.6) for _ in "abcd"
@@ -116,14 +116,14 @@ def test_joined_histograms_score_as_the_joined_frames():
     assert metrics.scores_of(joined).F == pytest.approx(loop_f_score(logits, target), abs=1e-6)
 
 
-def test_arrays_tensors_and_half_precision_are_taken():
+def test_arrays_tensors_and_half_precision_are_accepted():
     logits = np.random.default_rng(0).normal(size=(2, 6, 6)).astype(np.float16)
     target = logits > 0.3
     assert jaccard(logits, target) == jaccard(torch.from_numpy(logits), torch.from_numpy(target))
     assert f_score(logits, target) == f_score(torch.from_numpy(logits).float(), target)
 
 
-def test_faults_are_named():
+def test_invalid_inputs_are_reported():
     with pytest.raises(SamloveError, match=r"\(1, 2, 2\) and \(1, 2, 3\)"):
         jaccard(torch.zeros(1, 2, 2), torch.zeros(1, 2, 3, dtype=torch.bool))
     with pytest.raises(SamloveError, match="NaN"):

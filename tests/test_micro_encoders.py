@@ -1,4 +1,4 @@
-"""The script that makes the micro encoders: its examples say what they show, and the bundled weights learned them."""
+"""The script that trains the micro encoders: its labels fit the examples, and the bundled weights have learned them."""
 
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from samlove.micro.pretrain_encoders import (
 from samlove.model.weights import load_state_dict
 from samlove.synth.scene import SEEN, sample_scene
 
-FRESH = 77  # a seed of scenes that no training drew
+FRESH = 77  # a seed that training never uses
 
 
 def batch_of(examples: list[dict]) -> dict[str, torch.Tensor]:
@@ -33,7 +33,7 @@ def batch_of(examples: list[dict]) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_bundled_vit_tells_what_it_sees() -> None:
+def test_bundled_vit_recognises_what_it_sees() -> None:
     config = load(VisualConfig)
     batch = batch_of(list(islice(Examples(patches, FRESH, 0), 96)))
     vit = build_vit(config.model, config.model_args, config.image_size).eval()
@@ -44,7 +44,7 @@ def test_bundled_vit_tells_what_it_sees() -> None:
 
 
 @torch.no_grad()
-def test_bundled_vggish_tells_what_it_hears() -> None:
+def test_bundled_vggish_recognises_what_it_hears() -> None:
     config = load(AudioConfig)
     batch = batch_of(list(islice(Examples(voices, FRESH, 0), 200)))
     vggish = build_vggish(config.channels, config.hidden, pre_relu=True).eval()
@@ -53,7 +53,7 @@ def test_bundled_vggish_tells_what_it_hears() -> None:
     assert scores["loudest"] > 0.9 and scores["lowest"] > 0.75 and scores["loudness"] < 0.5 and scores["pitch"] < 0.5
 
 
-def test_bundled_roberta_tells_what_is_asked() -> None:
+def test_bundled_roberta_recognises_what_is_asked() -> None:
     encoder = RobertaEncoder(load(TextConfig), torch.device("cpu"))
     texts = said_sentences(seed=0, scenes=100)
     right = []
@@ -64,7 +64,7 @@ def test_bundled_roberta_tells_what_is_asked() -> None:
     assert np.mean(right) > 0.85  # in every token and channel
 
 
-def test_words_are_whole_and_what_is_learned_is_the_code(tmp_path: Path) -> None:
+def test_words_are_whole_tokens_and_roberta_learns_the_code(tmp_path: Path) -> None:
     begun, learned = (make_roberta(tmp_path, seed=1, steps=steps)["squared_error"] for steps in (1, 60))
     assert learned < 0.9 * begun
     from transformers import RobertaTokenizerFast
@@ -93,9 +93,9 @@ def test_code_of_a_sentence(text: str, channels: list[int]) -> None:
     assert sorted(np.flatnonzero(code.sentence(text))) == sorted(channels)
 
 
-def test_what_is_learned_of_the_seen_categories_holds_for_the_others() -> None:
+def test_traits_of_the_seen_categories_describe_the_unseen_ones() -> None:
     shared = code.TRAIT_TABLE @ code.TRAIT_TABLE.T
-    assert set(shared[~np.eye(len(shared), dtype=bool)]) <= {0.0, 2.0}  # of four: told apart with ease
+    assert set(shared[~np.eye(len(shared), dtype=bool)]) <= {0.0, 2.0}  # of four traits: easy to tell apart
     assert np.linalg.matrix_rank(code.TRAIT_TABLE[: len(SEEN)]) == code.TRAITS
 
 

@@ -1,4 +1,4 @@
-"""The micro profile's SAM2: its configuration, its bundled weights, and the script that makes them."""
+"""The micro profile's SAM 2: its configuration, its bundled weights, and the script that trains them."""
 
 import json
 from pathlib import Path
@@ -25,13 +25,13 @@ def micro_sam2() -> torch.nn.Module:
     return model
 
 
-def test_weights_are_those_of_the_configuration_and_small():
+def test_weights_fit_the_configuration_and_are_small():
     model = instantiate_sam2(str(pretrain_sam2.CONFIG))
     assert set(load_file(WEIGHTS)) == set(model.state_dict())
     assert WEIGHTS.stat().st_size < 16e6
 
 
-def test_the_official_builder_takes_the_configuration():
+def test_the_official_builder_accepts_the_configuration():
     from sam2.build_sam import build_sam2_video_predictor
 
     GlobalHydra.instance().clear()
@@ -67,19 +67,19 @@ def test_a_clip_drawn_twice_as_large_has_the_same_format():
         assert len(clip.masks) == len(clip.names) == len(clip.sounding)
 
 
-def test_a_description_fits_one_thing_and_the_absent_none():
+def test_a_description_fits_one_object_and_an_absent_one_fits_none():
     rng = np.random.default_rng(1)
     for _ in range(20):
         clip = augment(rng, draw_clip(rng), 1)
         shown = [k for k in range(len(clip.masks)) if clip.masks[k, 0].any()]
-        cells = name_map(clip, 8).reshape(64, -1)  # what is said of each cell
+        cells = name_map(clip, 8).reshape(64, -1)  # the code of each cell
         for k in shown:
             meant = describe(rng, clip, k)
             if meant[code.WHERE].any():
-                continue  # no words would do
+                continue  # words alone cannot describe it
             asked = meant[code.SEEN_OF]
             owners = {tuple(cell) for cell in cells if (cell >= asked).all()}
-            assert len(owners) <= 1  # none where the thing owns no cell
+            assert len(owners) <= 1  # none if the object owns no cell
         asked = absent(rng, clip)[code.SEEN_OF]
         assert not any((cell >= asked).all() for cell in cells)
 
@@ -89,7 +89,7 @@ def test_a_code_prompts_the_object_that_it_describes(micro_sam2):
     assert scores["code_J0"] > scores["copy_J"] + 0.25
 
 
-def test_loss_falls_with_the_truth_and_jaccard_counts_empty_as_right():
+def test_loss_falls_for_correct_masks_and_jaccard_counts_empty_as_correct():
     truth = torch.zeros(2, 1, 128, 128)
     truth[0, 0, 32:64, 32:64] = 1  # target 1 is absent
     right = torch.nn.functional.avg_pool2d(truth[:, 0, None], 4) * 20 - 10
@@ -103,7 +103,7 @@ def test_loss_falls_with_the_truth_and_jaccard_counts_empty_as_right():
     assert pretrain_sam2.jaccard(right, truth[:, 0] > 0).tolist() == pytest.approx([1.0, 1.0], abs=0.05)
 
 
-def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch):
+def test_a_run_resumes_from_its_checkpoint(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(pretrain_sam2, "CHECKPOINT_EVERY", 0)
     monkeypatch.setattr(pretrain_sam2, "SCORE_EVERY", 1e9)
     pretrain_sam2.pretrain(tmp_path, minutes=0.03, seed=3, scored_clips=2)

@@ -1,4 +1,4 @@
-"""Packing: every array and mask where it belongs, and the refusal of stores that do not fit."""
+"""Packing: every array and mask is in its place, and stores that do not match are refused."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_a_sample_holds_its_video_texts_and_masks(tmp_path):
                 np.testing.assert_array_equal(sample["masks"][packed_row["mask"]], expected)
 
 
-def test_the_manifest_says_what_it_was_packed_from(tmp_path):
+def test_the_manifest_records_the_sources(tmp_path):
     make_shards(tmp_path)
     fingerprint = ShardReader(tmp_path / "shards").manifest["fingerprint"]
     assert set(fingerprint) == {"audio", "visual", "text", "sam2", "mask_size", "rows_sha256", "gt_mask_sha256"}
@@ -49,7 +49,7 @@ def test_the_manifest_says_what_it_was_packed_from(tmp_path):
     assert fingerprint["visual"] == {"encoder": "visual", "dtype": "float16"}
 
 
-def test_rows_whose_features_failed_are_left_out_and_named(tmp_path):
+def test_rows_with_failed_features_are_left_out_and_reported(tmp_path):
     failed = {"audio": ("-m.b",), "text": ("the silent square", "the object making the loudest sound")}
     packed = make_shards(tmp_path, failed=failed)
     assert (packed.videos, packed.rows) == (2, 2)
@@ -62,7 +62,7 @@ def test_rows_whose_features_failed_are_left_out_and_named(tmp_path):
 
 
 @pytest.mark.parametrize(("coding", "packed"), [("int8", np.float16), ("bfloat16", np.float32)])
-def test_embeddings_that_are_kept_narrower_are_packed_as_floats(tmp_path, coding, packed):
+def test_embeddings_that_are_stored_narrower_are_packed_as_floats(tmp_path, coding, packed):
     sources = make_stores(tmp_path)
     sources["sam2"] = make_store(tmp_path / coding, "sam2", {"dtype": coding}, coding=coding)
     pack(tmp_path / "shards", ROWS, sources, make_folder(tmp_path), SIZE, 2)
@@ -73,14 +73,14 @@ def test_embeddings_that_are_kept_narrower_are_packed_as_floats(tmp_path, coding
             np.testing.assert_array_equal(reader[i][name], value[0].astype(packed))
 
 
-def test_a_row_unknown_to_a_store_is_an_error(tmp_path):
+def test_a_row_that_a_store_does_not_know_is_an_error(tmp_path):
     rows = ROWS.assign(exp=ROWS["exp"].replace("the red disc", "the blue disc"))
-    with pytest.raises(SamloveError, match=r"text: expected 'the blue disc'.*dvc repro text"):
+    with pytest.raises(SamloveError, match=r"text: 'the blue disc' is in the index.*dvc repro text"):
         pack(tmp_path / "shards", rows, make_stores(tmp_path), make_folder(tmp_path), SIZE, 2)
     assert not (tmp_path / "shards").exists()
 
 
-def test_a_missing_mask_is_named(tmp_path):
+def test_a_missing_mask_is_reported(tmp_path):
     folder = make_folder(tmp_path)
     path = folder.mask_path("m_a", 2, 0)
     path.unlink()
@@ -103,13 +103,13 @@ def test_a_missing_mask_is_named(tmp_path):
         (Sam2Config(config="c", checkpoint="w", cache_point="pre_conv"), {"cache_point": "post_conv"}, "cache_point"),
     ],
 )
-def test_a_store_that_was_not_asked_for_is_refused(tmp_path, asked, fingerprint, field):
+def test_a_store_that_contradicts_the_configuration_is_refused(tmp_path, asked, fingerprint, field):
     store = make_store(tmp_path, "visual", fingerprint)
-    with pytest.raises(SamloveError, match=rf"visual: made otherwise than asked for \({field}: .*dvc repro it"):
+    with pytest.raises(SamloveError, match=rf"visual: fingerprint mismatch \({field}: .*dvc repro it"):
         check_asked(store, asked, "it")
 
 
-def test_a_store_that_was_asked_for_passes(tmp_path):
+def test_a_store_that_matches_the_configuration_passes(tmp_path):
     fingerprint = {"encoder": "vit", "image_size": 224, "model_args": ["a=2", "b=1"], "weights_sha256": "0"}
     asked = VisualConfig(weights="elsewhere", model_args={"b": 1, "a": 2})
     check_asked(make_store(tmp_path, "visual", fingerprint), asked, "visual")

@@ -1,4 +1,4 @@
-"""The light SAM2 on cached embeddings against the official SAM2VideoPredictor: same weights, frames and prompts.
+"""The light SAM 2 on precomputed embeddings against the official SAM2VideoPredictor: same weights, frames, prompts.
 
 Run with `-s` to see the measured maxima.
 """
@@ -25,11 +25,11 @@ from tests.official_sam2 import (
 TOLERANCE = 1e-3  # mask logits, fp32
 FRAMES = 10
 SEEDS = range(4)
-LABELS = torch.tensor([[1, 0], [1, 1]])  # two clicks an object
+LABELS = torch.tensor([[1, 0], [1, 1]])  # two clicks per object
 
 
 class Case:
-    """One clip with two objects, seen by both implementations."""
+    """One video with two objects, for both implementations."""
 
     def __init__(self, folder: Path, seed: int, config: str = TINY, frames: int = FRAMES):
         self.checkpoint = random_checkpoint(folder / "sam2.pt", seed, config)
@@ -52,7 +52,7 @@ class Case:
         self.official.add_new_mask(self.state, 0, object_, self.masks[object_])
 
     def put_token(self, object_: int) -> None:
-        """The token beside the official "no point", as one more sparse embedding; with the single mask."""
+        """Append the token to the sparse embeddings of the official "no point"; use the single mask."""
         predictor, token = self.official, self.token[object_ : object_ + 1]
         hook = predictor.sam_prompt_encoder.register_forward_hook(
             lambda module, inputs, out: (torch.cat([out[0], token], dim=1), out[1])
@@ -63,7 +63,7 @@ class Case:
         hook.remove()
 
     def compare(self, prompt, **ours) -> tuple[Tensor, Tensor]:
-        """The official logits (B, T, H, W), and the largest difference in each frame, over objects and pixels."""
+        """The official logits (B, T, H, W), and the largest difference in each frame over all objects and pixels."""
         expected = official_logits(self.official, self.state, prompt, objects=2)
         logits = self.light.track(self.embeds, **ours)
         found = F.interpolate(logits, size=expected.shape[-2:], mode="bilinear", align_corners=False)
@@ -92,12 +92,12 @@ def test_agrees_with_the_official_predictor(case, kind):
     print(f"\n{kind}, two objects in a batch: at most {differences.max():.2g} over frames 0 to {FRAMES - 1}")
     assert (differences <= TOLERANCE).all(), differences
     present = expected[expected > -1000]
-    assert present.numel() > expected.numel() / 2 and present.std() > 0.1, "the case shows nothing"
+    assert present.numel() > expected.numel() / 2 and present.std() > 0.1, "the case is trivial"
 
 
 @pytest.mark.parametrize("kind", ["point", "mask", "token"])
 def test_one_object_by_itself_is_the_same_computation(case, kind):
-    """Without the batch nothing is left that could differ, so this is held much closer."""
+    """Without batching, the computation is the same, so the tolerance is much tighter."""
     prompt, ours = _prompts(case)[kind]
     expected = official_logits(case.official, case.state, prompt, objects=2)
     for o in range(2):
@@ -114,15 +114,15 @@ def _one_object(prompt, index: int):
 
 
 def test_memory_takes_part(case):
-    """Leaving out the frames in between changes a frame by far more than the tolerance: the comparison could tell."""
+    """Omitting the frames in between changes a frame by far more than the tolerance: the tests cover memory."""
     whole = case.light.track(case.embeds, masks=case.masks)
     for t in range(2, FRAMES):
-        hasty = {name: torch.cat([value[:1], value[t : t + 1]]) for name, value in case.embeds.items()}
-        assert (case.light.track(hasty, masks=case.masks)[:, 1] - whole[:, t]).abs().max() > 10 * TOLERANCE
+        skipped = {name: torch.cat([value[:1], value[t : t + 1]]) for name, value in case.embeds.items()}
+        assert (case.light.track(skipped, masks=case.masks)[:, 1] - whole[:, t]).abs().max() > 10 * TOLERANCE
 
 
 def test_absent_objects_agree(case):
-    """Occlusion: masks of -1024, the no-object pointer and memory. On frame 0 one object is made absent, by score."""
+    """Occlusion: masks of -1024, the no-object pointer and memory. The score makes one object absent on frame 0."""
     heads = [model.sam_mask_decoder.pred_obj_score_head for model in (case.light, case.official)]
     prompt, ours = _prompts(case)["point"]
     scores: list[Tensor] = []
@@ -139,14 +139,14 @@ def test_absent_objects_agree(case):
             head.layers[-1].bias.data.fill_(before)
     assert (differences <= TOLERANCE).all(), differences
     present = expected.amax(dim=(2, 3)) > -1000  # (B, T)
-    assert present.any() and not present.all(), "the object is always there, or never"
+    assert present.any() and not present.all(), "the object is always present, or never"
 
 
 @pytest.mark.parametrize("cache_point", ["post_conv", "pre_conv"])
-def test_stored_embeddings_agree_too(case, cache_point):
-    """The whole way of the pipeline: frames through the encoder of stage sam2, its arrays into the light SAM2."""
-    choices = Sam2Config(config=TINY, checkpoint=str(case.checkpoint), cache_point=cache_point, dtype="float32")
-    encoder = Sam2ImageEncoder(choices, torch.device("cpu"))
+def test_stored_embeddings_agree(case, cache_point):
+    """The path of the pipeline: frames through the encoder of the sam2 stage, its arrays into the light SAM 2."""
+    settings = Sam2Config(config=TINY, checkpoint=str(case.checkpoint), cache_point=cache_point, dtype="float32")
+    encoder = Sam2ImageEncoder(settings, torch.device("cpu"))
     (arrays,) = encoder.encode([encoder.load(case.frames)])
     light = LightSam2.load(TINY, str(case.checkpoint), cache_point)
     expected = official_logits(case.official, case.state, case.mask, objects=2)
@@ -159,7 +159,7 @@ def test_stored_embeddings_agree_too(case, cache_point):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["point", "mask", "token"])
 def test_agrees_at_full_size(tmp_path, kind):
-    """SAM 2.1 tiny as released, 1024 pixels, random weights."""
+    """SAM 2.1 tiny in its released configuration, 1024 pixels, random weights."""
     case = Case(tmp_path, 0, config="configs/sam2.1/sam2.1_hiera_t.yaml", frames=3)
     prompt, ours = _prompts(case)[kind]
     _, differences = case.compare(prompt, **ours)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from samlove.cli.plan import PER_SHARD, measured, run, seconds_an_item
-from samlove.config import SECTIONS, DatasetConfig
+from samlove.config import SECTIONS, DatasetConfig, SynthConfig
 from samlove.data.index import audit_folder, write_index
+from samlove.data.layout import Layout
 from samlove.data.sizes import REF_AVS, Choices, count, item_bytes, planned, read_choices
 from samlove.features.encoders.roberta import RobertaEncoder
 from samlove.synth.write import write_dataset
@@ -49,18 +50,17 @@ def test_choices_are_sections() -> None:
 
 
 def test_counts_are_the_same_before_the_dataset_from_its_table_and_from_the_index(checkout: Path) -> None:
-    (checkout / "configs" / "micro" / "synth.yaml").write_text("seed: 3\nscale: small\n")
-    folder, data = checkout / "set", checkout / "data"
-    choices = read_choices(checkout / "configs")
-    choices = choices._replace(dataset=DatasetConfig(root=str(folder)))
-    promised, source = count(choices, data)
-    assert "first stage" in source
+    folder, paths = checkout / "set", Layout(checkout / "data" / "micro")
+    dataset = DatasetConfig(root=str(folder), synth=SynthConfig(seed=3, scale="small"))
+    choices = read_choices(checkout / "configs")._replace(dataset=dataset)
+    promised, source = count(choices, paths)
+    assert "dataset stage" in source
     write_dataset(folder, 3, "small")
-    table, source = count(choices, data)
+    table, source = count(choices, paths)
     assert source == str(folder / "metadata.csv")
-    write_index(audit_folder(folder, check_media=False), data / "index")
-    index, source = count(choices, data)
-    assert source == str(data / "index" / "expressions.parquet")
+    write_index(audit_folder(folder, check_media=False), paths.index)
+    index, source = count(choices, paths)
+    assert source == str(paths.expressions)
     assert promised == table == index
     assert sum(n.folders for n in index.values()) == sum(1 for _ in (folder / "media").iterdir())
 
@@ -89,7 +89,7 @@ def test_plan_of_the_embedded_profile_lists_stores_and_splits() -> None:
     done = samlove("plan", "--no-calibrate")
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert {"features/sam2_eval", "test_u", "shards/train", "predictions/test_n", "all", "disk:"} <= {
+    assert {"features/sam2_eval", "test_u", "shards/train", "predictions/test_n", "total", "disk:"} <= {
         line[0] for line in lines if line
     }
 
@@ -103,4 +103,4 @@ def test_a_disk_with_too_little_room_is_said(
     monkeypatch.chdir(checkout)
     assert not run(calibrate=False)
     printed = capsys.readouterr().out
-    assert "LACKING" in printed and "Ref-AVS as published" in printed
+    assert "MISSING" in printed and "Ref-AVS as published" in printed

@@ -1,4 +1,4 @@
-"""`samlove bench precision` on two clips: what is narrower takes less room and changes little."""
+"""`samlove bench precision` on two videos: narrower dtypes are smaller and change the masks little."""
 
 import json
 from pathlib import Path
@@ -20,4 +20,4 @@ def test_narrower_is_smaller_and_changes_little(
     assert found["float16"]["mean"] < found["bfloat16"]["mean"] < found["int8"]["mean"] < 0.5
     for row in found.values():
         assert row["bytes_a_frame_zstd"] < row["bytes_a_frame_none"]
-        assert row["J&F"] == pytest.approx(found["float32"]["J&F"], abs=3)  # of two clips: one object lost
+        assert row["J&F"] == pytest.approx(found["float32"]["J&F"], abs=3)  # two videos: one lost object

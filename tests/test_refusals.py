@@ -20,7 +20,7 @@ from PIL import Image
 from pipelines import evaluate, infer, pack, train
 from samlove.data.dataset import RefAvsFolder
 from samlove.model.sam2 import LEVELS
-from samlove.train import MADE_BY, STATE
+from samlove.model.training_state import MADE_BY, STATE
 from stores import FeatureStore, FeatureStoreWriter, ShardReader, ShardWriter
 from stores.fingerprint import sha256_file
 from stores.inspect import open_artefact
@@ -66,12 +66,14 @@ def item(name: str, key: str, frames: int = FRAMES) -> dict[str, np.ndarray]:
 
 
 def write_store(name: str, keys: list[str], frames: int = FRAMES, **changes: object) -> None:
-    """A feature store below data/features, as its stage would have left it."""
+    """A feature store below data/tiny/features, as its stage would have left it."""
     stage = name.split("_")[0]
     fingerprint = {**FINGERPRINTS[stage], **changes}
     if stage == "sam2":
         fingerprint = {"weights_sha256": sha256_file("sam2.safetensors"), **fingerprint}
-    writer = FeatureStoreWriter(Path("data/features", name), Path("data/.scratch", name), fingerprint, keys, 2)
+    writer = FeatureStoreWriter(
+        Path("data/tiny/features", name), Path("data/tiny/.scratch", name), fingerprint, keys, 2
+    )
     for number, planned in writer.plan():
         writer.write_shard(number, {key: item(stage, key, frames) for key in planned})
     writer.publish()
@@ -94,9 +96,9 @@ def configure(section: str, **changes: object) -> None:
 
 
 def write_index(table: pd.DataFrame) -> None:
-    Path("data/index").mkdir(parents=True, exist_ok=True)
-    table.to_parquet("data/index/expressions.parquet")
-    Path("data/index/gt_mask.sha256").write_text("0" * 64 + "\n")
+    Path("data/tiny/index").mkdir(parents=True, exist_ok=True)
+    table.to_parquet("data/tiny/index/expressions.parquet")
+    Path("data/tiny/index/gt_mask.sha256").write_text("0" * 64 + "\n")
 
 
 def run(stage: Callable[[], None], *arguments: str) -> None:
@@ -155,7 +157,7 @@ def project(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def all_keys(name: str) -> list[str]:
-    return FeatureStore.open(Path("data/features", name)).keys()
+    return FeatureStore.open(Path("data/tiny/features", name)).keys()
 
 
 def remake(name: str, **changes: object) -> None:
@@ -168,7 +170,7 @@ def another_sam2() -> None:
 
 def repack(split: str, change: Callable[[dict], object]) -> None:
     """The shards of a split with another fingerprint."""
-    root = Path("data/shards", split)
+    root = Path("data/tiny/shards", split)
     reader = ShardReader(root)
     fingerprint = json.loads(json.dumps(reader.manifest["fingerprint"]))
     change(fingerprint)
@@ -191,7 +193,7 @@ def infer_again(split: str) -> None:
 
 
 def copy_split(source: str, target: str) -> None:
-    shutil.copy(f"data/predictions/{source}/predictions.h5", f"data/predictions/{target}/predictions.h5")
+    shutil.copy(f"data/tiny/predictions/{source}/predictions.h5", f"data/tiny/predictions/{target}/predictions.h5")
 
 
 def published() -> dict[Path, bytes]:
@@ -219,9 +221,9 @@ CASES = {
     "pack_text": Case(pack.main, lambda: configure("text", max_tokens=30),
                       "max_tokens", "30", "25", f"{DVC} text"),
     "pack_sam2": Case(pack.main, lambda: configure("sam2", cache_point="pre_conv"),
-                      "cache_point", PRE, POST, f"{DVC} sam2@train"),
+                      "cache_point", PRE, POST, f"{DVC} sam2"),
     "pack_sam2_eval": Case(pack.main, lambda: remake("sam2_eval", dtype="float32"),
-                           "dtype", "'float16'", "'float32'", f"{DVC} sam2@train sam2@eval"),
+                           "dtype", "'float16'", "'float32'", f"{DVC} sam2"),
     "pack_index": Case(pack.main, lambda: write_store("text", ["the a", "the b"]),
                        "text", "'the c'", "neither there nor among its failures", f"{DVC} text"),
     # train: shards against the configured SAM2, and against the other split's
@@ -232,7 +234,7 @@ CASES = {
                       "audio.dtype", "'float16'", "'float32'", f"{DVC} pack"),
     "train_mask_size": Case(train.main, lambda: repack("val", lambda made: made.update(mask_size=64)),
                             "mask_size", "32", "64", f"{DVC} pack"),
-    "train_foreign": Case(train.main, lambda: Path("data/shards/train/manifest.json").unlink(),
+    "train_foreign": Case(train.main, lambda: Path("data/tiny/shards/train/manifest.json").unlink(),
                           "audio, visual, text, sam2", "say what they were packed from", "nothing", f"{DVC} pack"),
     # infer: stores, index and SAM2 against the checkpoint
     "infer_audio": Case(infer.main, lambda: remake("audio", dtype="float32"),
@@ -242,16 +244,16 @@ CASES = {
     "infer_text": Case(infer.main, lambda: remake("text", encoder="clip"),
                        "encoder", "'roberta'", "'clip'", f"{DVC} text pack train", ("test_s",)),
     "infer_sam2_store": Case(infer.main, lambda: remake("sam2_eval", cache_point="pre_conv"),
-                             "cache_point", POST, PRE, f"{DVC} sam2@train sam2@eval pack train", ("test_s",)),
+                             "cache_point", POST, PRE, f"{DVC} sam2 pack train", ("test_s",)),
     "infer_sam2": Case(infer.main, another_sam2, "sha256", "", "", f"{DVC} train", ("test_s",)),
     "infer_frames": Case(infer.main, lambda: remake("sam2_eval", frames=2),
                          "frames of sam2", "3", "2", f"{DVC} pack train", ("test_s",)),
     "infer_index": Case(infer.main, lambda: write_store("text", ["the a"]),
-                        "text", "'the d'", "of another index", f"{DVC} -f text", ("test_s",)),
+                        "text", "'the d'", "from a different index", f"{DVC} -f -s text", ("test_s",)),
     # evaluate: predictions against the index, the split they lie in, and each other
-    "evaluate_rows": Case(evaluate.main, lambda: reword("d"), "rows_sha256", "", "", f"{DVC} -f infer@test_s"),
+    "evaluate_rows": Case(evaluate.main, lambda: reword("d"), "rows_sha256", "", "", f"{DVC} -f -s infer"),
     "evaluate_split": Case(evaluate.main, lambda: copy_split("test_s", "test_u"),
-                           "split", "'test_u'", "'test_s'", f"{DVC} -f infer@test_u"),
+                           "split", "'test_u'", "'test_s'", f"{DVC} -f -s infer"),
     "evaluate_mixed": Case(evaluate.main, lambda: infer_again("test_u"),
                            "precision", "'float32'", "'bfloat16'", f"{DVC} infer"),
 }  # fmt: skip
@@ -270,7 +272,7 @@ def test_a_mismatch_is_refused_by_name_with_both_values_and_the_remedy(
         run(case.stage, *case.argument)
     assert ended.value.code == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(("error: data/", "error: sam2.safetensors"))
+    assert error.startswith(("error: data/tiny/", "error: sam2.safetensors"))
     for part in (case.field, case.expected, case.found, case.remedy, "expected", "found"):
         assert part in error
     if "sha256" in case.field and "sam2" in case.spoil.__name__:
@@ -292,7 +294,7 @@ def interrupted() -> Path:
         patch.setattr("samlove.train.Trainer.validate", stop)
         with pytest.raises(SystemExit):
             train.main()
-    (folder,) = (path.parent for path in Path("data/.scratch/train").glob(f"*/{STATE}"))
+    (folder,) = (path.parent for path in Path("data/tiny/.scratch/train").glob(f"*/{STATE}"))
     return folder
 
 
@@ -303,8 +305,8 @@ def stop(*_: object) -> None:
 @pytest.mark.parametrize(
     ("spoil", "fields"),
     [
-        (lambda: configure("train", lr=0.002), ["train.lr: 0.0001 there, 0.002 now"]),
-        (lambda: configure("fusion", blocks=2), ["fusion.blocks: 1 there, 2 now"]),
+        (lambda: configure("train", lr=0.002), ["train.lr: 0.0001 stored, 0.002 now"]),
+        (lambda: configure("fusion", blocks=2), ["fusion.blocks: 1 stored, 2 now"]),
         (lambda: repack("train", lambda made: made.update(rows_sha256="x")), ["shards.train: '"]),
     ],
     ids=["choices", "model", "shards"],
@@ -318,7 +320,7 @@ def test_a_state_of_another_run_is_told_and_not_gone_on_with(
     capsys.readouterr()
     train.main()
     told = "".join(capsys.readouterr())
-    assert f"{folder}: an interrupted run of another kind is not gone on with (" in told
+    assert f"{folder}: interrupted run not resumed, because it differs (" in told
     assert all(field in told for field in fields)
     assert "dvc repro train" in told
     assert (folder / STATE).read_bytes() == state and (folder / MADE_BY).exists()
@@ -341,7 +343,7 @@ def test_a_damaged_state_is_refused(project: Path, capsys: pytest.CaptureFixture
 
 def test_each_artefact_says_what_it_came_from(project: Path) -> None:
     store, shards, checkpoint, predictions = (
-        open_artefact(Path("data") / path).fingerprint
+        open_artefact(Path("data/tiny") / path).fingerprint
         for path in ("features/audio", "shards/train", "model/best.safetensors", "predictions/test_s/predictions.h5")
     )
     assert store == FINGERPRINTS["audio"]
@@ -354,5 +356,5 @@ def test_each_artefact_says_what_it_came_from(project: Path) -> None:
     assert checkpoint["features"] == predictions["features"] == made
     assert checkpoint["sam2_sha256"] == predictions["sam2_sha256"] == made["sam2"]["weights_sha256"]
     assert checkpoint["fusion"]["dim"] == 16 and set(checkpoint["shards"]) == {"train", "val"}
-    assert predictions["checkpoint_sha256"] == sha256_file("data/model/best.safetensors")
+    assert predictions["checkpoint_sha256"] == sha256_file("data/tiny/model/best.safetensors")
     assert predictions["rows_sha256"] != shards["rows_sha256"]

@@ -1,4 +1,4 @@
-"""The report page: self-contained, complete, and made also of a run that lacks parts."""
+"""The report page: self-contained, complete, and rendered also if parts of a run are missing."""
 
 import re
 import shutil
@@ -24,7 +24,7 @@ VOID = {"meta", "img", "br", "col"}
 
 
 class Page(HTMLParser):
-    """Tags opened and not closed, and every address the page refers to."""
+    """Tags that are not closed, and every address that the page refers to."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -61,27 +61,28 @@ def data(tmp_path_factory):
     return data
 
 
-def page_of(data: Path, profile: str = "micro") -> str:
-    return build_report(data, RefAvsFolder(data / "set"), 4, profile, {"fusion": {"dim": 192}})
+def page_of(data: Path, dataset: str = "LAVS-synth") -> str:
+    config = {"dataset": {"name": dataset, "synth": None}, "fusion": {"dim": 192}}
+    return build_report(data, RefAvsFolder(data / "set"), 4, "any", config)
 
 
-def test_the_page_is_self_contained_and_whole(data):
+def test_the_page_is_self_contained_and_complete(data):
     text = page_of(data)
     page = Page(text)
     assert page.open == []
     assert "script" not in page.tags and "link" not in page.tags
     assert all(address.startswith(("data:", "#")) for address in page.addresses)
     assert not re.search(r"url\((?!#)", text) and "@import" not in text
-    for heading in ("Result", "Does it use sound and text?", "Learning curves", "Break-downs", "Clips", "Provenance"):
+    for heading in ("Result", "Does it use audio and text?", "Learning curves", "Breakdowns", "Examples", "Provenance"):
         assert f"<h2>{heading}</h2>" in text
-    assert "another data set" in text and "per_expression" in text and "official_batch" in text
+    assert "different dataset" in text and "per_expression" in text and "official_batch" in text
     assert all(row.method in text for row in TABLE_1)
     assert "ab" * 32 in text and "dim: 192" in text  # fingerprint, configuration
     assert text.count("<article") == 4 and text.count("<img") == 4 * 3
 
 
 def test_the_stages_write_what_the_contract_names(data, tmp_path, monkeypatch, capsys):
-    for name, place in {"set": "dataset/micro", "index": "index", "predictions": "predictions"}.items():
+    for name, place in {"set": "dataset/micro", "index": "micro/index", "predictions": "micro/predictions"}.items():
         shutil.copytree(data / name, tmp_path / "data" / place)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "configs" / "profile.yaml").write_text("profile: micro\n")
@@ -90,12 +91,12 @@ def test_the_stages_write_what_the_contract_names(data, tmp_path, monkeypatch, c
     assert "protocol per_expression" in capsys.readouterr().out
     run_report()
     for path in ("metrics.json", "evaluation/rows.parquet", "evaluation/details.json", "report/index.html"):
-        assert (tmp_path / "data" / path).stat().st_size > 100
-    assert "root: data/dataset/micro" in (tmp_path / "data" / "report" / "index.html").read_text()
+        assert (tmp_path / "data" / "micro" / path).stat().st_size > 100
+    assert "root: data/dataset/micro" in (tmp_path / "data" / "micro" / "report" / "index.html").read_text()
 
 
 def test_equal_runs_give_equal_pages(data):
-    # But for the source revision, which a commit or an edit in between changes.
+    # Except for the source revision, which a commit or an edit in between changes.
     first, second = (re.sub(r"[0-9a-f]{12}( \+ changes)?", "", page_of(data)) for _ in range(2))
     assert first == second
 
@@ -115,10 +116,10 @@ def test_a_run_without_curves_controls_cues_and_null_rows_still_renders(tmp_path
     folder = RefAvsFolder(tmp_path / "set")
     result = evaluate(expressions, folder, tmp_path / "predictions", "per_expression")
     write(result, tmp_path / "metrics.json", tmp_path / "evaluation")
-    text = page_of(tmp_path, profile="refavs")
+    text = page_of(tmp_path, dataset="Ref-AVS Bench")
     assert Page(text).open == []
-    assert "Learning curves" not in text and "Does it use sound" not in text and "by cue" not in text
-    assert "another data set" not in text
+    assert "Learning curves" not in text and "Does it use audio" not in text and "by cue" not in text
+    assert "different dataset" not in text
 
 
 def test_before_evaluate_there_is_no_report(tmp_path):
@@ -126,7 +127,7 @@ def test_before_evaluate_there_is_no_report(tmp_path):
         page_of(tmp_path)
 
 
-def test_clips_go_from_best_to_worst_of_each_split(data):
+def test_examples_go_from_best_to_worst_in_each_split(data):
     rows = pd.read_parquet(data / "evaluation" / "rows.parquet")
     chosen = choose(rows, 8)
     assert [row["split"] for row, _ in chosen] == ["test_s"] * 3 + ["test_u"] * 3 + ["test_n"] * 2
@@ -135,7 +136,7 @@ def test_clips_go_from_best_to_worst_of_each_split(data):
     assert seen == sorted(seen, reverse=True) and seen[0] == rows[rows["split"] == "test_s"]["JF"].max()
     null = [row["S"] for row, _ in chosen[6:]]
     assert null == sorted(null)
-    assert len(choose(rows, 100)) == 6 + 6 + 4  # no clip twice
+    assert len(choose(rows, 100)) == 6 + 6 + 4  # no row twice
 
 
 def test_loudness_is_that_of_each_second():
@@ -145,12 +146,12 @@ def test_loudness_is_that_of_each_second():
     assert second_loudness(samples, rate, 4) == pytest.approx([-3.01, FLOOR_DB, -23.01, FLOOR_DB], abs=0.02)
 
 
-def test_masks_are_drawn_where_they_are():
+def test_masks_are_drawn_in_their_place():
     frame = np.full((30, 40, 3), 100, np.uint8)
     bins = np.zeros((8, 8), np.uint8)
     bins[:, :4] = 255  # predicted: left half
     truth = np.zeros((30, 40), bool)
-    truth[:, 30:] = True  # true: right quarter
+    truth[:, 30:] = True  # ground truth: right quarter
     image = np.asarray(draw_frame(frame, bins, truth)).astype(int)
     height, width = image.shape[:2]
     assert height / width == pytest.approx(30 / 40, abs=0.01)

@@ -1,4 +1,4 @@
-"""The light SAM2 by itself: how it is built and loaded, its training path, what it remembers."""
+"""The light SAM 2: building, loading, the training path and its memory."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def light(checkpoint) -> LightSam2:
 
 @pytest.fixture
 def embeds() -> dict[str, torch.Tensor]:
-    """Of one video, after the convolutions."""
+    """Embeddings of one video, after the convolutions."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"sam2_high_res_0": (8, 16, 16), "sam2_high_res_1": (16, 8, 8), "sam2_image_embed": (64, 4, 4)}
     return {name: torch.randn(FRAMES, *shape, generator=generator) for name, shape in shapes.items()}
@@ -43,7 +43,7 @@ def first_frame_of(embeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value[:1].expand(BATCH, -1, -1, -1) for name, value in embeds.items()}
 
 
-def test_holds_what_it_needs_of_the_checkpoint(light, checkpoint):
+def test_holds_only_the_weights_that_it_needs(light, checkpoint):
     whole = instantiate_sam2(TINY).state_dict()
     left_out = ("image_encoder.", "sam_mask_decoder.conv_s0.", "sam_mask_decoder.conv_s1.")
     assert set(light.state_dict()) == {name for name in whole if not name.startswith(left_out)}
@@ -61,7 +61,7 @@ def test_loads_half_precision_safetensors_as_float32(light, checkpoint, tmp_path
         torch.testing.assert_close(value, light.state_dict()[name], rtol=1e-3, atol=1e-4)
 
 
-def test_refuses_what_is_not_its_checkpoint(checkpoint, tmp_path):
+def test_refuses_a_missing_or_wrong_checkpoint(checkpoint, tmp_path):
     with pytest.raises(RequestError, match="absent.pt"):
         LightSam2.load(TINY, str(tmp_path / "absent.pt"))
     weights = torch.load(checkpoint, weights_only=True)["model"]
@@ -98,7 +98,7 @@ def test_training_path_is_frame_0_of_tracking(light, embeds, token):
     torch.testing.assert_close(tracked[:, 0], gated)
 
 
-def test_training_path_passes_gradients_where_the_object_counts_as_absent(light, embeds, token):
+def test_training_path_passes_gradients_for_absent_objects(light, embeds, token):
     bias = light.sam_mask_decoder.pred_obj_score_head.layers[-1].bias
     before = bias.item()
     try:
@@ -116,7 +116,7 @@ def test_training_path_passes_gradients_where_the_object_counts_as_absent(light,
 @pytest.mark.parametrize("cache_point", ["post_conv", "pre_conv"])
 @pytest.mark.parametrize("prompt_encoder", [True, False])
 @pytest.mark.parametrize("mask_decoder", [True, False])
-def test_what_is_trainable_gets_a_gradient(checkpoint, embeds, token, cache_point, prompt_encoder, mask_decoder):
+def test_only_trainable_parameters_get_a_gradient(checkpoint, embeds, token, cache_point, prompt_encoder, mask_decoder):
     light = LightSam2.load(TINY, str(checkpoint), cache_point)
     if cache_point == "pre_conv":
         embeds = {name: value[:, :1].expand(-1, 64, -1, -1) for name, value in embeds.items()}
@@ -132,8 +132,8 @@ def test_what_is_trainable_gets_a_gradient(checkpoint, embeds, token, cache_poin
     assert len(convolved) == (4 if cache_point == "pre_conv" and mask_decoder else 0)  # weights and biases
 
 
-def test_both_cache_points_give_the_same(checkpoint, light, embeds, token):
-    """The same levels, cached before the decoder's two convolutions and after them."""
+def test_both_cache_points_give_the_same_masks(checkpoint, light, embeds, token):
+    """The same levels, taken before and after the decoder's two convolutions."""
     early = LightSam2.load(TINY, str(checkpoint), "pre_conv")
     generator = torch.Generator().manual_seed(2)
     raw = embeds | {n: torch.randn(FRAMES, 64, *embeds[n].shape[2:], generator=generator) for n in LEVELS[:2]}
@@ -148,7 +148,7 @@ def test_both_cache_points_give_the_same(checkpoint, light, embeds, token):
 def test_batch_equals_single(light, embeds, token):
     together = light.track(embeds, token=token)
     alone = torch.cat([light.track(embeds, token=token[i : i + 1]) for i in range(BATCH)])
-    assert (together - alone).abs().max() < 1e-3  # bfloat16 memory: a last bit may round the other way
+    assert (together - alone).abs().max() < 1e-3  # bfloat16 memory: the last bit may round differently
 
 
 def test_stays_in_evaluation_mode(light, embeds, token):
@@ -158,8 +158,8 @@ def test_stays_in_evaluation_mode(light, embeds, token):
     torch.testing.assert_close(light.track(embeds, token=token), before, rtol=0, atol=0)
 
 
-def test_leaves_nothing_behind(light, embeds, token):
-    """The token is frame 0's alone: no hook stays, also where tracking fails."""
+def test_leaves_no_hook_behind(light, embeds, token):
+    """The token applies to frame 0 only: its hook is removed, even if tracking fails."""
     points = Points(torch.full((BATCH, 1, 2), 0.5), torch.ones(BATCH, 1))
     before = light.track(embeds, points=points)
     with pytest.raises(RuntimeError):
@@ -168,7 +168,7 @@ def test_leaves_nothing_behind(light, embeds, token):
 
 
 class Keeper(LightSam2):
-    """Forgets nothing, and counts what it holds."""
+    """Forgets nothing, and counts the memories that it holds."""
 
     def _forget(self, memories, upcoming):
         pointers = getattr(self, "pointers", 0)
@@ -178,21 +178,21 @@ class Keeper(LightSam2):
 
 
 class Counter(Keeper):
-    """Forgets, and counts what it holds then."""
+    """Forgets, and counts the memories that remain."""
 
     def _forget(self, memories, upcoming):
         LightSam2._forget(self, memories, upcoming)
         super()._forget(memories, upcoming)
 
 
-def test_forgets_what_cannot_be_attended_to(light, embeds, token):
-    """A long video is tracked as if everything were kept, and the bank stays bounded."""
+def test_forgets_memories_that_cannot_be_attended_to(light, embeds, token):
+    """A long video is tracked as if nothing were forgotten, and the memory bank stays bounded."""
     long = {name: value.repeat(2, 1, 1, 1) for name, value in embeds.items()}  # 24 frames
     keeper, counter = Keeper.build(TINY), Counter.build(TINY)
     for model in (keeper, counter):
         model.load_state_dict(light.state_dict())
     torch.testing.assert_close(counter.track(long, token=token), keeper.track(long, token=token), rtol=0, atol=0)
-    assert (keeper.pointers, keeper.spatial) == (22, 22)  # all but frame 0, which is kept apart, and the last
+    assert (keeper.pointers, keeper.spatial) == (22, 22)  # all except frame 0, stored separately, and the last
     assert (counter.pointers, counter.spatial) == (15, 6)  # max_obj_ptrs_in_encoder - 1, num_maskmem - 1
 
 

@@ -1,4 +1,4 @@
-"""`samlove store` as a user calls it, on the stores of real small encoders."""
+"""`samlove store` as a user calls it, on feature stores of small real encoders."""
 
 import shutil
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class Done(NamedTuple):
 
 @pytest.fixture
 def samlove(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """The command, in this process: torch is loaded once."""
+    """Runs the command in this process, so that torch is loaded only once."""
 
     def run(*arguments: str) -> Done:
         monkeypatch.setattr("sys.argv", ["samlove", *arguments])
@@ -55,7 +55,7 @@ def test_verify_names_the_damage_and_exits_1(samlove: Callable[..., Done], tmp_p
         assert str(file) in done.stdout
 
 
-def test_info_says_what_and_from_what(samlove: Callable[..., Done], tmp_path: Path) -> None:
+def test_info_shows_kind_size_and_fingerprint(samlove: Callable[..., Done], tmp_path: Path) -> None:
     for kind in STORES:
         what = kind.what
         path = tmp_path / what
@@ -65,13 +65,13 @@ def test_info_says_what_and_from_what(samlove: Callable[..., Done], tmp_path: Pa
         assert f"{path}: {what}\n" in done.stdout
         for line in (f"items      {len(KEYS)} in ", "made by    made: here"):
             assert line in done.stdout
-        assert ("(3, 4, 4) uint8" in done.stdout) == (what != "checkpoint")  # each tensor has a shape of its own
+        assert ("(3, 4, 4) uint8" in done.stdout) == (what != "checkpoint")  # each tensor has its own shape
         kind.write(path, {})
         assert "items      0 in " in samlove("store", "info", str(path)).stdout
 
 
 @pytest.mark.parametrize("command", ["info", "verify", "retry"])
-def test_nothing_there_is_a_wrong_request(samlove: Callable[..., Done], tmp_path: Path, command: str) -> None:
+def test_a_missing_artefact_is_an_invalid_request(samlove: Callable[..., Done], tmp_path: Path, command: str) -> None:
     done = samlove("store", command, str(tmp_path / "nowhere"))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
@@ -100,7 +100,7 @@ def test_diff_says_what_differs(samlove: Callable[..., Done], tmp_path: Path) ->
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with small encoders and three clips."""
+    """A working folder with small encoders and three videos."""
     small.make_project(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -108,7 +108,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def stages(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The project with all its stores."""
+    """The project with all its feature stores."""
     for main in (audio.main, visual.main, text.main):
         main()
     for group in ("train", "eval"):
@@ -117,33 +117,33 @@ def stages(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return project
 
 
-def test_every_store_is_whole_covers_its_splits_and_is_what_the_encoders_compute(
+def test_every_store_verifies_and_covers_its_splits(
     samlove: Callable[..., Done], stages: Path
 ) -> None:
     for name in ("audio", "visual", "text", "sam2_train", "sam2_eval"):
-        done = samlove("store", "verify", "--deep", "--live", f"data/features/{name}")
+        done = samlove("store", "verify", "--deep", "--live", f"data/small/features/{name}")
         assert (done.returncode, done.stderr) == (0, ""), done.stdout
-        assert "lie within 0.005 of the stored ones" in done.stdout
-    assert "train: 1 of 1" in samlove("store", "info", "data/features/sam2_train").stdout
-    assert "val: 0 of 1" in samlove("store", "info", "data/features/sam2_train").stdout
+        assert "recomputed items are within 0.005 of the stored ones" in done.stdout
+    assert "train: 1 of 1" in samlove("store", "info", "data/small/features/sam2_train").stdout
+    assert "val: 0 of 1" in samlove("store", "info", "data/small/features/sam2_train").stdout
 
 
-def test_live_tells_other_weights_and_other_media(samlove: Callable[..., Done], stages: Path) -> None:
+def test_live_finds_changed_weights_and_changed_audio(samlove: Callable[..., Done], stages: Path) -> None:
     section = stages / "configs" / "small" / "audio.yaml"
     before = section.read_text()
     section.write_text(yaml.safe_dump({**yaml.safe_load(before), "pre_relu": True}))
-    done = samlove("store", "verify", "--live", "data/features/audio")
+    done = samlove("store", "verify", "--live", "data/small/features/audio")
     assert done.returncode == 1
-    assert "made otherwise than today: pre_relu: False then, True now" in done.stdout
+    assert "differs from the current setup: pre_relu: False stored, True now" in done.stdout
     section.write_text(before)
     wav = RefAvsFolder("data/dataset/small").audio_path("b")
     soundfile.write(wav, np.zeros(16_000), 16_000)
-    done = samlove("store", "verify", "--live", "data/features/audio")
+    done = samlove("store", "verify", "--live", "data/small/features/audio")
     assert done.returncode == 1
     assert "b: its source has changed since" in done.stdout
 
 
-def test_retry_computes_the_failed_rows_alone(
+def test_retry_computes_only_the_failed_items(
     samlove: Callable[..., Done],
     project: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -153,22 +153,21 @@ def test_retry_computes_the_failed_rows_alone(
     shutil.copy(wav, project / "whole.wav")
     wav.write_bytes(wav.read_bytes()[:100])
     audio.main()
-    (failure,) = FeatureStore.open("data/features/audio").failures
+    (failure,) = FeatureStore.open("data/small/features/audio").failures
     assert failure.key == "b"
-    assert (
-        "b: data/dataset/small/media/b/audio.wav: truncated" in samlove("store", "info", "data/features/audio").stdout
-    )
+    shown = samlove("store", "info", "data/small/features/audio").stdout
+    assert "b: data/dataset/small/media/b/audio.wav: truncated" in shown
     shutil.copy(project / "whole.wav", wav)
-    done = samlove("store", "retry", "data/features/audio")
+    done = samlove("store", "retry", "data/small/features/audio")
     assert done.returncode == 0, done.stderr
     assert "1 of 3 items computed" in done.stdout
-    assert "1 of 1 failed rows are there now; then: dvc commit audio" in done.stdout
-    assert FeatureStore.open("data/features/audio").keys() == ["a", "b", "c"]
-    done = samlove("store", "retry", "data/features/audio")
-    assert (done.returncode, done.stdout) == (0, "data/features/audio: no failed rows\n")
+    assert "recovered 1 of 1 failed items; now run: dvc commit audio" in done.stdout
+    assert FeatureStore.open("data/small/features/audio").keys() == ["a", "b", "c"]
+    done = samlove("store", "retry", "data/small/features/audio")
+    assert (done.returncode, done.stdout) == (0, "data/small/features/audio: no failed items\n")
 
 
-def test_retry_refuses_another_encoder(
+def test_retry_refuses_a_changed_encoder(
     samlove: Callable[..., Done], project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("samlove.features.extract.FAILURE_BUDGET", 1.0)
@@ -176,6 +175,6 @@ def test_retry_refuses_another_encoder(
     audio.main()
     section = project / "configs" / "small" / "audio.yaml"
     section.write_text(yaml.safe_dump({**yaml.safe_load(section.read_text()), "pre_relu": True}))
-    done = samlove("store", "retry", "data/features/audio")
+    done = samlove("store", "retry", "data/small/features/audio")
     assert done.returncode == 1
-    assert "pre_relu: expected True, found False); to mend it: dvc repro audio" in done.stderr
+    assert "pre_relu: expected True, found False); to fix it, run: dvc repro audio" in done.stderr

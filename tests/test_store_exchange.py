@@ -1,4 +1,4 @@
-"""`samlove store export` and `import` as a user calls them."""
+"""`samlove store export` and `samlove store import` as a user runs them."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def test_import_of_a_folder_of_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("export", "none", "a.h5"), ("import", "none.h5", "a"), ("import", ".", "a")])
-def test_wrong_requests_are_one_line_and_status_2(tmp_path: Path, arguments: tuple[str, str, str]) -> None:
+def test_an_invalid_request_gives_one_line_and_status_2(tmp_path: Path, arguments: tuple[str, str, str]) -> None:
     command, *paths = arguments
     done = samlove("store", command, *(str(tmp_path / path) for path in paths))
     assert done.returncode == 2

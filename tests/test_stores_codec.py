@@ -1,4 +1,4 @@
-"""Narrow forms of floats in a feature store: how far off they are, and that a store gives floats back."""
+"""bfloat16 and int8 encodings in a feature store: their error, and that a store returns floats."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ KEYS = ["a", "b", "c"]
 
 
 def make_values(seed: int) -> np.ndarray:
-    """Channels of very different magnitude, one of zeros."""
+    """Channels of very different magnitudes, one of them all zeros."""
     rng = np.random.default_rng(seed)
     values = rng.standard_normal(SHAPE) * 10 ** rng.uniform(-3, 3, (*SHAPE[:2], 1, 1))
     values[:, 2] = 0
@@ -52,7 +52,7 @@ def test_bfloat16_rounds_as_torch_does(values):
 
 
 @given(arrays(np.float32, array_shapes(min_dims=2, max_dims=4), elements=st.floats(-60000, 60000, width=32)))
-def test_int8_is_off_by_half_a_step(values):
+def test_int8_error_is_at_most_half_a_step(values):
     coded = encode("x", values, "int8")
     scale = coded["x.scale"]
     assert coded["x.int8"].dtype == np.int8 and scale.shape == (*values.shape[:2], *[1] * (values.ndim - 2))
@@ -62,7 +62,7 @@ def test_int8_is_off_by_half_a_step(values):
     assert (np.abs(found.astype(np.float64) - values) <= bound).all()
 
 
-def test_int8_has_a_scale_a_channel_of_each_row():
+def test_int8_has_one_scale_per_row_and_channel():
     values = make_values(0)
     values[0, 1] *= 1000
     found, before = decode(encode("x", values, "int8"))["x"], decode(encode("x", make_values(0), "int8"))["x"]
@@ -77,7 +77,7 @@ def test_int8_has_a_scale_a_channel_of_each_row():
     [(coding, value) for coding in ("bfloat16", "int8") for value in (np.nan, np.inf, -np.inf)]
     + [("int8", 65_600), ("int8", -65_600), ("bfloat16", 3.4e38)],
 )
-def test_what_cannot_be_kept_is_an_error_that_names_the_array(coding, value):
+def test_the_error_for_a_value_that_cannot_be_stored_names_the_array(coding, value):
     values = make_values(0)
     values[1, 1, 1, 1] = value
     with pytest.raises(SamloveError, match=f"embed: expected finite .* {coding}"):
@@ -86,7 +86,7 @@ def test_what_cannot_be_kept_is_an_error_that_names_the_array(coding, value):
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 @pytest.mark.parametrize("coding", [None, "bfloat16", "int8"])
-def test_a_store_gives_floats_back_and_says_how_they_are_kept(tmp_path, coding, compression):
+def test_a_store_returns_floats_and_its_manifest_shows_their_encoding(tmp_path, coding, compression):
     store = make_store(tmp_path, coding, compression=compression)
     assert store.shapes == {"embed": SHAPE, "valid": SHAPE[:1]}
     assert store.shapes == shapes(store.manifest["arrays"])
@@ -97,11 +97,11 @@ def test_a_store_gives_floats_back_and_says_how_they_are_kept(tmp_path, coding, 
             found = store.read(key, rows)
             assert set(found) == {"embed", "valid"} and found["embed"].dtype == expected.dtype
             np.testing.assert_array_equal(found["embed"], expected[rows])
-    kept = {"embed"} if coding is None else set(encode("embed", make_values(0), coding))
-    assert set(store.read_stored("a")) == set(store.manifest["arrays"]) == kept | {"valid"}
+    stored = {"embed"} if coding is None else set(encode("embed", make_values(0), coding))
+    assert set(store.read_stored("a")) == set(store.manifest["arrays"]) == stored | {"valid"}
 
 
-def test_a_compressed_store_is_smaller_holds_the_same_and_is_read_by_zarr(tmp_path):
+def test_a_compressed_store_is_smaller_and_zarr_reads_the_same_values(tmp_path):
     sizes = {}
     for compression in ("none", "zstd"):
         (tmp_path / compression).mkdir()
@@ -115,7 +115,7 @@ def test_a_compressed_store_is_smaller_holds_the_same_and_is_read_by_zarr(tmp_pa
     assert sizes["zstd"] < sizes["none"]
 
 
-def test_damage_of_a_compressed_store_is_found(tmp_path):
+def test_damage_to_a_compressed_store_is_found(tmp_path):
     store = make_store(tmp_path, "int8", compression="zstd")
     path = next(p for p in (store.path / "shard-00000.zarr" / "embed.int8" / "c").rglob("*") if p.is_file())
     whole = path.read_bytes()

@@ -1,8 +1,8 @@
-"""What every store promises, asked of each: one suite over the adapters of tests/store_kinds.py.
+"""The properties of every store class: one suite over the adapters of tests/store_kinds.py.
 
-What cannot apply: an export never writes over a file, so that nothing is there that a failed one could leave alone (it
-leaves no file: tests/test_stores_hdf5.py); and the tensors of a checkpoint come as a dict, in which no key repeats.
-tests/test_stores_verify.py asks of each whether damage is found.
+Some tests do not apply to some classes. An export never overwrites a file, so a failed one has no old file to preserve
+(tests/test_stores_hdf5.py checks that it leaves none). The tensors of a checkpoint come as a dict, whose keys cannot
+repeat. tests/test_stores_verify.py checks that damage is found in each.
 """
 
 import multiprocessing
@@ -67,7 +67,7 @@ def test_any_text_is_a_key(kind: Kind, tmp_path: Path, keys: list[str]) -> None:
 @kinds()
 @quick
 @given(data=st.data())
-def test_any_array_that_it_takes_comes_back(kind: Kind, tmp_path: Path, data: st.DataObject) -> None:
+def test_any_supported_array_comes_back(kind: Kind, tmp_path: Path, data: st.DataObject) -> None:
     value = data.draw(kind.values)
     items = {"first": value, "second": np.array(np.flip(value)), "zeros": np.zeros_like(value)}
     kind.write(tmp_path / "store", items)
@@ -75,7 +75,7 @@ def test_any_array_that_it_takes_comes_back(kind: Kind, tmp_path: Path, data: st
 
 
 @kinds()
-def test_same_input_same_bytes(kind: Kind, tmp_path: Path) -> None:
+def test_the_same_input_gives_the_same_bytes(kind: Kind, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         kind.write(tmp_path / name / "store", make_items(KEYS))
@@ -83,7 +83,7 @@ def test_same_input_same_bytes(kind: Kind, tmp_path: Path) -> None:
 
 
 def stop_after(count: int) -> Callable[[], None]:
-    """Raises when it is called for the time after `count`."""
+    """A function that raises from its call number `count` + 1 on."""
     left = iter(range(count))
 
     def on_each() -> None:
@@ -94,7 +94,7 @@ def stop_after(count: int) -> Callable[[], None]:
 
 
 @kinds(Exported)
-def test_a_write_that_fails_leaves_what_was_there(kind: Kind, tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_store(kind: Kind, tmp_path: Path) -> None:
     path = tmp_path / "store"
     with pytest.raises(RuntimeError, match="stopped"):
         kind.write(path, Watched(make_items(KEYS), stop_after(3)))
@@ -107,12 +107,12 @@ def test_a_write_that_fails_leaves_what_was_there(kind: Kind, tmp_path: Path) ->
 
 
 def beside(path: Path) -> list[Path]:
-    """Files around a store that are none of its own."""
+    """Files next to a store that do not belong to it."""
     return [p for p in path.parent.rglob("*") if p.is_file() and path not in (p, *p.parents)]
 
 
 @kinds()
-def test_write_replaces_and_leaves_nothing_beside(kind: Kind, tmp_path: Path) -> None:
+def test_a_write_replaces_the_store_and_leaves_no_other_files(kind: Kind, tmp_path: Path) -> None:
     path = tmp_path / "store"
     kind.write(path, make_items(KEYS))
     kind.write(path, make_items(KEYS[:2], seed=1))
@@ -121,13 +121,13 @@ def test_write_replaces_and_leaves_nothing_beside(kind: Kind, tmp_path: Path) ->
 
 
 @kinds(Tensors)
-def test_absent_is_a_request_error_that_names_it(kind: Kind, tmp_path: Path) -> None:
+def test_a_missing_store_is_a_request_error_that_names_it(kind: Kind, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"nowhere.*(run|dvc pull)"):
         kind.open(tmp_path / "nowhere")
 
 
 @kinds()
-def test_a_torn_file_is_named(kind: Kind, tmp_path: Path) -> None:
+def test_a_truncated_file_is_named(kind: Kind, tmp_path: Path) -> None:
     path = tmp_path / "store"
     kind.write(path, make_items(KEYS))
     for file in [path] if path.is_file() else [p for p in files_of(path) if p.suffix in (".json", ".tar")]:
@@ -209,7 +209,7 @@ def test_a_store_that_was_read_works_in_spawned_processes(
 
 
 @kinds()
-def test_pickling_takes_no_data_along(kind, tmp_path):
+def test_a_store_that_was_read_can_be_pickled(kind, tmp_path):
     kind.write(tmp_path / "store", make_items(KEYS))
     store = kind.open(tmp_path / "store")
     kind.read(store, KEYS[0])
@@ -218,7 +218,7 @@ def test_pickling_takes_no_data_along(kind, tmp_path):
 
 
 @kinds()
-def test_a_reader_during_a_writer_has_what_it_opened_or_an_error_never_other_values(kind: Kind, tmp_path: Path) -> None:
+def test_a_reader_gets_old_values_or_an_error_while_the_store_is_replaced(kind: Kind, tmp_path: Path) -> None:
     path, before, after = tmp_path / "store", make_items(KEYS), make_items(KEYS[::-1], seed=1)
     kind.write(path, before)
     reader = kind.open(path)
@@ -232,7 +232,7 @@ def test_a_reader_during_a_writer_has_what_it_opened_or_an_error_never_other_val
             np.testing.assert_array_equal(kind.read(reader, key), before[key])
             np.testing.assert_array_equal(kind.read(fresh, key), before[key])
 
-    late = kind.open(path)  # some of its files it opens when the new store has come
+    late = kind.open(path)  # it opens some of its files only after the new store is there
     kind.read(late, KEYS[0])
     kind.write(path, Watched(after, while_writing))
     assert reads >= len(KEYS)
@@ -241,14 +241,14 @@ def test_a_reader_during_a_writer_has_what_it_opened_or_an_error_never_other_val
             try:
                 found = kind.read(old, key)
             except SamloveError as error:
-                assert "another has taken its place" in str(error)
+                assert "replaced since it was opened" in str(error)
             else:
                 np.testing.assert_array_equal(found, before[key])
     assert_same(kind, path, after)
 
 
 def _write_until(kind: Kind, path: Path, items: Items, kill_at: int, report: Path) -> None:
-    """Killed before its n-th step: an item that is taken, or a change to the disk. Reports how many there were."""
+    """Write, killed before step `kill_at`; a step takes an item or changes the disk. Reports the number of steps."""
     steps = Steps(kill_at)
     kind.write(path, Watched(items, steps.step))
     total, steps.kill_at = steps.seen, -1
@@ -256,10 +256,10 @@ def _write_until(kind: Kind, path: Path, items: Items, kill_at: int, report: Pat
 
 
 @kinds()
-def test_a_writer_that_is_killed_leaves_the_old_store_or_the_new_and_the_next_one_ends_the_same(
+def test_a_killed_writer_leaves_the_old_or_the_new_store_and_the_next_write_succeeds(
     kind: Kind, tmp_path: Path
 ) -> None:
-    """Or none, where it is killed between two renames; never a half."""
+    """Or no store, if it is killed between two renames; never an incomplete one."""
     context, report = multiprocessing.get_context("fork"), tmp_path / "steps"
     before, after = make_items(KEYS), make_items(KEYS[::-1], seed=1)
 

@@ -1,4 +1,4 @@
-"""The Zarr feature store: dtypes, partial reads, progress, the failure ledger, kills and damage."""
+"""The Zarr feature store: dtypes, partial reads, progress, the failure log, kills and damage."""
 
 import json
 import multiprocessing
@@ -53,10 +53,10 @@ def test_round_trip_and_partial_reads(tmp_path, chunk_rows):
                 np.testing.assert_array_equal(found[name], value if rows is None else value[rows])
 
 
-def test_one_file_a_feature_and_shard(tmp_path):
+def test_one_file_per_feature_and_shard(tmp_path):
     store = fill(make_writer(tmp_path, chunk_rows=1))
     data = [p for p in store.path.rglob("*") if p.is_file() and p.name not in ("zarr.json", "manifest.json")]
-    assert len(data) == 3 * 3 + 1  # three shards of three features, and the ledger
+    assert len(data) == 3 * 3 + 1  # three shards of three features, and the failure log
 
 
 def test_a_scalar_feature(tmp_path):
@@ -67,7 +67,7 @@ def test_a_scalar_feature(tmp_path):
     assert FeatureStore.open(writer.path).read("media_4")["x"] == 4
 
 
-def test_a_flipped_bit_is_found_and_hurts_its_own_frame_only(tmp_path):
+def test_a_flipped_bit_is_found_and_affects_only_its_frame(tmp_path):
     store = fill(make_writer(tmp_path, chunk_rows=1))
     path = next((store.path / "shard-00001.zarr" / "embed" / "c").rglob("0/0"))
     path = path if path.is_file() else next(p for p in path.rglob("*") if p.is_file())
@@ -83,7 +83,7 @@ def test_a_flipped_bit_is_found_and_hurts_its_own_frame_only(tmp_path):
         store.read("media_2")
 
 
-def test_a_missing_data_file_is_no_zeros(tmp_path):
+def test_a_missing_data_file_is_not_read_as_zeros(tmp_path):
     store = fill(make_writer(tmp_path))
     for path in (store.path / "shard-00000.zarr" / "audio" / "c").rglob("*"):
         if path.is_file():
@@ -111,19 +111,19 @@ def test_progress_is_kept_by_fingerprint_and_plan(tmp_path):
     assert [number for number, _ in make_writer(tmp_path, keys=[*KEYS, "new"]).todo()] == [0, 2]
 
 
-def test_failures_are_rows_and_are_tried_again(tmp_path):
+def test_failures_are_logged_and_retried(tmp_path):
     writer = make_writer(tmp_path)
     for number, keys in writer.todo():
         writer.write_shard(number, {key: make_item(key) for key in keys if key not in ("media_1", "media_4")})
     assert [number for number, _ in writer.todo()] == [0, 2]  # shard 2 held only media_4
-    failures = [Failure("media_1", "sam2", "torn, frame 3"), Failure("media_4", "sam2", "no\nfile")]
-    with pytest.raises(SamloveError, match=r"lacks 1 items.*media_4"):
+    failures = [Failure("media_1", "sam2", "truncated, frame 3"), Failure("media_4", "sam2", "no\nfile")]
+    with pytest.raises(SamloveError, match=r"shard 2: 1 items missing.*media_4"):
         writer.publish(failures[:1])
     writer.publish(failures)
     store = FeatureStore.open(writer.path)
     assert store.keys() == ["media_0", "media_2", "media_3"]
     assert store.failures == failures
-    with pytest.raises(SamloveError, match="sam2 failed: torn, frame 3"):
+    with pytest.raises(SamloveError, match="sam2 failed: truncated, frame 3"):
         store.read("media_1")
     with pytest.raises(SamloveError, match="not among its keys"):
         store.read("media_9")
@@ -141,7 +141,7 @@ def test_all_failed(tmp_path):
 def test_an_unwritten_shard_is_not_published(tmp_path):
     writer = make_writer(tmp_path)
     writer.write_shard(0, {key: make_item(key) for key in KEYS[:2]})
-    with pytest.raises(SamloveError, match="shard 1 lacks 2 items"):
+    with pytest.raises(SamloveError, match="shard 1: 2 items missing"):
         writer.publish()
     assert not writer.path.exists()
 
@@ -169,7 +169,7 @@ def test_other_dtypes_and_empty_arrays_are_refused(tmp_path, value):
         make_writer(tmp_path).write_shard(0, {"media_0": {"x": value}})
 
 
-def test_shards_of_other_shapes_are_not_published_together(tmp_path):
+def test_shards_with_different_shapes_are_not_published_together(tmp_path):
     writer = make_writer(tmp_path, keys=KEYS[:4])
     writer.write_shard(0, {key: make_item(key) for key in KEYS[:2]})
     writer.write_shard(1, {key: {"x": np.zeros(3, np.float32)} for key in KEYS[2:4]})
@@ -178,7 +178,7 @@ def test_shards_of_other_shapes_are_not_published_together(tmp_path):
 
 
 def test_foreign_keys_and_bad_sizes_are_refused(tmp_path):
-    with pytest.raises(SamloveError, match="no place"):
+    with pytest.raises(SamloveError, match="not planned for shard 0"):
         make_writer(tmp_path).write_shard(0, {"media_4": make_item("media_4")})
     with pytest.raises(RequestError, match="at least 1"):
         make_writer(tmp_path, shard_size=0)
@@ -198,9 +198,9 @@ def test_a_manifest_that_contradicts_its_shards_is_refused(tmp_path):
 @pytest.mark.parametrize("part", ["shards", "arrays"])
 @pytest.mark.parametrize("name", ["..", ".", "", "../other/{}", "/etc/{}", "sub/../../other/{}", "{}/../{}", None, 3])
 @pytest.mark.parametrize("by_url", [False, True])
-def test_a_manifest_whose_names_lead_elsewhere_is_refused(tmp_path, part, name, by_url):
+def test_a_manifest_whose_names_point_outside_is_refused(tmp_path, part, name, by_url):
     store = fill(make_writer(tmp_path))
-    shutil.copytree(store.path, tmp_path / "other")  # what a name that leads out of the store could reach
+    shutil.copytree(store.path, tmp_path / "other")  # what a name that points outside the store could reach
     manifest = store.manifest
     if part == "shards":
         manifest["shards"][1]["name"] = name.replace("{}", "shard-00001.zarr") if isinstance(name, str) else name
@@ -208,7 +208,7 @@ def test_a_manifest_whose_names_lead_elsewhere_is_refused(tmp_path, part, name, 
         manifest["arrays"][name.replace("{}", "audio") if isinstance(name, str) else name] = manifest["arrays"]["audio"]
     (store.path / "manifest.json").write_text(json.dumps(manifest))
     where = as_path(f"file://{store.path}", Cache(tmp_path / "cache", 10**9)) if by_url else store.path
-    if part == "arrays" and not isinstance(name, str):  # JSON makes a text of it, and there is no such array
+    if part == "arrays" and not isinstance(name, str):  # JSON turns it into a string, and no array has that name
         with pytest.raises(SamloveError, match="media_0"):
             FeatureStore.open(where).read("media_0")
     else:
@@ -217,8 +217,8 @@ def test_a_manifest_whose_names_lead_elsewhere_is_refused(tmp_path, part, name, 
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "/a", ""])
-def test_an_array_is_not_written_under_a_name_that_leads_elsewhere(tmp_path, name):
-    with pytest.raises(SamloveError, match="'media_0': expected a name"):
+def test_an_array_is_not_written_under_a_name_that_points_outside(tmp_path, name):
+    with pytest.raises(SamloveError, match="'media_0': expected the plain name"):
         make_writer(tmp_path).write_shard(0, {"media_0": {name: np.zeros(3, np.float32)}})
 
 
@@ -230,7 +230,7 @@ def test_a_manifest_of_something_else_is_refused(tmp_path, change):
         FeatureStore.open(store.path)
     with ShardWriter(tmp_path / "shards") as writer:
         writer.write("a", {"x": np.zeros(3)})
-    with pytest.raises(SamloveError, match=r"manifest\.json: expected a feature store's"):
+    with pytest.raises(SamloveError, match=r"manifest\.json: not a feature store's manifest"):
         FeatureStore.open(tmp_path / "shards")
 
 
@@ -269,7 +269,7 @@ def test_an_array_that_another_program_laid_out_is_refused(tmp_path):
         FeatureStore.open(store.path).read("media_0")
 
 
-def test_a_torn_data_file_is_named(tmp_path):
+def test_a_truncated_data_file_is_named(tmp_path):
     store = fill(make_writer(tmp_path))
     path = store.path / "shard-00000.zarr" / "embed" / "c" / "0" / "0" / "0" / "0" / "0"
     data = path.read_bytes()
@@ -302,10 +302,10 @@ def test_killed_runs_resume_to_the_same_bytes(tmp_path):
 
     assert run("whole", -1) == 0
     expected, steps = tree(tmp_path / "whole" / "store"), int(report.read_text())
-    for attempt in range(4):  # later and later in the work, of which each leaves less
+    for attempt in range(4):  # each kill later in the run, of which less remains
         assert run("killed", steps * (attempt + 1) // 8) == -signal.SIGKILL
     assert run("killed", -1) == 0
     assert tree(tmp_path / "killed" / "store") == expected
     assert not any(p.is_file() for p in (tmp_path / "killed" / "scratch").rglob("*"))
     computed = (tmp_path / "killed_diary").read_text().split()
-    assert set(computed) == {"0", "1", "2"} and len(computed) <= 3 + 4  # a kill costs the shard that it hit, no other
+    assert set(computed) == {"0", "1", "2"} and len(computed) <= 3 + 4  # a kill costs only the shard being written

@@ -1,4 +1,4 @@
-"""The predictions file: its contents, what it refuses, and damage."""
+"""The predictions file: its contents, the rows it refuses, and damage."""
 
 import h5py
 import numpy as np
@@ -41,7 +41,7 @@ def test_rows_may_come_in_several_batches(tmp_path):
         np.testing.assert_array_equal(reader.read(row_id), bins)
 
 
-def test_a_row_is_a_compressed_checksummed_chunk(tmp_path):
+def test_each_row_is_one_compressed_chunk_with_a_checksum(tmp_path):
     write(tmp_path / "p.h5", {"a": np.zeros((2, 8, 8), np.uint8)})
     with h5py.File(tmp_path / "p.h5") as file:
         bins = file["bins"]
@@ -54,10 +54,10 @@ def test_a_row_is_a_compressed_checksummed_chunk(tmp_path):
         (["a"], np.zeros((2, 2, 8, 8), np.uint8), r"expected bins \(1, 2, 8, 8\)"),
         (["a"], np.zeros((1, 3, 8, 8), np.uint8), r"found \(1, 3, 8, 8\)"),
         (["a"], np.zeros((1, 2, 8, 8), np.float32), "float32"),
-        (["a", "a"], np.zeros((2, 2, 8, 8), np.uint8), "once"),
+        (["a", "a"], np.zeros((2, 2, 8, 8), np.uint8), "found a repeated one"),
     ],
 )
-def test_rows_that_do_not_fit_are_refused(tmp_path, row_ids, bins, match):
+def test_rows_of_the_wrong_shape_or_dtype_and_repeated_rows_are_refused(tmp_path, row_ids, bins, match):
     with pytest.raises(SamloveError, match=match), PredictionWriter(tmp_path / "p.h5", 2, 8, EDGES) as writer:
         writer.write(row_ids, bins)
     assert list(tmp_path.iterdir()) == []
@@ -86,5 +86,5 @@ def test_a_flipped_bit_is_found(tmp_path):
 def test_another_hdf5_file_is_refused(tmp_path):
     with h5py.File(tmp_path / "p.h5", "w") as file:
         file["x"] = 1
-    with pytest.raises(SamloveError, match="not a whole predictions file"):
+    with pytest.raises(SamloveError, match="not a complete predictions file"):
         PredictionReader(tmp_path / "p.h5")

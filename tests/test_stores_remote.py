@@ -1,4 +1,4 @@
-"""Stores behind a URL: the same arrays as from the folder, through a cache that keeps its bound and what is in use."""
+"""Stores behind a URL: the same arrays as from a folder; the cache keeps within its limit and keeps files in use."""
 
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ from stores import FeatureStore, FeatureStoreWriter, ShardReader, ShardWriter
 from stores.remote import OPEN, Cache, RemotePath, as_path
 from tests.small_disk import small_disk
 
-VALUES = 4096  # of each array, so that a shard is a little more than 16 kB
+VALUES = 4096  # per array: a shard is then a little larger than 16 kB
 SHARDS = 12
 
 
@@ -61,7 +61,7 @@ def assert_all(reader: ShardReader, order=range(SHARDS)) -> None:
 
 
 @pytest.mark.parametrize("with_index", [True, False])
-def test_shards_are_the_same_from_a_url(shards, tmp_path, with_index):
+def test_a_shard_set_read_from_a_url_is_the_same(shards, tmp_path, with_index):
     root = shutil.copytree(shards, tmp_path / "copy")
     if not with_index:
         (root / "index.json").unlink()
@@ -71,16 +71,16 @@ def test_shards_are_the_same_from_a_url(shards, tmp_path, with_index):
     reader.preload()
 
 
-def test_what_is_cached_is_not_fetched_again(shards, tmp_path):
+def test_a_cached_file_is_not_fetched_again(shards, tmp_path):
     root = shutil.copytree(shards, tmp_path / "copy")
     assert_all(ShardReader(remote(root, tmp_path / "cache")))
     path = remote(root, tmp_path / "cache")
-    assert path.folder.files  # listed, now nothing is left to fetch
+    assert path.folder.files  # list the files while they still exist
     shutil.rmtree(root)
     assert_all(ShardReader(path))
 
 
-def test_a_changed_file_is_another(shards, tmp_path):
+def test_a_changed_file_is_fetched_again(shards, tmp_path):
     root = shutil.copytree(shards, tmp_path / "copy")
     ShardReader(remote(root, tmp_path / "cache"))
     shutil.rmtree(root)
@@ -89,7 +89,7 @@ def test_a_changed_file_is_another(shards, tmp_path):
     assert ShardReader(remote(root, tmp_path / "cache")).keys() == ["new"]
 
 
-def test_a_feature_store_is_the_same_from_a_url(tmp_path):
+def test_a_feature_store_read_from_a_url_is_the_same(tmp_path):
     keys = [f"key {number}" for number in range(2 * (OPEN + 2))]
     writer = FeatureStoreWriter(tmp_path / "store", tmp_path / "scratch", {"made": "here"}, keys, 2, chunk_rows=2)
     for number, planned in writer.todo():
@@ -103,8 +103,8 @@ def test_a_feature_store_is_the_same_from_a_url(tmp_path):
     assert len(store._opened) == OPEN
 
 
-def test_over_http_in_forked_workers(shards, tmp_path):
-    """A service behind a connection, whose threads do not survive a fork."""
+def test_forked_workers_read_over_http(shards, tmp_path):
+    """HTTP connections use threads, which do not survive a fork."""
     handler = partial(SimpleHTTPRequestHandler, directory=str(shards.parent))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -122,7 +122,7 @@ def test_over_http_in_forked_workers(shards, tmp_path):
         server.shutdown()
 
 
-def test_the_least_recently_used_is_dropped_and_the_bound_kept(shards, size, tmp_path):
+def test_the_cache_drops_the_least_recently_used_files_to_keep_its_limit(shards, size, tmp_path):
     root = shutil.copytree(shards, tmp_path / "copy")
     path = remote(root, tmp_path / "cache", 4 * size)
     for number in (0, 1, 2, 3, 0, 4, 5):
@@ -139,7 +139,7 @@ def test_the_least_recently_used_is_dropped_and_the_bound_kept(shards, size, tmp
 def test_a_file_in_use_is_not_dropped(shards, size, tmp_path):
     path = remote(shards, tmp_path / "cache", 2 * size)
     first, second = (path.joinpath(f"shard-0000{number}.tar").open() for number in range(2))
-    with pytest.raises(SamloveError, match=f"found {2 * size} in use; set STORES_CACHE_GB"):
+    with pytest.raises(SamloveError, match=f"{2 * size} are in use; increase STORES_CACHE_GB"):
         path.joinpath("shard-00002.tar").open()
     second.close()
     path.joinpath("shard-00002.tar").open().close()
@@ -148,7 +148,7 @@ def test_a_file_in_use_is_not_dropped(shards, size, tmp_path):
 
 
 def test_views_keep_their_shard_in_the_cache(shards, tmp_path):
-    """A view outlives the reader's own map; the shard stays locked, and comes from the cache without its source."""
+    """A view outlives the reader's memory map; its shard stays locked and readable after the source is deleted."""
     root = shutil.copytree(shards, tmp_path / "copy")
     room = sum(p.stat().st_size for p in root.glob("*.json")) + (OPEN + 1) * (root / "shard-00000.tar").stat().st_size
     reader = ShardReader(remote(root, tmp_path / "cache", room))
@@ -169,15 +169,15 @@ def read_at_random(reader: ShardReader, seed: int) -> None:
         reader._maps.clear()
         assert isinstance(reader.root, RemotePath)
         cache = reader.root.folder.cache
-        with cache._locked("room"):  # else what is dropped while it is counted is counted too
+        with cache._locked("room"):  # otherwise files dropped during the count are counted too
             assert held(cache.folder) <= cache.limit
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_processes_share_a_cache_smaller_than_the_set(shards, size, tmp_path, method):
+def test_processes_share_a_cache_smaller_than_the_shard_set(shards, size, tmp_path, method):
     context = multiprocessing.get_context(method)
     reader = ShardReader(remote(shards, tmp_path / "cache", 7 * size))
-    assert_all(reader, [0])  # something is open before a fork
+    assert_all(reader, [0])  # so that a file is open before a fork
     others = [context.Process(target=read_at_random, args=(reader, seed)) for seed in range(4)]
     for process in others:
         process.start()
@@ -186,7 +186,7 @@ def test_processes_share_a_cache_smaller_than_the_set(shards, size, tmp_path, me
     assert [process.exitcode for process in others] == [0] * 4
 
 
-def test_killed_processes_leave_a_cache_that_works_and_keeps_its_bound(shards, size, tmp_path):
+def test_a_cache_works_within_its_limit_after_processes_are_killed(shards, size, tmp_path):
     context = multiprocessing.get_context("fork")
     reader = ShardReader(remote(shards, tmp_path / "cache", 6 * size))
     for seed in range(10):
@@ -199,17 +199,17 @@ def test_killed_processes_leave_a_cache_that_works_and_keeps_its_bound(shards, s
     read_at_random(reader, 99)
 
 
-def test_a_half_fetched_file_is_fetched_anew(shards, size, tmp_path):
+def test_a_partly_fetched_file_is_fetched_again(shards, size, tmp_path):
     reader = remote(shards, tmp_path / "cache").joinpath("shard-00000.tar")
     reader.open().close()
     (cached,) = (p for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock")
-    cached.rename(cached.with_suffix(".partial"))  # as a process that is killed leaves it
+    cached.rename(cached.with_suffix(".partial"))  # as a killed process leaves it
     cached.with_suffix(".partial").write_bytes(b"half")
     assert reader.open().read() == (shards / "shard-00000.tar").read_bytes()
     assert held(tmp_path / "cache") == size
 
 
-def test_a_file_that_shrinks_or_vanishes_is_named_and_leaves_nothing(shards, tmp_path):
+def test_a_file_that_shrinks_or_disappears_is_named_and_leaves_nothing(shards, tmp_path):
     root = shutil.copytree(shards, tmp_path / "copy")
     path = remote(root, tmp_path / "cache")
     assert path.folder.files
@@ -224,19 +224,19 @@ def test_a_file_that_shrinks_or_vanishes_is_named_and_leaves_nothing(shards, tmp
 
 
 def test_a_file_larger_than_the_cache_is_refused(shards, size, tmp_path):
-    with pytest.raises(SamloveError, match=f"expected room in a cache of {size - 1} bytes"):
+    with pytest.raises(SamloveError, match=f"the download cache is limited to {size - 1} bytes"):
         remote(shards, tmp_path / "cache", size - 1).joinpath("shard-00000.tar").open()
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(shards, size, tmp_path):
+def test_a_full_disk_is_reported_and_leaves_nothing(shards, size, tmp_path):
     with small_disk(tmp_path / "disk", size // 4096 * 4) as disk:
         remote(shards, disk / "cache").joinpath("shard-00000.tar").open().close()
-        with pytest.raises(SamloveError, match=r"shard-00001\.tar: the cache's disk has no room .* set STORES_CACHE"):
+        with pytest.raises(SamloveError, match=r"shard-00001\.tar: the download cache's disk is full.* STORES_CACHE"):
             remote(shards, disk / "cache").joinpath("shard-00001.tar").open()
         assert held(disk / "cache") == size
 
 
-def test_a_place_without_a_store_is_refused(tmp_path):
+def test_a_url_without_a_store_is_refused(tmp_path):
     with pytest.raises(RequestError, match=r"file://.*nothing: expected a folder with \.tar shards"):
         ShardReader(remote(tmp_path / "nothing", tmp_path / "cache"))
     with pytest.raises(RequestError, match="manifest.json: no such file"):
@@ -245,7 +245,7 @@ def test_a_place_without_a_store_is_refused(tmp_path):
         ShardReader(as_path("nowhere://x", Cache(tmp_path, 1)))
 
 
-def test_the_environment_names_the_cache(shards, tmp_path, monkeypatch):
+def test_the_environment_sets_the_cache_folder_and_limit(shards, tmp_path, monkeypatch):
     monkeypatch.setenv("STORES_CACHE", str(tmp_path / "named"))
     monkeypatch.setenv("STORES_CACHE_GB", "0.5")
     assert Cache.of_environment() == Cache(tmp_path / "named", 500_000_000)
@@ -253,7 +253,7 @@ def test_the_environment_names_the_cache(shards, tmp_path, monkeypatch):
     assert held(tmp_path / "named") > 0
     (tmp_path / "file").touch()
     monkeypatch.setenv("STORES_CACHE", str(tmp_path / "file"))
-    with pytest.raises(RequestError, match="file: no place for a cache .*; set STORES_CACHE"):
+    with pytest.raises(RequestError, match="file: cannot create the download cache .*; set STORES_CACHE"):
         ShardReader(f"file://{shards}")
     monkeypatch.setenv("STORES_CACHE_GB", "much")
     with pytest.raises(RequestError, match="expected a number, found 'much'"):

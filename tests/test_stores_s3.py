@@ -1,4 +1,4 @@
-"""Stores behind s3://: as from the folder, one cache for all processes, one line for what fails; and DVC's remote."""
+"""Stores behind s3://: same contents as the folder, a shared cache, one-line errors; and a DVC remote."""
 
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ from samlove.data.loader import ExpressionDataset, collate
 from samlove.errors import RequestError, SamloveError
 from stores import FeatureStore, ShardReader, ShardWriter
 from stores.remote import OPEN, Cache, RemotePath, as_path
-from tests.s3_service import ask, connect_anew, s3_service, upload
+from tests.s3_service import ask, reconnect, s3_service, upload
 from tests.test_loader import assert_equal
 from tests.test_stores_remote import SHARDS, array, assert_all, read_at_random
 from tests.tiny_pack import make_shards, make_store
@@ -35,12 +35,12 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def shards(endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SHARDS tar files of one sample each; they are at s3://team/shards too, beside what another URL begins like."""
+    """SHARDS tar files of one sample each, also at s3://team/shards; s3://team/shards-2 has the same prefix."""
     root = tmp_path_factory.mktemp("made") / "shards"
     with ShardWriter(root, samples_per_shard=1, fingerprint={"made": "here"}) as writer:
         for number in range(SHARDS):
             writer.write(f"k.{number}", {"x": array(number), "rows": [number]})
-    boto3.client("s3").put_object(Bucket="team", Key="shards/", Body=b"")  # as consoles make a folder
+    boto3.client("s3").put_object(Bucket="team", Key="shards/", Body=b"")  # web consoles create folders this way
     upload(root, "s3://team/shards")
     upload(root, "s3://team/shards-2")
     return root
@@ -53,7 +53,7 @@ def at(url: str, cache: Path, limit: int = 10**9) -> RemotePath:
 
 
 @pytest.mark.parametrize("with_index", [True, False])
-def test_shards_are_the_same_from_s3(shards, tmp_path, with_index):
+def test_a_shard_set_read_from_s3_is_the_same(shards, tmp_path, with_index):
     url = "s3://team/shards"
     if not with_index:
         root = shutil.copytree(shards, tmp_path / "copy")
@@ -64,7 +64,7 @@ def test_shards_are_the_same_from_s3(shards, tmp_path, with_index):
     assert_all(reader)
 
 
-def test_a_feature_store_is_the_same_from_s3(endpoint, tmp_path):
+def test_a_feature_store_read_from_s3_is_the_same(endpoint, tmp_path):
     for name in ("audio", "visual", "text", "sam2"):
         local = make_store(tmp_path, name)
         upload(tmp_path / name, f"s3://team/features/{name}")
@@ -79,24 +79,24 @@ def test_a_feature_store_is_the_same_from_s3(endpoint, tmp_path):
         assert len(store._opened) <= OPEN
 
 
-def test_batches_from_s3_are_those_from_the_folder(endpoint, tmp_path, monkeypatch):
+def test_batches_read_from_s3_are_the_same(endpoint, tmp_path, monkeypatch):
     make_shards(tmp_path)
     upload(tmp_path / "shards", "s3://team/packed")
     monkeypatch.setenv("STORES_CACHE", str(tmp_path / "cache"))
     local, remote = ExpressionDataset(tmp_path / "shards"), ExpressionDataset("s3://team/packed")
     assert remote.features == local.features
-    shutil.rmtree(tmp_path / "cache")  # so that each worker has to connect for itself
+    shutil.rmtree(tmp_path / "cache")  # so that each worker must open its own connection
     workers = DataLoader(remote, 2, collate_fn=collate, num_workers=2, multiprocessing_context="fork")
     for found, expected in zip(workers, DataLoader(local, 2, collate_fn=collate), strict=True):
         assert_equal(found, expected)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_processes_share_a_cache_smaller_than_the_set(shards, tmp_path, method):
+def test_processes_share_a_cache_smaller_than_the_shard_set(shards, tmp_path, method):
     size = (shards / "shard-00000.tar").stat().st_size
     context = multiprocessing.get_context(method)
     reader = ShardReader(at("s3://team/shards", tmp_path / "cache", 7 * size))
-    assert_all(reader, [0])  # something is open, and connected, before a fork
+    assert_all(reader, [0])  # so that a file and a connection are open before a fork
     others = [context.Process(target=read_at_random, args=(reader, seed)) for seed in range(3)]
     for process in others:
         process.start()
@@ -105,23 +105,23 @@ def test_processes_share_a_cache_smaller_than_the_set(shards, tmp_path, method):
     assert [process.exitcode for process in others] == [0] * 3
 
 
-def test_an_object_of_the_same_size_that_replaces_a_listed_one_is_not_taken_for_it(shards, tmp_path):
-    """By whomever it was put there: what this process remembers of the bucket does not matter."""
+def test_a_replacement_of_the_same_size_is_not_mistaken_for_the_listed_object(shards, tmp_path):
+    """Whether or not this process still has the bucket's listing in memory."""
     upload(shards, "s3://team/replaced")
     path = at("s3://team/replaced", tmp_path / "cache")
     assert path.folder.files
     tar = "shard-00003.tar"
     boto3.client("s3").put_object(Bucket="team", Key=f"replaced/{tar}", Body=(shards / "shard-00004.tar").read_bytes())
-    for forget in (lambda: None, connect_anew):
+    for forget in (lambda: None, reconnect):
         forget()
-        with pytest.raises(SamloveError, match=rf"{tar}: expected (\d+) bytes as listed .*, found \1 .*; open .* anew"):
+        with pytest.raises(SamloveError, match=rf"{tar}: expected (\d+) bytes as listed .*, found \1 .*; run the same"):
             path.joinpath(tar).open()
-    anew = at("s3://team/replaced", tmp_path / "cache").joinpath(tar)
-    with anew.open() as file:
+    relisted = at("s3://team/replaced", tmp_path / "cache").joinpath(tar)
+    with relisted.open() as file:
         assert file.read() == (shards / "shard-00004.tar").read_bytes()
 
 
-def test_what_is_not_there_is_named(shards, tmp_path):
+def test_a_missing_bucket_store_or_object_is_named(shards, tmp_path):
     with pytest.raises(SamloveError, match=f"^s3://nobodys/x: cannot be fetched .*bucket does not exist.*{CHECK}"):
         ShardReader(at("s3://nobodys/x", tmp_path / "cache"))
     with pytest.raises(RequestError, match=r"^s3://team/x: expected a folder with \.tar shards"):
@@ -137,7 +137,7 @@ def test_what_is_not_there_is_named(shards, tmp_path):
 
 @pytest.fixture
 def guarded(shards, endpoint, monkeypatch) -> Iterator[dict[str, str]]:
-    """The service, while it lets in none but whom it knows; the key of one whom it knows, but lets read nothing."""
+    """Make the service require valid credentials; yields those of a user without any read permission."""
     iam = boto3.client("iam", region_name="us-east-1")
     iam.create_user(UserName="guest")
     key = iam.create_access_key(UserName="guest")["AccessKey"]
@@ -146,7 +146,7 @@ def guarded(shards, endpoint, monkeypatch) -> Iterator[dict[str, str]]:
     ask(f"{endpoint}/moto-api/reset-auth", "inf")
     iam.delete_access_key(UserName="guest", AccessKeyId=key["AccessKeyId"])
     iam.delete_user(UserName="guest")
-    connect_anew()
+    reconnect()
 
 
 @pytest.mark.parametrize(
@@ -157,32 +157,32 @@ def guarded(shards, endpoint, monkeypatch) -> Iterator[dict[str, str]]:
         ({}, "PermissionError: Access Denied"),
         ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "NoCredentialsError: "),
     ],
-    ids=["key", "secret", "no right", "none"],
+    ids=["key", "secret", "no permission", "none"],
 )
-def test_credentials_that_do_not_do_are_named(guarded, tmp_path, monkeypatch, changes, reason):
+def test_invalid_credentials_are_named(guarded, tmp_path, monkeypatch, changes, reason):
     for name, value in (guarded | changes).items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))  # whoever runs this may have credentials in ~/.aws
-    connect_anew()
+    monkeypatch.setenv("HOME", str(tmp_path))  # ~/.aws may contain real credentials
+    reconnect()
     with pytest.raises(SamloveError, match=rf"^s3://team/shards: cannot be fetched \({reason}.*\){CHECK}") as caught:
         ShardReader(at("s3://team/shards", tmp_path / "cache"))
     assert "\n" not in str(caught.value)
 
 
-def test_an_endpoint_where_nobody_listens_is_named(endpoint, tmp_path, monkeypatch):
-    with socket.socket() as bound:  # and not listening: its port is nobody else's
+def test_an_endpoint_that_does_not_respond_is_named(endpoint, tmp_path, monkeypatch):
+    with socket.socket() as bound:  # bound but not listening, so that no other process gets the port
         bound.bind(("127.0.0.1", 0))
         nowhere = f"http://127.0.0.1:{bound.getsockname()[1]}"
         monkeypatch.setenv("AWS_ENDPOINT_URL", nowhere)
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-        connect_anew()
+        reconnect()
         with pytest.raises(SamloveError, match=rf"^s3://team/shards: cannot be fetched \(.*{nowhere}.*\){CHECK}"):
             ShardReader(at("s3://team/shards", tmp_path / "cache"))
-    connect_anew()
+    reconnect()
 
 
 def opened_with(tmp_path: Path, *settings: str, before: str = "") -> subprocess.CompletedProcess[str]:
-    """A new process that opens s3://team/shards, its environment without a word on S3 but `settings`."""
+    """Open s3://team/shards in a new process whose only S3 environment variables are `settings`."""
     bare = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "FSSPEC_"))}
     given = dict(setting.split("=", 1) for setting in settings)
     program = f"{before}\nfrom stores import ShardReader\nprint(len(ShardReader('s3://team/shards')))"
@@ -191,7 +191,7 @@ def opened_with(tmp_path: Path, *settings: str, before: str = "") -> subprocess.
 
 
 @pytest.mark.parametrize("way", ["AWS", "profile", "FSSPEC"])
-def test_every_way_to_name_endpoint_and_credentials(shards, endpoint, tmp_path, way):
+def test_every_way_to_set_endpoint_and_credentials_works(shards, endpoint, tmp_path, way):
     if way == "profile":
         (tmp_path / ".aws").mkdir()
         (tmp_path / ".aws" / "config").write_text(f"[profile lab]\nendpoint_url = {endpoint}\n")
@@ -206,9 +206,9 @@ def test_every_way_to_name_endpoint_and_credentials(shards, endpoint, tmp_path, 
 
 
 def test_without_s3fs_the_error_says_what_to_install(tmp_path):
-    done = opened_with(tmp_path, before="import sys; sys.modules['s3fs'] = None  # as where it is not installed")
+    done = opened_with(tmp_path, before="import sys; sys.modules['s3fs'] = None  # as if it were not installed")
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("samlove.errors.RequestError: s3://team/shards: ") and "pip install 'samlove[s3]'" in last
+    assert last.startswith("samlove.errors.RequestError: s3://team/shards: ") and 'pip install -e ".[s3]"' in last
 
 
 def dvc(folder: Path, *arguments: str) -> None:
@@ -219,7 +219,7 @@ def dvc(folder: Path, *arguments: str) -> None:
 
 
 def test_dvc_pushes_to_s3_and_pulls_from_it(endpoint, tmp_path):
-    """The commands of docs/sharing.md; the second project has the first one's .dvc/config, and nothing else of it."""
+    """The commands of docs/sharing.md; the second project has only .dvc/config and audio.dvc of the first."""
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     dvc(first, "init", "--no-scm")

@@ -1,4 +1,4 @@
-"""Tar shards: webdataset both ways, views without a copy, and everything that a reader must refuse."""
+"""Training shards: exchange with webdataset in both directions, views without copies, and what a reader must refuse."""
 
 import io
 import json
@@ -76,12 +76,12 @@ def test_round_trip_with_and_without_index(tmp_path, with_index):
     assert len(reader) == 3
     for i, (key, sample) in enumerate(SAMPLES.items()):
         assert_sample(reader[i], key, sample)
-    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == before  # a published folder is not added to
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == before  # nothing is added to a published folder
     with pytest.raises(IndexError):
         reader[3]
 
 
-def test_the_index_on_disk_is_the_rebuilt_one(tmp_path):
+def test_the_rebuilt_index_equals_the_one_on_disk(tmp_path):
     write(tmp_path / "s", SAMPLES)
     assert json.loads((tmp_path / "s" / "index.json").read_text()) == build_index(tmp_path / "s")
 
@@ -112,7 +112,7 @@ def test_any_array_comes_back(tmp_path, sample):
         np.testing.assert_array_equal(reader[0][name], value)
 
 
-def test_views_other_than_contiguous_ones(tmp_path):
+def test_non_contiguous_arrays_come_back(tmp_path):
     value = np.arange(24.0).reshape(2, 3, 4)
     reader = write(tmp_path / "s", {"k": {"f": np.asfortranarray(value), "t": value.transpose(2, 0, 1)[::-1]}})
     np.testing.assert_array_equal(reader[0]["f"], value)
@@ -139,7 +139,7 @@ def webdataset_key(key: str) -> str:
     return unquote(key)
 
 
-def test_reads_what_webdataset_wrote(tmp_path):
+def test_shard_reader_reads_what_webdataset_wrote(tmp_path):
     samples = {
         "folder/50%2E-a": {"x": np.arange(12, dtype=np.float32).reshape(3, 4), "rows": [1, "ü"]},
         "b": {"x": np.asfortranarray(np.arange(6.0).reshape(2, 3))},
@@ -177,11 +177,11 @@ def test_reads_what_webdataset_wrote(tmp_path):
         ([("../a.x.npy", npy(np.zeros(1)))], "inside the folder"),
         ([("b/../../a.x.npy", npy(np.zeros(1)))], "inside the folder"),
         ([("README", b"text")], "expected KEY.NAME"),
-        ([("a.x.json", b"1"), ("b.x.json", b"1"), ("a.y.json", b"1")], "do not lie together"),
-        ([("a.x.json", b"1"), ("a.x.json", b"1")], "is there twice"),
+        ([("a.x.json", b"1"), ("b.x.json", b"1"), ("a.y.json", b"1")], "are not contiguous"),
+        ([("a.x.json", b"1"), ("a.x.json", b"1")], "occurs twice"),
     ],
 )
-def test_what_must_not_be_read_is_refused_and_named(tmp_path, members, match):
+def test_invalid_members_are_refused_and_the_tar_is_named(tmp_path, members, match):
     make_tar(tmp_path / "s", members)
     with pytest.raises(SamloveError, match=match) as error:
         ShardReader(tmp_path / "s")
@@ -189,7 +189,7 @@ def test_what_must_not_be_read_is_refused_and_named(tmp_path, members, match):
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE])
-def test_members_that_are_no_files_are_refused(tmp_path, kind):
+def test_members_that_are_not_files_are_refused(tmp_path, kind):
     make_tar(tmp_path / "s", [("a.x.npy", b"")], type=kind, linkname="/etc/passwd")
     with pytest.raises(SamloveError, match="expected a plain file"):
         ShardReader(tmp_path / "s")
@@ -197,13 +197,13 @@ def test_members_that_are_no_files_are_refused(tmp_path, kind):
 
 @pytest.mark.parametrize("with_index", [True, False])
 @pytest.mark.parametrize("size", [0, 100, 512, 1536, 5000])
-def test_a_torn_shard_is_named(tmp_path, with_index, size):
+def test_a_truncated_shard_is_named(tmp_path, with_index, size):
     write(tmp_path / "s", SAMPLES)
     if not with_index:
         (tmp_path / "s" / "index.json").unlink()
     path = tmp_path / "s" / "shard-00001.tar"
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(SamloveError, match=r"shard-00001\.tar.*torn"):
+    with pytest.raises(SamloveError, match=r"shard-00001\.tar.*truncated"):
         ShardReader(tmp_path / "s")
 
 
@@ -233,7 +233,7 @@ def test_missing_and_extra_shards_are_named(tmp_path):
         {"shape": None},
     ],
 )
-def test_an_index_that_lies_is_refused(tmp_path, change):
+def test_an_index_with_a_wrong_entry_is_refused(tmp_path, change):
     write(tmp_path / "s", SAMPLES)
     path = tmp_path / "s" / "index.json"
     index = json.loads(path.read_text())
@@ -244,14 +244,14 @@ def test_an_index_that_lies_is_refused(tmp_path, change):
 
 
 @pytest.mark.parametrize("name", ["../away.tar", "/etc/passwd", "sub/shard.tar"])
-def test_an_index_that_leads_elsewhere_is_refused(tmp_path, name):
+def test_an_index_that_points_outside_the_folder_is_refused(tmp_path, name):
     write(tmp_path / "s", SAMPLES)
     shutil.copy(tmp_path / "s" / "shard-00001.tar", tmp_path / "away.tar")
     path = tmp_path / "s" / "index.json"
     index = json.loads(path.read_text())
     index["shards"][1]["name"] = name
     path.write_text(json.dumps(index))
-    with pytest.raises(SamloveError, match="torn, missing or not of this set"):
+    with pytest.raises(SamloveError, match="truncated, missing or not in the index"):
         ShardReader(tmp_path / "s")
 
 
@@ -266,7 +266,7 @@ def test_a_broken_index_is_refused(tmp_path, value):
 @pytest.mark.parametrize(
     ("key", "sample", "match"),
     [
-        ("", {"x": np.zeros(1)}, "found an empty text"),
+        ("", {"x": np.zeros(1)}, "found an empty string"),
         ("\udcff", {"x": np.zeros(1)}, "UTF-8"),
         ("k", {}, "at least one"),
         ("k", {"X": np.zeros(1)}, "lower-case"),
@@ -278,16 +278,16 @@ def test_a_broken_index_is_refused(tmp_path, value):
         ("k", {"x": float("nan")}, "JSON"),
     ],
 )
-def test_what_cannot_be_kept_is_refused_and_not_half_written(tmp_path, key, sample, match):
+def test_a_sample_that_cannot_be_stored_is_refused_and_not_partly_written(tmp_path, key, sample, match):
     with ShardWriter(tmp_path / "s") as writer:
         with pytest.raises(SamloveError, match=match):
             writer.write(key, sample)
-        writer.write("whole", {"x": np.ones(2)})
-    assert ShardReader(tmp_path / "s").keys() == ["whole"]
+        writer.write("valid", {"x": np.ones(2)})
+    assert ShardReader(tmp_path / "s").keys() == ["valid"]
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path):
-    """Whether it is met while a sample is written, or by what is still in memory when all are."""
+    """Whether the disk fills up while samples are written, or when buffered data is flushed after the last one."""
     for samples in (8, 1):
         with small_disk(tmp_path / f"disk{samples}", 64) as disk:
             with pytest.raises(OSError, match="No space left on device"):

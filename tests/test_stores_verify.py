@@ -1,4 +1,4 @@
-"""Damage of every kind, done to every kind of artefact: found, and named."""
+"""Every kind of damage to every kind of artefact is found, and the file is named."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from stores.tensors import HEADER_KEY
 from stores.verify import verify
 from tests.store_kinds import KEYS, STORES, Exported, Kind, Tensors, files_of, make_items
 
-FLIPS = 150  # bits flipped an artefact, about, spread over all its files
+FLIPS = 150  # bits flipped per artefact, approximately, spread over all its files
 
 
 @pytest.fixture(params=STORES, ids=lambda s: type(s).__name__)
@@ -36,13 +36,13 @@ def names(faults: list[str], file: Path) -> bool:
 
 
 @pytest.mark.parametrize("deep", [False, True])
-def test_what_was_just_written_is_sound(path: Path, deep: bool) -> None:
+def test_a_new_artefact_has_no_faults(path: Path, deep: bool) -> None:
     assert verify(path, deep) == []
 
 
 @pytest.mark.parametrize("deep", [False, True])
 @pytest.mark.parametrize("count", [0, 1])
-def test_so_is_an_empty_one(kind, tmp_path: Path, deep: bool, count: int) -> None:
+def test_an_artefact_of_no_or_one_item_has_no_faults(kind, tmp_path: Path, deep: bool, count: int) -> None:
     kind.write(tmp_path / "store", make_items(KEYS[:count]))
     assert verify(tmp_path / "store", deep) == []
 
@@ -68,7 +68,7 @@ def test_every_flipped_bit_is_found_and_named(path: Path) -> None:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_other_byte_anywhere_is_found_and_named(path: Path, data: st.DataObject) -> None:
+def test_any_changed_byte_is_found_and_named(path: Path, data: st.DataObject) -> None:
     file = data.draw(st.sampled_from(files_of(path)))
     whole = file.read_bytes()
     place = data.draw(st.integers(0, len(whole) - 1))
@@ -110,7 +110,7 @@ def test_missing_files_and_shards_and_extra_files_are_found_and_named(path: Path
     assert verify(path, deep) == []
 
 
-def test_links_into_a_cache_are_as_good_as_files(path: Path, tmp_path: Path) -> None:
+def test_an_artefact_of_links_into_a_cache_has_no_faults(path: Path, tmp_path: Path) -> None:
     shutil.copytree(path, tmp_path / "cache") if path.is_dir() else shutil.copy(path, tmp_path / "cache")
     for file in files_of(path):
         file.unlink()
@@ -118,7 +118,7 @@ def test_links_into_a_cache_are_as_good_as_files(path: Path, tmp_path: Path) -> 
     assert verify(path, deep=True) == []
 
 
-def test_the_items_that_damage_costs_are_named(tmp_path: Path) -> None:
+def test_items_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     items = make_items([f"key_{n}" for n in range(6)])
     STORES[0].write(tmp_path / "store", items)
     file = next(p for p in (tmp_path / "store" / "shard-00001.zarr" / "x" / "c").rglob("*") if p.is_file())
@@ -131,7 +131,7 @@ def test_the_items_that_damage_costs_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("deep", [False, True])
-def test_what_is_no_artefact_is_a_wrong_request(tmp_path: Path, deep: bool) -> None:
+def test_a_path_without_an_artefact_is_a_request_error(tmp_path: Path, deep: bool) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").write_text("hello")
     for other in ("nowhere", "empty", "text"):
@@ -139,23 +139,23 @@ def test_what_is_no_artefact_is_a_wrong_request(tmp_path: Path, deep: bool) -> N
             verify(tmp_path / other, deep)
 
 
-def test_what_an_older_version_wrote_says_so(tmp_path: Path) -> None:
+def test_an_artefact_of_an_older_version_is_reported_as_such(tmp_path: Path) -> None:
     for kind in STORES[:2]:
         path = tmp_path / type(kind).__name__
         kind.write(path, make_items(KEYS))
         (path / "manifest.json").write_text('{"schema": 1, "fingerprint": {}, "keys": 9}\n')
         (fault,) = verify(path)
-        assert "an older version made it" in fault
+        assert "written by an older version" in fault
     with h5py.File(tmp_path / "old.h5", "w") as file:
         file["bins"] = np.zeros(3)
     (fault,) = verify(tmp_path / "old.h5")
-    assert "an older version made it" in fault
+    assert "written by an older version" in fault
     save_file({"x": np.zeros(3)}, tmp_path / "old.safetensors", {HEADER_KEY: "{}"})
     (fault,) = verify(tmp_path / "old.safetensors")
-    assert "an older version made it" in fault
+    assert "written by an older version" in fault
 
 
-def test_a_manifest_that_lists_files_elsewhere_has_them_neither_read_nor_found(tmp_path: Path) -> None:
+def test_files_that_a_manifest_lists_outside_the_folder_count_as_missing(tmp_path: Path) -> None:
     STORES[0].write(tmp_path / "store", make_items(KEYS))
     (tmp_path / "away").write_bytes(b"x" * 9)
     path = tmp_path / "store" / "manifest.json"
@@ -168,7 +168,7 @@ def test_a_manifest_that_lists_files_elsewhere_has_them_neither_read_nor_found(t
 
 
 @pytest.mark.parametrize("kind", [Exported(), Tensors()], ids=["Exported", "Tensors"])
-def test_a_file_that_only_begins_like_one_is_damaged_or_refused_in_one_line(kind: Kind, tmp_path: Path) -> None:
+def test_a_truncated_file_is_reported_in_one_line(kind: Kind, tmp_path: Path) -> None:
     path = tmp_path / "file"
     kind.write(path, make_items(KEYS))
     whole = path.read_bytes()

@@ -1,4 +1,4 @@
-"""LAVS-synth: the same seed gives the same bytes, and what is written is what the ground truth says."""
+"""LAVS-synth: the same seed gives the same bytes, and the files match the ground truth."""
 
 import hashlib
 from pathlib import Path
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_same_seed_same_bytes_other_seed_others(folder: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(folder: Path, tmp_path: Path) -> None:
     write_dataset(tmp_path / "again", seed=3, scale="small")
     write_dataset(tmp_path / "other", seed=4, scale="small")
     assert tree(tmp_path / "again") == tree(folder)
@@ -56,11 +56,11 @@ def test_layout_is_ref_avs(folder: Path) -> None:
                 sizes.add(frame.size)
             assert not (null and mask.any())
             if t == 0 and not null:
-                assert mask.any()  # the frame that SAM2 is prompted on shows what is asked for
+                assert mask.any()  # the frame on which SAM 2 is prompted shows the target
     assert len(sizes) > 1
 
 
-def test_splits_share_no_clip_but_null_and_seen(folder: Path) -> None:
+def test_only_null_and_seen_share_videos(folder: Path) -> None:
     rows = pd.read_csv(folder / "metadata.csv")
     vids = {split: set(part["vid"]) for split, part in rows.groupby("split")}
     assert vids["test_n"] <= vids["test_s"]
@@ -76,13 +76,13 @@ def test_unseen_only_in_test_u() -> None:
             assert {clip.scene.things[row.target].category for row in clip.rows} <= set(UNSEEN)
         else:
             assert not (categories | heard) & set(UNSEEN)
-        if clip.media_id.startswith("null_c-"):  # nothing here could make what is heard
+        if clip.media_id.startswith("null_c-"):  # nothing here can make what is heard
             sounding = {thing.category for thing in clip.sound.things if thing.sounding.any()}
             assert sounding and not sounding & categories
 
 
-def test_sentences_fit_one_thing_by_the_ground_truth() -> None:
-    """Checked against conditions written anew from the words, for the sentences that are simple to read."""
+def test_expressions_fit_one_thing_of_the_ground_truth() -> None:
+    """Checked against separate conditions, derived from the words of the simpler expressions."""
     rng = np.random.default_rng(0)
     read = 0
     for _ in range(150):
@@ -137,9 +137,9 @@ def test_every_category_has_a_shape_a_colour_and_a_timbre() -> None:
     assert len(COLOURS) == 8
 
 
-def test_refuses_what_would_lose_something(folder: Path) -> None:
+def test_nothing_is_overwritten(folder: Path) -> None:
     before = tree(folder)
-    with pytest.raises(RequestError, match="something in it"):
+    with pytest.raises(RequestError, match="not an empty folder"):
         write_dataset(folder, seed=0, scale="small")
     with pytest.raises(RequestError, match="expected one of"):
         write_dataset(folder.parent / "new", seed=0, scale="huge")

@@ -12,7 +12,8 @@ from dvclive import Live
 from pipelines import train as stage
 from samlove.errors import RequestError, SamloveError
 from samlove.model.checkpoint import Origin, load_model, read_header, read_tensors
-from samlove.train import Samples, Trainer, train, warmup_decay
+from samlove.model.optimizer import warmup_decay
+from samlove.train import Samples, Trainer, train
 from stores import ShardWriter
 from tests.tiny_training import DIMS, Items, collate, origin, samples, write_sam2
 
@@ -25,7 +26,7 @@ def sam2(tmp_path: Path) -> Path:
 
 
 class KillingItems(Items):
-    """Asks the process to end when an item is read for the n-th time."""
+    """Sends the process a signal when an item is read for the n-th time."""
 
     def __init__(self, count: int, seed: int, reads: int, number: int = signal.SIGTERM) -> None:
         super().__init__(count, seed)
@@ -58,7 +59,7 @@ def test_it_learns_and_publishes_what_it_learned(sam2, tmp_path):
     checkpoint = tmp_path / "model" / "best.safetensors"
     train(start, samples(), CPU, checkpoint, tmp_path / "dvclive", tmp_path / "scratch")
     header = read_header(checkpoint)
-    assert header.validation["J&F"] > 60  # knowing the halves but not which: 53
+    assert header.validation["J&F"] > 60  # a model that knows the two halves but guesses which one: 53
     metrics = json.loads((tmp_path / "dvclive" / "metrics.json").read_text())
     assert set(metrics["train"]) == {"loss", "bce", "dice"} and set(metrics["val"]) == {"J", "F", "J&F"}
     curve = (tmp_path / "dvclive" / "plots" / "metrics" / "val" / "J&F.tsv").read_text().splitlines()
@@ -107,13 +108,13 @@ def test_interrupt_handlers_are_put_back(sam2, tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_run_of_other_values_is_not_gone_on_with(sam2, tmp_path):
+def test_a_run_with_different_settings_is_not_resumed(sam2, tmp_path):
     data = samples(KillingItems(10, seed=1, reads=2))
     with pytest.raises(KeyboardInterrupt):
         new_trainer(origin(sam2), tmp_path, data).run(live(tmp_path / "live"))
     assert new_trainer(origin(sam2), tmp_path).progress.consumed == 6
     assert new_trainer(origin(sam2, lr=2e-3), tmp_path).progress.consumed == 0
-    assert new_trainer(origin(sam2, workers=1), tmp_path).progress.consumed == 6  # reads the same samples
+    assert new_trainer(origin(sam2, workers=1), tmp_path).progress.consumed == 6  # does not change the samples
 
 
 def test_accumulated_batches_are_one_large_batch(sam2, tmp_path):
@@ -124,11 +125,11 @@ def test_accumulated_batches_are_one_large_batch(sam2, tmp_path):
         ends.append({name: parameter.detach() for name, parameter in trainer.parameters.items()})
         assert trainer.progress.step == 2  # 10 samples: 6 and 4
     for name, expected in ends[0].items():
-        # Adam's first steps are as long for the smallest gradient as for the largest, so a few values may differ.
+        # Adam's first steps are equally large for small and large gradients, so a few values may differ.
         assert torch.isclose(ends[1][name], expected, atol=1e-5).float().mean() > 0.95, name
 
 
-def test_sam2_learns_at_its_share_of_the_rate(sam2, tmp_path):
+def test_sam2_learns_at_its_scaled_rate(sam2, tmp_path):
     def moved(scale: float) -> dict[str, float]:
         trainer = new_trainer(origin(sam2, sam2_lr_scale=scale), tmp_path / str(scale))
         before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
@@ -193,13 +194,13 @@ def test_reading_by_workers_changes_nothing(sam2, tmp_path):
 
 
 def test_a_split_without_samples_is_refused(sam2, tmp_path):
-    with pytest.raises(RequestError, match="the val shards hold no expression"):
+    with pytest.raises(RequestError, match="the val shard set has no samples"):
         train(origin(sam2), samples(val=Items(0, seed=1)), CPU, tmp_path / "best", tmp_path / "live", tmp_path)
 
 
 @pytest.fixture
 def workplace(sam2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with configuration and shards of two videos, in which the stage can run."""
+    """A folder with a configuration and shards of two videos, in which the stage can run."""
     start = origin(sam2, epochs=1)
     sections = {
         "fusion": start.fusion.model_dump(),
@@ -213,7 +214,7 @@ def workplace(sam2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     sam2_features = {"weights_sha256": start.sam2_sha256, "cache_point": "post_conv"}
     fingerprint = {"audio": {}, "visual": {}, "text": {}, "sam2": sam2_features}
     for split in ("train", "val"):
-        with ShardWriter(tmp_path / "data" / "shards" / split, fingerprint=fingerprint) as writer:
+        with ShardWriter(tmp_path / "data" / "tiny" / "shards" / split, fingerprint=fingerprint) as writer:
             for video in range(2):
                 first, second = (Items(4, seed=3)[2 * video + i] for i in range(2))
                 shared = ("audio", "audio_valid", "visual", "sam2_image_embed", "sam2_high_res_0", "sam2_high_res_1")
@@ -229,18 +230,18 @@ def workplace(sam2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 def test_the_stage_trains_from_shards(workplace):
     stage.main()
-    header = read_header("data/model/best.safetensors")
+    header = read_header("data/tiny/model/best.safetensors")
     assert header.dims == DIMS and header.epoch == 1
     assert header.features["sam2"]["cache_point"] == "post_conv"
-    assert load_model("data/model/best.safetensors").fusion.config.dim == 16
-    assert json.loads(Path("data/dvclive/metrics.json").read_text())["train"]["loss"] > 0
-    assert not any(Path("data/.scratch/train").iterdir())
+    assert load_model("data/tiny/model/best.safetensors").fusion.config.dim == 16
+    assert json.loads(Path("data/tiny/dvclive/metrics.json").read_text())["train"]["loss"] > 0
+    assert not any(Path("data/tiny/.scratch/train").iterdir())
 
 
-def test_embeddings_of_another_sam2_are_refused(workplace, capsys):
+def test_embeddings_of_a_different_sam2_are_refused(workplace, capsys):
     write_sam2(workplace / "sam2.safetensors", seed=5)
     with pytest.raises(SystemExit) as end:
         stage.main()
     assert end.value.code == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error: data/shards/train: its SAM2 embeddings") and "weights_sha256: expected" in line
+    assert line.startswith("error: data/tiny/shards/train: its SAM 2 embeddings") and "weights_sha256: expected" in line

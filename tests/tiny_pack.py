@@ -1,4 +1,4 @@
-"""A made-up Ref-AVS folder's masks and the four feature stores of it, small enough to pack in a moment."""
+"""Masks and four feature stores of a synthetic Ref-AVS folder, small enough to pack in a moment."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ ROWS = pd.DataFrame(
 
 
 def features_of(name: str, key: str) -> dict[str, np.ndarray]:
-    """What the store `name` holds for `key`, the same each time."""
+    """The item `key` of the store `name`; the same on every call."""
     rng = np.random.default_rng([ord(c) for c in name + key])
 
     def values(*shape: int) -> np.ndarray:
@@ -49,7 +49,7 @@ def make_store(
     failed: tuple[str, ...] = (),
     coding: Coding | None = None,
 ) -> FeatureStore:
-    """coding: of stores.codec, in which all of its arrays are kept."""
+    """coding: how all arrays are stored; see stores.codec."""
 
     def item(key: str) -> dict[str, np.ndarray]:
         features = features_of(name, key)
@@ -70,7 +70,7 @@ def make_stores(root: Path, failed: dict[str, tuple[str, ...]] | None = None) ->
 
 
 def true_mask(media_id: str, fid: int, height: int = 12, width: int = 16) -> np.ndarray:
-    """(height, width) bool: a rectangle, of its own for each object."""
+    """(height, width) bool: a rectangle that differs for each object."""
     mask = np.zeros((height, width), bool)
     mask[2 : 5 + 2 * fid, 3 : 6 + len(media_id)] = True
     return mask
@@ -86,5 +86,5 @@ def make_folder(root: Path) -> RefAvsFolder:
 
 
 def make_shards(root: Path, out: str = "shards", failed: dict[str, tuple[str, ...]] | None = None) -> Packed:
-    """Packs everything to root/out, two videos a shard."""
+    """Pack everything to root/out, two videos per shard."""
     return pack(root / out, ROWS, make_stores(root, failed), make_folder(root), SIZE, videos_per_shard=2)

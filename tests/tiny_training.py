@@ -1,4 +1,4 @@
-"""A model and samples so small that an epoch takes milliseconds; for the tests of checkpoints and training."""
+"""A model and samples so small that an epoch takes milliseconds, for tests of checkpoints and training."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def origin(sam2: Path, fusion: dict | None = None, **choices: Any) -> Origin:
 
 
 class Items:
-    """Samples whose object is the left or the right half, as their text says."""
+    """Samples whose object is the left or the right half of the image, according to their text."""
 
     def __init__(self, count: int, seed: int):
         self.count, self.seed = count, seed

@@ -1,16 +1,14 @@
-"""What a feature stage costs beyond its encoder: items a second of the whole stage over those of the encoder alone.
+"""The throughput of a feature stage relative to its encoder alone, and of several workers relative to one.
 
-And what more workers bring: items a second, once all are warm, of so many over those of one with all cores.
-
-The stage reads JPEGs, encodes, writes and publishes a store; the encoder alone gets items that are in memory already,
-in the same batches, on the same threads. Weights are random, for speed does not depend on them: nothing is fetched.
+The stage reads JPEGs, encodes, writes and publishes a store. The encoder alone gets items that are already in memory,
+in the same batches, on the same threads. With several workers, the throughput after warm-up is compared with one worker
+that has all cores. Weights are random, because speed does not depend on them: nothing is downloaded.
 """
 
 import json
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from PIL import Image
 
 from pipelines import sam2, visual
 from samlove.bench.profile import check_profile, device_name, section
+from samlove.bench.timing import in_turns, timed
 from samlove.config import LocalConfig, Sam2Config, VisualConfig
 from samlove.data.dataset import RefAvsFolder
 from samlove.device import default_device
@@ -31,17 +30,17 @@ from samlove.features.extract import Job, Report, extract
 from samlove.features.worker import READERS
 from samlove.model.sam2_build import instantiate_sam2
 
-FRAMES = 10  # of a clip for ViT; SAM2's training split has one
+FRAMES = 10  # per video for ViT; SAM 2's training split has one
 SIZES = {"micro": (128, 128), "refavs": (1280, 720)}  # width and height of the frames
-SHARDS = 4  # a stage's, so that writing one and computing the next overlap as they do in a long run
+SHARDS = 4  # per stage, so that writing one shard and computing the next overlap as in a long run
 
 
 def run(profile: str, items: int, rounds: int = 5, workers: int = 1) -> dict:
-    """Times both ways in turns for ViT and SAM2; prints the result, last line one JSON object, and returns it.
+    """Time stage and encoder for ViT and SAM 2. Prints the result, the last line as one JSON object, and returns it.
 
-    profile: whose architectures, configs/<profile>. items: clips for ViT, frames for SAM2. workers: these local ones
-    are compared with one, where they are more. Of the rounds the fastest each way counts.
-    Raises RequestError where there is no such profile.
+    profile: its configs/<profile> sets the architectures. items: videos for ViT, frames for SAM 2. workers: number of
+    local workers to compare with one, if more than one. The fastest round counts.
+    Raises RequestError if there is no such profile.
     """
     check_profile(profile)
     device = device_name(default_device())
@@ -62,24 +61,24 @@ def run(profile: str, items: int, rounds: int = 5, workers: int = 1) -> dict:
             result[name] = measured = _measure(job, rounds)
             print(
                 f"{name}: {measured['stage_items_s']:.2f} items/s as a stage ({measured['warm_items_s']:.2f} warm), "
-                f"{measured['bare_items_s']:.2f} by the encoder alone, batches of {batch}: "
-                f"ratio {measured['ratio']:.3f}, of processor time {measured['cpu_ratio']:.3f}"
+                f"{measured['bare_items_s']:.2f} with the encoder alone, batches of {batch}: "
+                f"ratio {measured['ratio']:.3f}, in processor time {measured['cpu_ratio']:.3f}"
             )
             if workers > 1:
                 measured["workers"] = many = _measure_workers(job, rounds, workers)
                 print(
-                    f"{name}: {many['items_s']:.2f} items/s once warm by {workers} workers, {many['one_items_s']:.2f} "
-                    f"by one: ratio {many['ratio']:.3f}"
+                    f"{name}: {many['items_s']:.2f} items/s with {workers} workers after warm-up, "
+                    f"{many['one_items_s']:.2f} with one: ratio {many['ratio']:.3f}"
                 )
     print(json.dumps(result))
     return result
 
 
 def _measure(job: Job, rounds: int) -> dict:
-    """The fastest of the rounds each way: other work on the machine can only slow one down.
+    """Time both ways and keep the fastest round of each, because other load on the machine can only slow them down.
 
-    cpu_ratio is of processor time, which other work hardly changes: what reading and writing cost where the encoder
-    leaves no processor idle, as on a machine without a GPU.
+    cpu_ratio compares processor time, which other load hardly changes. It shows the cost of reading and writing if the
+    encoder keeps all processors busy, as on a machine without a GPU.
     """
     sources = list(job.sources.values())
     batches = [sources[i : i + job.batch_size] for i in range(0, len(sources), job.batch_size)]
@@ -90,54 +89,48 @@ def _measure(job: Job, rounds: int) -> dict:
         for items in loaded:
             job.encoder.encode(items)
 
-    alone, stage = [], []
     warm: list[float] = []
-    for _ in range(rounds):
-        alone.append(_seconds(bare))
-        stage.append(_seconds(lambda: warm.append(_extract(job, 1).rate or 0.0)))
-    (wall_alone, cpu_alone), (wall, cpu) = (tuple(map(min, zip(*times, strict=True))) for times in (alone, stage))
+
+    def stage() -> None:
+        warm.append(_extract(job, 1).rate or 0.0)
+
+    times = in_turns({way: partial(timed, way) for way in (bare, stage)}, rounds)
+    (wall_alone, cpu_alone), (wall, cpu) = (map(min, zip(*times[way], strict=True)) for way in (bare, stage))
     return {
         "items": len(sources),
         "batch": job.batch_size,
         "bare_items_s": round(len(sources) / wall_alone, 3),
         "stage_items_s": round(len(sources) / wall, 3),
-        "warm_items_s": round(max(warm), 3),  # of the stage after its first batch: what a long one comes to
+        "warm_items_s": round(max(warm), 3),  # of the stage after its first batch, as in a long run
         "ratio": round(wall_alone / wall, 3),
         "cpu_ratio": round(cpu_alone / cpu, 3),
     }
 
 
 def _measure_workers(job: Job, rounds: int, workers: int) -> dict:
-    rates: dict[int, list[float]] = {1: [], workers: []}
-    for _ in range(rounds):
-        for count, found in rates.items():
-            rate = _extract(job, count).rate
-            if rate is None:
-                raise RequestError(
-                    f"--items {len(job.sources)}: too few for {workers} workers, all is warm-up; give more"
-                )
-            found.append(rate)
+    def rate(count: int) -> float:
+        measured = _extract(job, count).rate
+        if measured is None:
+            raise RequestError(
+                f"--items {len(job.sources)}: too few for {workers} workers: all of it is warm-up; use more"
+            )
+        return measured
+
+    rates = in_turns({count: partial(rate, count) for count in (1, workers)}, rounds)
     one, many = max(rates[1]), max(rates[workers])
     return {"workers": workers, "items_s": round(many, 3), "one_items_s": round(one, 3), "ratio": round(many / one, 3)}
 
 
 def _extract(job: Job, workers: int) -> Report:
-    """The whole stage, by local workers; what it made is removed, or the next round would find nothing to do."""
+    """Run the whole stage on local workers, then delete its output, so that the next round has work to do."""
     report = extract(job, LocalConfig(kind="local", workers=workers))
     shutil.rmtree(job.out)
     shutil.rmtree(job.scratch)
     return report
 
 
-def _seconds(work: Callable[[], object]) -> tuple[float, float]:
-    """Of the clock, and of the processors."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
 def _write_clips(folder: RefAvsFolder, count: int, size: tuple[int, int]) -> list[str]:
-    """Clips of smooth noise, each frame its own; their names."""
+    """Write videos of smooth noise, every frame different; returns their media_ids."""
     rng = np.random.default_rng(0)
     names = [f"clip_{n:04}" for n in range(count)]
     for name in names:

@@ -1,15 +1,15 @@
-"""How fast a training sample's arrays are read from shards, beside other formats, all measured in turns in one run.
+"""How fast the arrays of a training sample are read from shards, compared with other formats.
 
-The same bytes in every format: videos at the paper's sizes, 11.4 MB each in fp16, of random numbers. One process, one
+Every format holds the same bytes: random numbers, videos at the paper's sizes, 11.4 MB each in fp16. One process, one
 thread, everything in the page cache; each array is copied into a buffer, as into a batch. Each round takes the formats
-in another order, for what ran before is felt. A format whose library is not installed is left out. The ratios tell; the
-rates depend on the machine and on what else it does.
+in a different order, because a format's speed depends on what ran before it. A format is left out if its library is not
+installed. Compare the ratios: the rates depend on the machine and its load.
 """
 
 import json
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from samlove.bench.timing import in_turns, timed
 from stores import ShardReader, ShardWriter
 
 SHAPES = {
@@ -28,11 +29,11 @@ SHAPES = {
     "sam2_high_res_0": (32, 256, 256),
     "sam2_high_res_1": (64, 128, 128),
 }
-BYTES = 2 * sum(int(np.prod(shape)) for shape in SHAPES.values())  # of one video
+BYTES = 2 * sum(int(np.prod(shape)) for shape in SHAPES.values())  # per video
 VIDEOS, ROUNDS = 24, 15
 
 Sample = Mapping[str, np.ndarray]
-Pass = Callable[[], Iterable[Mapping[str, Any]]]  # reads all videos once: {name: array} each
+Pass = Callable[[], Iterable[Mapping[str, Any]]]  # reads all videos once; {name: array} per video
 
 
 def shards(samples: Sequence[Sample], root: Path) -> Pass:
@@ -51,7 +52,7 @@ def shards(samples: Sequence[Sample], root: Path) -> Pass:
 
 
 def plain_read(samples: Sequence[Sample], root: Path) -> Pass:
-    """One file a video, its arrays one after another, taken in by one read()."""
+    """One file per video, its arrays one after the other, read by one read()."""
     for i, sample in enumerate(samples):
         (root / str(i)).write_bytes(b"".join(array.tobytes() for array in sample.values()))
     return lambda: ({"all": np.frombuffer((root / str(i)).read_bytes(), np.float16)} for i in range(len(samples)))
@@ -85,7 +86,7 @@ def litdata(samples: Sequence[Sample], root: Path) -> Pass:
 
 
 def safetensors(samples: Sequence[Sample], root: Path) -> Pass:
-    """One file a video."""
+    """One file per video."""
     from safetensors import safe_open
     from safetensors.numpy import save_file
 
@@ -101,7 +102,7 @@ def safetensors(samples: Sequence[Sample], root: Path) -> Pass:
 
 
 def zarr(samples: Sequence[Sample], root: Path) -> Pass:
-    """One array a feature, uncompressed, a video a chunk, eight a shard."""
+    """One array per feature, uncompressed; one video per chunk, eight per shard."""
     import zarr
 
     group = zarr.create_group(root)
@@ -123,29 +124,27 @@ FORMATS = (shards, plain_read, webdataset, litdata, safetensors, zarr)
 
 
 def make_samples(videos: int) -> list[Sample]:
-    """Videos of random numbers, no two arrays alike."""
+    """Videos of random numbers; all arrays are different."""
     random = np.random.default_rng(0)
     numbers = {name: random.standard_normal(shape, np.float32).astype(np.float16) for name, shape in SHAPES.items()}
     return [{name: array + np.float16(i) for name, array in numbers.items()} for i in range(videos)]
 
 
-def seconds(read: Pass, buffer: torch.Tensor) -> float:
-    """Of one pass in which every array is copied to the start of `buffer`."""
-    start = time.perf_counter()
+def copy_all(read: Pass, buffer: torch.Tensor) -> None:
+    """One pass that copies every array to the start of `buffer`."""
     for sample in read():
         for value in sample.values():
             values = torch.as_tensor(value).reshape(-1)
             buffer[: len(values)].copy_(values)
-    return time.perf_counter() - start
 
 
 def run(videos: int = VIDEOS, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Time every format in turns, on one thread; prints a table, then the result as one JSON object, and returns it.
+    """Time every format on one thread. Prints a table, then the result as one JSON object, and returns the result.
 
-    GB/s of each (median of the rounds), and the ratios of shards to each other format, by name.
+    By format: GB/s (median of the rounds), and the ratio of shards to the format.
     """
     samples, threads = make_samples(videos), torch.get_num_threads()
-    passes: dict[str, Pass] = {}
+    passes: dict[str, Callable[[], None]] = {}
     buffer = torch.empty(BYTES // 2, dtype=torch.float16)
     torch.set_num_threads(1)
     try:
@@ -155,17 +154,15 @@ def run(videos: int = VIDEOS, rounds: int = ROUNDS) -> dict[str, Any]:
                 root = Path(top) / make.__name__
                 root.mkdir()
                 try:
-                    passes[make.__name__] = make(samples, root)
+                    passes[make.__name__] = partial(copy_all, make(samples, root), buffer)
                 except ImportError as error:
                     print(f"{make.__name__}: left out, not installed ({error})")
-            times: dict[str, list[float]] = {name: [] for name in passes}
-            turns = Random(0)
-            for _ in range(rounds + 1):  # in turns, so that a change of the machine's load meets all alike
-                for name in turns.sample(list(passes), len(passes)):
-                    times[name].append(seconds(passes[name], buffer))
+            ways = {name: partial(timed, work) for name, work in passes.items()}
+            times = in_turns(ways, rounds + 1, shuffle=Random(0))
     finally:
         torch.set_num_threads(threads)
-    rates = {name: videos * BYTES / median(of[1:]) / 1e9 for name, of in times.items()}  # the first round warms up
+    seconds = {name: median(one.wall for one in spent[1:]) for name, spent in times.items()}  # round 0 is the warm-up
+    rates = {name: videos * BYTES / one / 1e9 for name, one in seconds.items()}
     ratios = {name: round(rates["shards"] / rate, 2) for name, rate in rates.items() if name != "shards"}
     result = {
         "bench": "loader",

@@ -1,16 +1,16 @@
-"""How much faster the histogram is than a plain loop over the 255 thresholds of F, measured in one run.
+"""How much faster the histogram is than a plain loop over the 255 thresholds of F.
 
-The loop is the benchmark's way of computing (float32, one pass a threshold), written out plainly; the tests hold
-the metrics against it.
+The loop computes as the code of Ref-AVS Bench does (float32, one pass per threshold), written out plainly; the tests
+compare the metrics with it.
 """
 
 import json
-import time
-from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
 
+from samlove.bench.timing import in_turns, timed
 from samlove.scoring.metrics import BETA_SQUARED, f_score
 
 FRAMES, SIZE = 10, 256  # one expression of Ref-AVS
@@ -18,7 +18,7 @@ ROUNDS = 5
 
 
 def loop_f_score(logits: torch.Tensor, target: torch.Tensor) -> float:
-    """F of logits (T, H, W) against targets (T, H, W) bool by 255 passes; NaN where no frame has a target."""
+    """F of logits (T, H, W) against targets (T, H, W) bool in 255 passes; NaN if no frame has a target."""
     seen = target.flatten(1).any(1)
     probabilities, truth = logits[seen].float().sigmoid(), target[seen].float()
     if not len(truth):
@@ -51,34 +51,27 @@ def loop_null_score(logits: torch.Tensor) -> float:
     return (foreground.sum() / foreground.numel()).sqrt().item()
 
 
-def _seconds(score: Callable[[torch.Tensor, torch.Tensor], float], *masks: torch.Tensor) -> float:
-    start = time.perf_counter()
-    score(*masks)
-    return time.perf_counter() - start
-
-
 def run() -> dict:
-    """Times F of one expression at Ref-AVS's size both ways, in turns; prints the result, last line one JSON object.
+    """Time F of one expression at Ref-AVS's size both ways. Prints the result, the last line as one JSON object.
 
-    Returns it: milliseconds of each (median of the rounds), their ratio, and the difference of the two scores.
+    Returns the result: milliseconds of both (median of the rounds), their ratio, and the difference of the two scores.
     """
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(FRAMES, SIZE, SIZE, generator=generator) * 4
     target = logits + torch.randn(FRAMES, SIZE, SIZE, generator=generator) * 4 > 3
     difference = abs(f_score(logits, target) - loop_f_score(logits, target))  # also the warm-up
-    histogram, loop = [], []
-    for _ in range(ROUNDS):
-        histogram.append(_seconds(f_score, logits, target))
-        loop.append(_seconds(loop_f_score, logits, target))
+    scores = {"histogram": f_score, "loop": loop_f_score}
+    times = in_turns({name: partial(timed, partial(score, logits, target)) for name, score in scores.items()}, ROUNDS)
+    histogram, loop = (median(spent.wall for spent in times[name]) for name in scores)
     result = {
         "bench": "metrics",
         "frames": FRAMES,
         "size": SIZE,
         "rounds": ROUNDS,
         "threads": torch.get_num_threads(),
-        "histogram_ms": round(median(histogram) * 1e3, 2),
-        "loop_ms": round(median(loop) * 1e3, 2),
-        "ratio": round(median(loop) / median(histogram), 1),
+        "histogram_ms": round(histogram * 1e3, 2),
+        "loop_ms": round(loop * 1e3, 2),
+        "ratio": round(loop / histogram, 1),
         "difference": difference,
     }
     print(f"F of one expression, {FRAMES} frames of {SIZE}x{SIZE}, {result['threads']} thread(s), median of {ROUNDS}:")

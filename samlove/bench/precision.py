@@ -1,12 +1,12 @@
-"""What each way of keeping SAM2's embeddings costs and changes: bytes, reading, mask logits, J&F.
+"""How the stored precision of SAM 2's embeddings affects bytes, read speed, mask logits and J&F.
 
-Generated clips through the micro profile's SAM2; the light SAM2 follows every thing from its true mask on frame 0. The
-embeddings come from a store of each precision, the reference from float32.
+Encodes generated videos with the micro profile's SAM 2. Then the light SAM 2 tracks every object from its ground-truth
+mask in frame 0, with embeddings from one store per precision; float32 is the reference.
 """
 
 import json
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import get_args
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from sam2.modeling.sam2_base import NO_OBJ_SCORE
 from torch import Tensor
 
+from samlove.bench.timing import in_turns, timed
 from samlove.config import Sam2Config, Sam2Dtype
 from samlove.features.encoders.sam2_image import Sam2ImageEncoder
 from samlove.micro.clips import Clip, draw_clip
@@ -27,17 +28,18 @@ from stores.chunks import Compression
 
 MICRO = {"config": "samlove/micro/sam2_micro.yaml", "checkpoint": "weights/micro/sam2/sam2.safetensors"}
 CLIPS, SEED, ROUNDS = 12, 7, 5
-SHARD = 16  # clips, as the stage sam2@eval
+SHARD = 16  # videos, as in the stage sam2
 REFERENCE: Sam2Dtype = "float32"
 COMPRESSIONS: tuple[Compression, ...] = ("none", "zstd")
 
 
 def run(clips: int = CLIPS) -> dict:
-    """Prints a table, and the same as one JSON object on the last line; returns it.
+    """Print a table, then the result as one JSON object on the last line. Returns the result.
 
-    By dtype, for none and zstd: bytes a frame on disk, frames/s of reading whole clips from a warm cache into floats
-    (median of the rounds, in turns). Mask logits against those of float32 where both find the object: largest and mean
-    difference; share of all pixels that change sides of 0; J&F against the true masks, in percent.
+    By dtype, for compression none and zstd: bytes per frame on disk, and frames/s of reading whole videos from a warm
+    page cache into floats (median of the rounds). Mask logits compared with float32's: largest and mean difference over
+    the frames in which both find the object, and the fraction of all pixels that change sign. J&F against the
+    ground-truth masks, in percent.
     """
     rng = np.random.default_rng(SEED)
     drawn = [draw_clip(rng) for _ in range(clips)]
@@ -49,15 +51,10 @@ def run(clips: int = CLIPS) -> dict:
             for compression in COMPRESSIONS
         }
         frames = clips * len(drawn[0].frames)
-        rates: dict[tuple, list[float]] = {kind: [] for kind in stores}
-        for _ in range(ROUNDS):
-            for kind, store in stores.items():
-                began = time.perf_counter()
-                for key in store.keys():
-                    store.read(key)
-                rates[kind].append(frames / (time.perf_counter() - began))
+        times = in_turns({kind: partial(timed, partial(_read_all, store)) for kind, store in stores.items()}, ROUNDS)
+        seconds = {kind: median(one.wall for one in spent) for kind, spent in times.items()}
         model = LightSam2.load(MICRO["config"], MICRO["checkpoint"])
-        masks = {dtype: _follow(model, stores[dtype, "none"], drawn) for dtype in dtypes}
+        masks = {dtype: _track(model, stores[dtype, "none"], drawn) for dtype in dtypes}
         found = {
             dtype: {
                 **{
@@ -65,7 +62,7 @@ def run(clips: int = CLIPS) -> dict:
                     for compression in COMPRESSIONS
                     for what, value in (
                         ("bytes_a_frame", round(_data_bytes(stores[dtype, compression]) / frames)),
-                        ("frames_per_s", round(median(rates[dtype, compression]))),
+                        ("frames_per_s", round(frames / seconds[dtype, compression])),
                     )
                 },
                 **_effect(masks[dtype], masks[REFERENCE], drawn),
@@ -103,21 +100,26 @@ def _write(folder: Path, clips: list[Clip], dtype: Sam2Dtype, compression: Compr
     return FeatureStore.open(root / "store")
 
 
+def _read_all(store: FeatureStore) -> None:
+    for key in store.keys():
+        store.read(key)
+
+
 def _data_bytes(store: FeatureStore) -> int:
-    """Of the arrays' files: with few items the rest, a few kB a shard, would weigh more than it does."""
+    """Size of the arrays' files only: the other files, a few kB per shard, would count too much with few items."""
     return sum(p.stat().st_size for p in Path(str(store.path)).rglob("c/**/*") if p.is_file())
 
 
-def _follow(model: LightSam2, store: FeatureStore, clips: list[Clip]) -> list[Tensor]:
-    """Mask logits (K, T, h, w) of the K things of each clip that are seen on frame 0."""
+def _track(model: LightSam2, store: FeatureStore, clips: list[Clip]) -> list[Tensor]:
+    """Per video, mask logits (K, T, h, w) of the K objects that are visible in frame 0."""
     logits = []
     for key, clip in enumerate(clips):
         embeds = {name: torch.from_numpy(array) for name, array in store.read(str(key)).items()}
-        logits.append(model.track(embeds, masks=torch.from_numpy(_seen(clip)[:, 0])))
+        logits.append(model.track(embeds, masks=torch.from_numpy(_visible(clip)[:, 0])))
     return logits
 
 
-def _seen(clip: Clip) -> np.ndarray:
+def _visible(clip: Clip) -> np.ndarray:
     return clip.masks[clip.masks[:, 0].any((1, 2))]  # (K, T, S, S)
 
 
@@ -128,7 +130,7 @@ def _effect(logits: list[Tensor], reference: list[Tensor], clips: list[Clip]) ->
     scores = []
     for part, clip in zip(logits, clips, strict=True):
         size = clip.masks.shape[-2:]
-        for mask, truth in zip(F.interpolate(part, size=size, mode="bilinear"), _seen(clip), strict=True):
+        for mask, truth in zip(F.interpolate(part, size=size, mode="bilinear"), _visible(clip), strict=True):
             target = torch.from_numpy(truth)
             scores.append((jaccard(mask, target) + f_score(mask, target)) / 2)
     return {

@@ -1,4 +1,4 @@
-"""What the benches that take --profile share: its choices with weights of their own, and the name of the device."""
+"""What the benchmarks with --profile share: reading the profile's settings, and naming the device."""
 
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,16 @@ PROFILES = ("micro", "refavs")
 
 
 def check_profile(profile: str) -> None:
-    """Raise RequestError where there is no such profile here."""
+    """Raise RequestError if this profile does not exist."""
     if profile not in PROFILES or not Path("configs", profile).is_dir():
-        raise RequestError(f"--profile {profile}: expected one of {', '.join(PROFILES)}, in the repository's root")
+        raise RequestError(f"--profile {profile}: expected one of {', '.join(PROFILES)}; run in the repository's root")
 
 
 def section(profile: str, name: str, kind: type[S], **changes: Any) -> S:
-    """One section of a profile that need not be the active one, some of its values changed."""
+    """One section of a profile, which need not be the active one, with some values changed."""
     return kind(**{**yaml.safe_load(Path("configs", profile, f"{name}.yaml").read_text()), **changes})
 
 
 def device_name(device: torch.device) -> str:
-    """As the driver names a GPU, else cpu."""
+    """The driver's name of a GPU, or cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,7 +1,8 @@
-"""How fast training steps are, and what of that the loader costs: steps with their reading against one batch reused.
+"""How fast training steps are, and how much of that time the loader costs.
 
-Shards of random numbers in the shapes of a profile, its architectures with random weights: nothing is fetched, and
-neither speed depends on the values. Steps are the trainer's own, each with its `accumulate` batches.
+Compares steps that read their batches with steps that reuse one batch. The shards hold random numbers in a profile's
+shapes, and its architectures have random weights: speed does not depend on the values, and nothing is downloaded. The
+steps are the trainer's own, with `accumulate` batches each.
 """
 
 import json
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from samlove.bench.profile import check_profile, device_name, section
+from samlove.bench.timing import in_turns
 from samlove.config import DatasetConfig, FusionConfig, Resident, Sam2Config, TextConfig, TrainConfig, VisualConfig
 from samlove.data.loader import FEATURES, ExpressionDataset, PoolSampler, collate, make_resident
 from samlove.data.sizes import VGGISH_CHANNELS, sam2_shape, text_width, vit_shape
@@ -29,16 +31,15 @@ from samlove.train import Batch, Samples, Trainer
 from stores import ShardWriter
 from stores.fingerprint import sha256_file
 
-EXPRESSIONS = 5  # of a video, as Ref-AVS has them
-WARM_UP = 3  # steps before the clock starts: workers, memory, the choice of kernels
+EXPRESSIONS = 5  # per video, as in Ref-AVS
+WARM_UP = 3  # steps before the clock starts: they start workers, allocate memory and select kernels
 
 
 def run(profile: str, videos: int = 32, steps: int = 20, rounds: int = 3) -> dict[str, Any]:
-    """Time `steps` steps from every residency there is room for, and from one batch; prints and returns the result.
+    """Time `steps` steps with every possible residency, and with one batch reused. Prints and returns the result.
 
-    expressions_per_s is of the median round. over_reused: the time of a step over that with one batch reused on the
-    device, so that what exceeds 1 is the loader's. The ways take turns.
-    Raises RequestError where there is no such profile.
+    expressions_per_s: of the median round. over_reused: the time of a step divided by that of a step with one batch
+    reused on the device; the excess over 1 is the loader's cost. Raises RequestError if there is no such profile.
     """
     check_profile(profile)
     device = default_device()
@@ -53,11 +54,8 @@ def run(profile: str, videos: int = 32, steps: int = 20, rounds: int = 3) -> dic
             trainer = _trainer(profile, dataset, device, root, on_gpu=place == "gpu")
             passes.setdefault("reused", partial(_reused, trainer, steps))
             passes[place] = partial(_read, trainer, steps)
-        times: dict[str, list[float]] = {name: [] for name in passes}
-        for _ in range(rounds):
-            for name, seconds in passes.items():
-                times[name].append(seconds())
-    spent, config = {name: median(of) for name, of in times.items()}, trainer.config
+        times = in_turns(passes, rounds)
+    spent, config = {name: median(seconds) for name, seconds in times.items()}, trainer.config
     size = config.batch_size * config.accumulate
     result = {
         "bench": "train",
@@ -68,17 +66,19 @@ def run(profile: str, videos: int = 32, steps: int = 20, rounds: int = 3) -> dic
         "workers": config.workers,
         "steps": steps,
         "rounds": rounds,
-        "expressions_per_s": {name: round(steps * size / of, 2) for name, of in spent.items()},
-        "over_reused": {name: round(of / spent["reused"], 3) for name, of in spent.items() if name != "reused"},
+        "expressions_per_s": {name: round(steps * size / seconds, 2) for name, seconds in spent.items()},
+        "over_reused": {
+            name: round(seconds / spent["reused"], 3) for name, seconds in spent.items() if name != "reused"
+        },
     }
-    for name, of in spent.items():
-        print(f"{name:8}{1e3 * of / steps:10.1f} ms a step{steps * size / of:10.1f} expressions/s")
+    for name, seconds in spent.items():
+        print(f"{name:8}{1e3 * seconds / steps:10.1f} ms per step{steps * size / seconds:10.1f} expressions/s")
     print(json.dumps(result))
     return result
 
 
 def _read(trainer: Trainer, steps: int) -> float:
-    """Seconds of `steps` steps on batches as the loader makes them."""
+    """Seconds for `steps` steps on batches from the loader."""
     accumulate, size = trainer.config.accumulate, trainer.config.batch_size * trainer.config.accumulate
     wanted = (WARM_UP + steps) * size
     epochs = -(-wanted // len(trainer.samples.train))
@@ -88,15 +88,18 @@ def _read(trainer: Trainer, steps: int) -> float:
 
 
 def _reused(trainer: Trainer, steps: int) -> float:
-    """Seconds of `steps` steps on one batch that is on the device already."""
+    """Seconds for `steps` steps on one batch that is already on the device."""
     size = trainer.config.batch_size
     (batch,) = trainer._loader(trainer.samples.train, list(trainer.samples.order(0))[:size])
-    batch = {**trainer._on_device(batch), "text_mask": batch["text_mask"]}  # the mask as `ExpressionDataset.to` has it
+    batch = {
+        **trainer._on_device(batch),
+        "text_mask": batch["text_mask"],
+    }  # text_mask stays on the CPU, as in `ExpressionDataset.to`
     return _seconds(trainer, lambda: [batch] * trainer.config.accumulate, steps)
 
 
 def _seconds(trainer: Trainer, batches: Callable[[], list[Batch]], steps: int) -> float:
-    """Each step waits for its losses, so that the clock starts and stops at the same place in a GPU's work."""
+    """Every step waits for its losses, so the clock starts and stops at the same point of a step, also on a GPU."""
     ended = []
     for _ in range(WARM_UP + steps):
         trainer._step(batches(), trainer.config.batch_size * trainer.config.accumulate)
@@ -105,7 +108,7 @@ def _seconds(trainer: Trainer, batches: Callable[[], list[Batch]], steps: int) -
 
 
 def _write_shards(root: Path, profile: str, videos: int) -> None:
-    """Videos of random numbers, no two alike, each with EXPRESSIONS expressions of two objects."""
+    """Write videos of random numbers, all different, each with EXPRESSIONS expressions for two objects."""
     dataset = section(profile, "dataset", DatasetConfig, root="")
     text, sam2 = section(profile, "text", TextConfig), section(profile, "sam2", Sam2Config)
     tokens, width = vit_shape(section(profile, "visual", VisualConfig))
@@ -127,7 +130,7 @@ def _write_shards(root: Path, profile: str, videos: int) -> None:
         for video in range(videos):
             sample: dict[str, Any] = {name: array + np.float16(video / videos) for name, array in numbers.items()}
             sample["audio_valid"] = np.ones(dataset.frames, bool)
-            sample["text_mask"] = np.arange(text.max_tokens) < 6 + np.arange(EXPRESSIONS)[:, None]  # tokens of a text
+            sample["text_mask"] = np.arange(text.max_tokens) < 6 + np.arange(EXPRESSIONS)[:, None]  # tokens per text
             sample["masks"] = masks
             sample["rows"] = [{"row_id": f"{video}.{i}", "text": i, "mask": i % 2} for i in range(EXPRESSIONS)]
             writer.write(str(video), sample)

@@ -1,4 +1,4 @@
-"""The `samlove` command. Exit status: 0 done, 1 the work failed, 2 the request was wrong; an error is one line.
+"""The `samlove` command. Exit status: 0 success, 1 failure or a failed check, 2 invalid request. Errors are one line.
 
 Each command imports what it needs itself, so that `samlove --help` does not wait for torch.
 """
@@ -10,24 +10,41 @@ from typing import Annotated, cast
 
 import typer
 
+from samlove.cli.help import GroupedHelp, examples
 from samlove.cli.store import store
 from samlove.config import DatasetConfig, load
 from samlove.errors import RequestError, one_line_errors
 
 UsageError = cast(type[Exception], typer.BadParameter.__base__)  # click's or, in newer versions, typer's copy of it
 PROFILE = Path("configs/profile.yaml")
+BEFORE, AFTER, TOOLS = "Before a run", "After a run", "Generated data and benchmarks"  # groups of commands
+PIPELINE = """\b
+Run the pipeline with DVC:
+  dvc repro                      Run every stage that is not up to date.
+  dvc exp run -S FILE:KEY=VALUE  Run them with a changed setting.
+  dvc exp show                   Compare such runs.
+
+\b
+samlove COMMAND --help describes a command and gives examples.
+Exit status: 0 success, 1 failure or a failed check, 2 invalid request.
+"""
 
 app = typer.Typer(
-    help="SAM2-LOVE: referring audio-visual segmentation over a precomputed embedding store.",
-    epilog="The pipeline itself is run with dvc: dvc repro, dvc exp run, dvc metrics show.",
+    cls=GroupedHelp,
+    help="SAM2-LOVE on precomputed features: segment the object that an expression refers to in a video with sound.",
+    epilog=PIPELINE,
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure; the last line printed is one JSON object.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
-app.add_typer(store, name="store")
+bench = typer.Typer(
+    cls=GroupedHelp,
+    help="Measure speed and size on this machine.\n\nThe last line of output is one JSON object.",
+    no_args_is_help=True,
+)
+app.add_typer(store, name="store", cls=GroupedHelp, rich_help_panel=AFTER)
+app.add_typer(bench, name="bench", rich_help_panel=TOOLS)
 
 
 class Scale(StrEnum):
@@ -36,28 +53,55 @@ class Scale(StrEnum):
     large = "large"
 
 
-@app.command()
-def synth(
-    out: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")],
-    scale: Annotated[Scale, typer.Option(help="How many clips, and how big.")] = Scale.demo,
+# --- before a run ----------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=BEFORE, epilog=examples("samlove doctor"))
+def doctor() -> None:
+    """Check what the active profile needs, and say how to get it.
+
+    Checks dataset, weights, disk and GPU memory. Exits with status 1 if anything is missing.
+    """
+    from samlove.cli.doctor import examine, render
+    from samlove.data.sizes import read_choices
+
+    findings = examine(read_choices())
+    print(render(findings))
+    if any(finding.missing for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=BEFORE, epilog=examples("samlove plan", "samlove plan --no-calibrate"))
+def plan(
+    calibrate: Annotated[bool, typer.Option(help="Time the encoders on a few items of the dataset.")] = True,
 ) -> None:
-    """Write LAVS-synth, the generated benchmark, in the Ref-AVS layout."""
-    from samlove.synth.write import write_dataset
+    """Estimate items, files, disk space and time of a run.
 
-    write_dataset(out, seed, scale.value)
-    print(f"{out}: written")
+    Can be run before any stage: it uses the configuration and the index or, if there is none yet, metadata.csv.
+    The time covers the feature stages. Exits with status 1 if the disk has too little space.
+    """
+    from samlove.cli.plan import run
+
+    if not run(calibrate):
+        raise typer.Exit(1)
 
 
-@app.command()
+@app.command(
+    rich_help_panel=BEFORE,
+    epilog=examples("samlove audit data/dataset/refavs", "samlove audit --no-media data/dataset/refavs"),
+)
 def audit(
-    folder: Annotated[Path, typer.Argument(help="A Ref-AVS folder: metadata.csv, media/, gt_mask/.")],
-    media: Annotated[bool, typer.Option(help="Open every frame, wav and mask, or read metadata.csv alone.")] = True,
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A dataset in the Ref-AVS layout: metadata.csv, media/, gt_mask/.")
+    ],
+    media: Annotated[
+        bool, typer.Option(help="Also decode frames, audio and masks; --no-media checks the tables only.")
+    ] = True,
 ) -> None:
-    """Say what is in a Ref-AVS folder, and what is wrong with it.
+    """Count what a Ref-AVS dataset contains, and list its faults.
 
-    Exit status 1 where a fault must not pass: which may is the active profile's `policy` in
-    configs/<profile>/dataset.yaml or, where there is no configs folder, the defaults.
+    Exits with status 1 if a fault has policy `fail`. Policies come from the active profile's
+    configs/<profile>/dataset.yaml or, without a configs folder, the defaults.
     """
     from samlove.data.index import audit_folder
 
@@ -68,81 +112,109 @@ def audit(
         raise typer.Exit(1)
 
 
-@app.command()
-def doctor() -> None:
-    """Say what the active profile still lacks on this machine.
-
-    Data set, weights, disk, GPU memory, each with how to get it; exit status 1 where one is lacking.
-    """
-    from samlove.cli.doctor import examine, render
-    from samlove.data.sizes import read_choices
-
-    findings = examine(read_choices())
-    print(render(findings))
-    if any(finding.lacking for finding in findings):
-        raise typer.Exit(1)
+# --- after a run -----------------------------------------------------------------------------------------------------
 
 
-@app.command()
-def plan(
-    calibrate: Annotated[bool, typer.Option(help="Time the encoders on a few items of the dataset.")] = True,
+@app.command(rich_help_panel=AFTER, epilog=examples("samlove results"))
+def results() -> None:
+    """Print the result table of the last run, and the path of its report."""
+    from samlove.cli.results import render_results
+
+    print(render_results())
+
+
+@app.command(
+    rich_help_panel=AFTER,
+    epilog=examples("samlove picture picture.png", "samlove picture heart.jpg --row ID_0_10000_heart_3"),
+)
+def picture(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A .png or .jpg file; replaced if it exists.")],
+    row: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROW_ID",
+            help="The expression to draw, by its row_id in data/<profile>/evaluation/rows.parquet. "
+            "Default: the best scored seen expression that needs sound.",
+        ),
+    ] = None,
 ) -> None:
-    """Say how many items, files and GiB the active profile will make, and how long its features take here.
+    """Draw a video of the last run: frames, masks and loudness.
 
-    Computed from the configuration and the index or, before there is one, metadata.csv; before anything has run.
-    Exit status 1 where the disk has too little room for it.
+    Shows one expression, the predicted mask, the outline of the ground-truth mask and the J and F of the expression.
     """
-    from samlove.cli.plan import run
+    from samlove.cli.results import write_picture
 
-    if not run(calibrate):
-        raise typer.Exit(1)
+    print(write_picture(out, row))
 
 
-@bench.command("metrics")
+# --- generated data and benchmarks -----------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=TOOLS, epilog=examples("samlove synth --out lavs --seed 0 --scale small"))
+def synth(
+    out: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")],
+    scale: Annotated[Scale, typer.Option(help="Number and size of the videos.")] = Scale.demo,
+) -> None:
+    """Write the generated dataset LAVS-synth, in the Ref-AVS layout."""
+    from samlove.synth.write import write_dataset
+
+    write_dataset(out, seed, scale.value)
+    print(f"{out}: written")
+
+
+@bench.command("metrics", epilog=examples("samlove bench metrics"))
 def bench_metrics() -> None:
-    """F from one histogram against the plain loop over its 255 thresholds."""
+    """Compute F from one histogram, and compare with a loop over its 255 thresholds."""
     from samlove.bench.metrics import run
 
     run()
 
 
-@bench.command("loader")
+@bench.command("loader", epilog=examples("samlove bench loader"))
 def bench_loader() -> None:
-    """Shards as the trainer reads them against other formats and a plain read."""
+    """Read training shards as the trainer does, and compare with other formats and a plain read."""
     from samlove.bench.loader import run
 
     run()
 
 
-@bench.command("precision")
+@bench.command("precision", epilog=examples("samlove bench precision"))
 def bench_precision() -> None:
-    """Bytes, reading and effect on the masks of each precision of SAM2's embeddings (micro profile's SAM2)."""
+    """Store SAM 2's embeddings in each precision, and compare size, read speed and effect on masks.
+
+    Uses the micro profile's SAM 2.
+    """
     from samlove.bench.precision import run
 
     run()
 
 
-@bench.command("extract")
+@bench.command("extract", epilog=examples("samlove bench extract", "samlove bench extract --items 256 --workers 2"))
 def bench_extract(
-    profile: Annotated[str, typer.Option(help="Whose architectures, configs/PROFILE; weights are random.")] = "micro",
-    items: Annotated[int, typer.Option(min=1, help="Clips for ViT, frames for SAM 2.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Times that each way is timed.")] = 5,
-    workers: Annotated[int, typer.Option(min=1, help="Compare so many local workers with one.")] = 1,
+    profile: Annotated[
+        str, typer.Option(help="Profile (configs/PROFILE) that sets the architectures; weights are random.")
+    ] = "micro",
+    items: Annotated[int, typer.Option(min=1, help="Videos for ViT, frames for SAM 2.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of times to time each variant.")] = 5,
+    workers: Annotated[int, typer.Option(min=1, help="Number of local workers to compare with one.")] = 1,
 ) -> None:
-    """A feature stage, reading and writing included, against its encoder alone."""
+    """Run a feature stage, reading and writing included, and compare with its encoder alone."""
     from samlove.bench.extract import run
 
     run(profile, items, rounds, workers)
 
 
-@bench.command("train")
+@bench.command("train", epilog=examples("samlove bench train", "samlove bench train --profile refavs --steps 8"))
 def bench_train(
-    profile: Annotated[str, typer.Option(help="Whose sizes and setting, configs/PROFILE; random weights.")] = "micro",
-    videos: Annotated[int, typer.Option(min=4, help="Videos of the made-up shards.")] = 32,
-    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed each round.")] = 20,
-    rounds: Annotated[int, typer.Option(min=1, help="Times that each way is timed.")] = 3,
+    profile: Annotated[
+        str, typer.Option(help="Profile (configs/PROFILE) that sets sizes and settings; weights are random.")
+    ] = "micro",
+    videos: Annotated[int, typer.Option(min=4, help="Number of videos in the generated training shards.")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="Number of timed steps per round.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of times to time each variant.")] = 3,
 ) -> None:
-    """Training steps with their reading, from every residency, against steps on one batch."""
+    """Train from shards on disk, in memory and on the GPU, and compare with steps on one batch."""
     from samlove.bench.train import run
 
     run(profile, videos, steps, rounds)
@@ -154,7 +226,7 @@ def main() -> None:
         status = app(standalone_mode=False)
     except UsageError as error:
         message = error.format_message()  # type: ignore[attr-defined]
-        if "Usage:" in message:  # a command group called with nothing after it
+        if "Usage:" in message:  # a command group called without a command
             print(message)
             sys.exit(2)
         raise RequestError(" ".join(message.split())) from None

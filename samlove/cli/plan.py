@@ -1,4 +1,4 @@
-"""`samlove plan`: what the active profile will make and how long its features take, before anything runs."""
+"""`samlove plan`: what the active profile will produce and how long its features take, before anything runs."""
 
 import os
 import time
@@ -11,6 +11,7 @@ import pandas as pd
 from pipelines import audio, sam2, text, visual
 from samlove.config import CONTROLLED_SPLITS, active_profile
 from samlove.data.dataset import RefAvsFolder
+from samlove.data.layout import layout
 from samlove.data.sizes import (
     Choices,
     Counts,
@@ -42,28 +43,28 @@ SAMPLE = 64  # items at most that one calibration takes
 
 
 def run(calibrate: bool) -> bool:
-    """Print the plan of the active profile; False where the disk has too little room for it."""
-    choices = read_choices()
-    counts, source = count(choices)
+    """Print the plan of the active profile. Returns whether the disk has enough free space for it."""
+    choices, paths = read_choices(), layout()
+    counts, source = count(choices, paths)
     made = planned(choices, counts)
-    print(f"profile {active_profile()}; counted from: {source}\n")
+    print(f"profile {active_profile()}, below {paths.root}/; counted from: {source}\n")
     times = measured(choices, made) if calibrate else {}
     print(render(made, {entry.path: _files(entry, choices, counts) for entry in made}, times))
-    free, there = free_bytes(), bytes_there()
+    free, there = free_bytes(paths), bytes_there(paths)
     needed = sum(sum(entry.bytes.values()) for entry in made)
     missing = needed - there - free
-    print(f"\ndisk: {_gib(needed)} GiB in all, {_gib(there)} GiB of it there, {_gib(free)} GiB free")
+    print(f"\ndisk: {_gib(needed)} GiB in total, {_gib(there)} GiB of it present, {_gib(free)} GiB free")
     if missing > 0:
         print(
-            f"LACKING {_gib(missing)} GiB: make room, or clone onto a bigger disk (data/ and .dvc/cache must share it)"
+            f"MISSING {_gib(missing)} GiB: free some, or clone onto a larger disk (data/ and .dvc/cache must share it)"
         )
     return missing <= 0
 
 
 def _files(entry: Planned, choices: Choices, counts: Counts) -> int:
     kind, name = entry.path.split("/")
-    if kind == "features":  # manifest, failures; a shard's zarr.json and, of an array, it and the data
-        arrays = ARRAYS[name] * (2 if name.startswith("sam2") and choices.sam2.dtype == "int8" else 1)  # its scales
+    if kind == "features":  # manifest, failure log; per shard one zarr.json, and per array zarr.json and data
+        arrays = ARRAYS[name] * (2 if name.startswith("sam2") and choices.sam2.dtype == "int8" else 1)  # and scales
         return 2 + -(-sum(entry.items.values()) // PER_SHARD[name]) * (1 + 2 * arrays)
     if kind == "shards":  # manifest, index
         return 2 + -(-counts[name].folders // choices.pack.videos_per_shard)
@@ -71,7 +72,7 @@ def _files(entry: Planned, choices: Choices, counts: Counts) -> int:
 
 
 def render(made: list[Planned], files: dict[str, int], times: dict[str, float | str]) -> str:
-    """The table. times: seconds of a store, or why they are not known."""
+    """The table. times: seconds per store, or why they are unknown."""
     lines = [f"{'':24}{'items':>10}{'files':>8}{'GiB':>10}  time"]
     for entry in made:
         name = entry.path.removeprefix("features/")
@@ -88,7 +89,7 @@ def render(made: list[Planned], files: dict[str, int], times: dict[str, float | 
     known = [spent for spent in times.values() if isinstance(spent, float)]
     size = sum(sum(entry.bytes.values()) for entry in made)
     total = str(timedelta(seconds=round(sum(known)))) if known else ""
-    lines.append(f"{'all':34}{sum(files.values()):>8,}{_gib(size):>10}  {total}")
+    lines.append(f"{'total':34}{sum(files.values()):>8,}{_gib(size):>10}  {total}")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -101,7 +102,7 @@ def _gib(size: int) -> str:
 
 
 def measured(choices: Choices, made: list[Planned]) -> dict[str, float | str]:
-    """Seconds that each feature store takes here, from a few items of the dataset; why not, where they are unknown."""
+    """Seconds per feature store, estimated here from a few items of the dataset, or why they are unknown."""
     device, folder, frames = default_device(), RefAvsFolder(choices.dataset.root), choices.dataset.frames
     media_ids = sorted(p.name for p in (folder.root / "media").glob("*") if p.is_dir())[:SAMPLE]
     texts = _sample_texts(folder)
@@ -135,22 +136,23 @@ def measured(choices: Choices, made: list[Planned]) -> dict[str, float | str]:
     for name, (make, sources, batch) in makers.items():
         try:
             each: float | str = seconds_an_item(make(), sources, batch) if sources else "unknown: no dataset here yet"
-        except SamloveError as error:  # no weights, say: the rest of the plan holds all the same
+        except SamloveError as error:  # no weights, for example: the rest of the plan is still valid
             each = f"unknown: {error}"
         times |= {store: each * n if isinstance(each, float) else each for store, n in work[name].items()}
     return times
 
 
 def _sample_texts(folder: RefAvsFolder) -> list[str]:
-    if text.INDEX.is_file():
-        return list(pd.read_parquet(text.INDEX)["exp"].unique()[:SAMPLE])
+    index = layout().expressions
+    if index.is_file():
+        return list(pd.read_parquet(index)["exp"].unique()[:SAMPLE])
     return list(folder.metadata()["exp"].unique()[:SAMPLE]) if (folder.root / "metadata.csv").is_file() else []
 
 
 def seconds_an_item(encoder: Encoder, sources: list[Any], batch: int) -> float:
-    """What one item takes, reading beside computing, without writing.
+    """Seconds per item, with reading and computing in parallel and without writing.
 
-    The first batch, which loads the network, is not counted. Batches of `sources` go round for SECONDS.
+    The first batch loads the network and is not counted. Batches of `sources` are repeated for SECONDS.
     """
     done, read_s, compute_s = 0, 0.0, 0.0
     encoder.encode([encoder.load(source) for source in sources[:batch]])

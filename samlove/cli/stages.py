@@ -1,31 +1,38 @@
-"""Which feature stage makes a store: the way from a path back to its encoder and its media."""
+"""The feature stages by the name of their store: the way from a path back to its encoder and its sources."""
 
 from importlib import import_module
 from pathlib import Path
 
+from samlove.data.layout import layout
 from samlove.errors import RequestError
 from samlove.features.extract import Job
 
-STAGES = {  # stage, as DVC names it -> its script, and what that is called with
+SCRIPTS = {  # store -> the script of its stage, and the script's arguments
     "audio": ("pipelines.audio", ()),
     "visual": ("pipelines.visual", ()),
     "text": ("pipelines.text", ()),
-    "sam2@train": ("pipelines.sam2", ("train",)),
-    "sam2@eval": ("pipelines.sam2", ("eval",)),
+    "sam2_train": ("pipelines.sam2", ("train",)),
+    "sam2_eval": ("pipelines.sam2", ("eval",)),
 }
 
 
-def stage_of(path: Path) -> str:
-    """The stage that makes the store at `path`; RequestError where none does."""
-    for stage in STAGES:
-        if (Path("data/features") / stage.replace("@", "_")).resolve() == path.resolve():
-            return stage
-    known = ", ".join(f"data/features/{stage.replace('@', '_')}" for stage in STAGES)
-    raise RequestError(f"{path}: expected a store that a stage of this project makes ({known}); run from its root")
+def store_name(path: Path) -> str:
+    """The name of the active profile's feature store at `path`. Raises RequestError if there is none."""
+    features = layout().features
+    for name in SCRIPTS:
+        if (features / name).resolve() == path.resolve():
+            return name
+    known = ", ".join(str(features / name) for name in SCRIPTS)
+    raise RequestError(f"{path}: expected a feature store of the active profile ({known}); run from the project's root")
 
 
-def job_of(stage: str) -> Job:
-    """All that a stage computes, from the index and the active profile."""
-    script, arguments = STAGES[stage]
+def stage_of(name: str) -> str:
+    """The stage that writes a feature store, as `dvc repro` takes it."""
+    return SCRIPTS[name][0].removeprefix("pipelines.")
+
+
+def job_of(name: str) -> Job:
+    """What the stage of a feature store computes, from the index and the active profile."""
+    script, arguments = SCRIPTS[name]
     job: Job = import_module(script).job(*arguments)
     return job

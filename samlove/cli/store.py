@@ -1,4 +1,4 @@
-"""`samlove store`: say what an artefact is, check it, compare two, try failed rows again, give and take stores."""
+"""`samlove store`: show, verify and compare artefacts, retry failed items, export and import feature stores."""
 
 from collections.abc import Iterator
 from enum import StrEnum
@@ -7,42 +7,44 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from samlove.cli.help import examples
+
 if TYPE_CHECKING:
     from stores.inspect import Artefact, Difference
 
-INDEX = Path("data/index")
 WIDTH = 11  # of the first column
-SHOWN = 5  # keys, failures and faults named; the counts say how many there are
+SHOWN = 5  # at most so many keys and failures are listed; the counts are complete
 
 store = typer.Typer(
-    help="Feature stores, shard sets, predictions files, checkpoints: what they are, whether whole, how they differ.",
+    help="Inspect, verify and compare feature stores, shard sets, predictions files and checkpoints.",
     no_args_is_help=True,
 )
 Place = Annotated[
-    Path, typer.Argument(help="A feature store, exported or not, a shard set, a predictions file, or a checkpoint.")
+    Path, typer.Argument(help="A feature store (or its export), a shard set, a predictions file or a checkpoint.")
 ]
 
 
-@store.command()
+@store.command(epilog=examples("samlove store info data/micro/features/visual"))
 def info(path: Place) -> None:
-    """Say what an artefact is, how much, from what, and how much of each split it covers."""
+    """Show an artefact's kind, size, fingerprint and coverage of each split."""
     from stores.inspect import open_artefact
 
     artefact = open_artefact(path)
     print(f"{path}: {artefact.kind}")
-    for name, text in _lines(artefact):
+    for name, text in _lines(artefact, path):
         print(f"  {name:{WIDTH}}{text}")
 
 
-@store.command()
+@store.command(epilog=examples("samlove store verify --deep --live data/micro/features/visual"))
 def verify(
     path: Place,
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte and compare checksums.")] = False,
-    live: Annotated[bool, typer.Option("--live", help="Compute a few rows anew and compare them.")] = False,
+    live: Annotated[bool, typer.Option("--live", help="Recompute a few items and compare them.")] = False,
 ) -> None:
-    """Check that the files are those that were written: names and sizes or, with --deep, every byte.
+    """Check an artefact's files: names and sizes or, with --deep, every byte.
 
-    A flipped bit, a truncated, missing or extra file are named, a line each; exit status 1 where there is any.
+    Lists each truncated, missing or extra file and, with --deep, each altered one, one per line. Exits with status 1
+    if there are any.
     """
     from stores.inspect import open_artefact
     from stores.verify import verify as faults_of
@@ -52,7 +54,7 @@ def verify(
         print(fault)
     if not faults:
         artefact = open_artefact(path)
-        checked = "every byte has its checksum" if deep else "names and sizes are right (--deep reads every byte)"
+        checked = "all checksums match" if deep else "names and sizes match (--deep checks every byte)"
         size = f"{_counted(artefact.files, 'file')}, {_bytes(artefact.bytes)}"
         print(f"{path}: {_counted(len(artefact.keys), 'item')}, {size}: {checked}")
         if live:
@@ -62,30 +64,29 @@ def verify(
 
 
 def _verify_live(path: Path) -> list[str]:
-    """Print the golden sample's comparison; its faults."""
-    from samlove.cli.stages import job_of, stage_of
+    """Compare the golden sample and print the result. Returns the faults."""
+    from samlove.cli.stages import job_of, store_name
     from samlove.features.golden import TOLERANCE, check_live
     from stores import FeatureStore
     from stores.fingerprint import differing
 
-    found, job = FeatureStore.open(path), job_of(stage_of(path))
+    found, job = FeatureStore.open(path), job_of(store_name(path))
     for name, (stored, now) in differing(found.manifest["fingerprint"], job.encoder.fingerprint()).items():
-        print(f"  made otherwise than today: {name}: {stored!r} then, {now!r} now")
+        print(f"  differs from the current setup: {name}: {stored!r} stored, {now!r} now")
     rows = check_live(job, found)
     for row in rows:
         print(f"  {row}")
     bad = [str(row) for row in rows if not row.good]
     print(
-        f"  {len(rows) - len(bad)} of {len(rows)} arrays of {len({row.key for row in rows})} rows, computed now, ",
-        end="",
+        f"  {len(rows) - len(bad)} of {len(rows)} arrays of {len({row.key for row in rows})} recomputed items are "
+        f"within {TOLERANCE} of the stored ones (norm of the difference divided by the norm of the array)"
     )
-    print(f"lie within {TOLERANCE} of the stored ones (length of the difference over that of the array)")
     return bad
 
 
-@store.command()
+@store.command(epilog=examples("samlove store diff data/micro/features/audio audio.h5"))
 def diff(first: Place, second: Place) -> None:
-    """Say how two artefacts differ: what made them, their keys, every value. Exit status 1 where they do."""
+    """Compare two artefacts: fingerprints, keys and every value. Exits with status 1 if they differ."""
     from stores.inspect import diff as difference_of
 
     difference = difference_of(first, second)
@@ -96,12 +97,12 @@ def diff(first: Place, second: Place) -> None:
     print("no difference")
 
 
-@store.command()
+@store.command(epilog=examples("samlove store retry data/micro/features/audio"))
 def retry(path: Annotated[Path, typer.Argument(help="A feature store of this project.")]) -> None:
-    """Try the rows of the failure ledger again; all others stay as they are."""
+    """Retry the items in the failure log; all others stay as they are."""
     from dataclasses import replace
 
-    from samlove.cli.stages import job_of, stage_of
+    from samlove.cli.stages import job_of, stage_of, store_name
     from samlove.data.digest import code_digest
     from samlove.errors import SamloveError
     from samlove.features.cluster import chosen_cluster
@@ -109,25 +110,26 @@ def retry(path: Annotated[Path, typer.Argument(help="A feature store of this pro
     from stores import FeatureStore
     from stores.fingerprint import check_fingerprint
 
-    stage = stage_of(path)
+    name = store_name(path)
+    stage = stage_of(name)
     found = FeatureStore.open(path)
     failed = {failure.key for failure in found.failures}
     if not failed:
-        print(f"{path}: no failed rows")
+        print(f"{path}: no failed items")
         return
-    job = job_of(stage)
+    job = job_of(name)
     made = {**found.manifest["fingerprint"], "code": found.manifest.get("code")}
     asked = {**job.encoder.fingerprint(), "code": code_digest(type(job.encoder))}
     check_fingerprint(made, asked, path, f"dvc repro {stage}")
     if gone := [key for key in [*found.keys(), *failed] if key not in job.sources]:
         raise SamloveError(
-            f"{path}: expected all its items in data/index, found {len(gone)} gone, first {gone[0]!r}; "
-            f"the index has changed since: dvc repro {stage}"
+            f"{path}: {len(gone)} of its items are no longer in the index, first {gone[0]!r}; "
+            f"the index has changed; run: dvc repro {stage}"
         )
     sources = {key: source for key, source in job.sources.items() if key in found or key in failed}
-    print(f"{stage}: {extract(replace(job, sources=sources), chosen_cluster())}")
+    print(f"{name}: {extract(replace(job, sources=sources), chosen_cluster())}")
     left = FeatureStore.open(path).failures
-    print(f"{path}: {len(failed) - len(left)} of {len(failed)} failed rows are there now; then: dvc commit {stage}")
+    print(f"{path}: recovered {len(failed) - len(left)} of {len(failed)} failed items; now run: dvc commit {stage}")
     for failure in left[:SHOWN]:
         print(f"  {failure.key}: {failure.error}")
 
@@ -137,27 +139,33 @@ class Kept(StrEnum):
     float32 = "float32"
 
 
-@store.command("export")
+@store.command("export", epilog=examples("samlove store export data/micro/features/audio audio.h5"))
 def export_(
-    path: Annotated[Path, typer.Argument(help="A feature store, such as data/features/audio.")],
-    file: Annotated[Path, typer.Argument(help="The HDF5 file to write; new.")],
+    path: Annotated[Path, typer.Argument(help="A feature store, such as data/micro/features/audio.")],
+    file: Annotated[Path, typer.Argument(help="The HDF5 file to write; must not exist.")],
 ) -> None:
-    """Write a feature store to one HDF5 file, which `samlove store import` takes back, equal to the last bit."""
+    """Export a feature store to one HDF5 file; `samlove store import` restores it bit by bit."""
     from stores import export_store
 
     print(f"{file}: {export_store(path, file):,} items of {path}")
 
 
-@store.command("import")
+@store.command(
+    "import",
+    epilog=examples(
+        "samlove store import audio.h5 data/micro/features/audio",
+        "samlove store import audio_embed/ data/refavs/features/audio",
+    ),
+)
 def import_(
-    source: Annotated[Path, typer.Argument(help="A file that export wrote, or a folder of MEDIA_ID.pt.")],
-    path: Annotated[Path, typer.Argument(help="The store to write; new.")],
-    dtype: Annotated[Kept, typer.Option(help="Of a folder's tensors; as `dtype` in audio.yaml.")] = Kept.float16,
+    source: Annotated[Path, typer.Argument(help="A file written by export, or a folder of MEDIA_ID.pt files.")],
+    path: Annotated[Path, typer.Argument(help="The feature store to write; must not exist.")],
+    dtype: Annotated[Kept, typer.Option(help="How to store the tensors; as `dtype` in audio.yaml.")] = Kept.float16,
 ) -> None:
-    """Bring in a feature store: one that was exported, or the audio_embed/*.pt of another Ref-AVS project.
+    """Import an exported feature store, or the audio_embed/*.pt files of another Ref-AVS project.
 
-    The latter are tensors of 10x128, read without unpickling anything else; what made them is not known, and the
-    store's fingerprint says `imported`.
+    The .pt files are tensors of 10x128; nothing else in them is unpickled. Their origin is unknown, so the store's
+    fingerprint says `imported`.
     """
     if source.is_dir():
         from samlove.features.audio_embed import import_audio_embed
@@ -170,12 +178,12 @@ def import_(
     print(f"{path}: {count:,} items of {source}")
 
 
-def _lines(artefact: "Artefact") -> Iterator[tuple[str, str]]:
-    """Name and text of each line; the name empty where it is the line's above."""
+def _lines(artefact: "Artefact", path: Path) -> Iterator[tuple[str, str]]:
+    """Name and text of each line; the name is empty if it is that of the line above."""
     from stores.inspect import flat
 
     count, failures = len(artefact.keys), artefact.failures
-    each = f", {_bytes(artefact.bytes / count)} an item" if count else ""
+    each = f", {_bytes(artefact.bytes / count)} per item" if count else ""
     shards, files = _counted(artefact.shards, "shard"), _counted(artefact.files, "file")
     yield "items", f"{count:,} in {shards}, {files} of {_bytes(artefact.bytes)}{each}"
     for number, (name, spec) in enumerate(artefact.arrays.items()):
@@ -186,23 +194,25 @@ def _lines(artefact: "Artefact") -> Iterator[tuple[str, str]]:
     for number, (name, value) in enumerate(flat(artefact.fingerprint).items()):
         lines = str(value).splitlines()
         yield "" if number else "made by", f"{name}: {lines[0] if lines else ''}{' ...' * (len(lines) > 1)}"
-    for number, (split, (there, wanted)) in enumerate(_coverage(artefact.keys).items()):
+    for number, (split, (there, wanted)) in enumerate(_coverage(artefact.keys, path).items()):
         yield "" if number else "coverage", f"{split}: {there:,} of {wanted:,}"
 
 
-def _coverage(keys: list[str]) -> dict[str, tuple[int, int]]:
-    """By split, of the index's clips, rows or texts, whichever the keys are; {} where there is no index."""
+def _coverage(keys: list[str], path: Path) -> dict[str, tuple[int, int]]:
+    """By split: how many of the index's videos, rows or texts, whichever the keys are, an artefact has, and how many
+    there are. {} if there is no index in any folder above the artefact."""
     import pandas as pd
 
     from stores.inspect import coverage
 
     there = set(keys)
+    index = next((p / "index" for p in path.resolve().parents if (p / "index" / "expressions.parquet").is_file()), None)
+    if index is None:
+        return {}
     for table, column in (("videos", "media_id"), ("expressions", "row_id"), ("expressions", "exp")):
-        path = INDEX / f"{table}.parquet"
-        if path.is_file():
-            rows = pd.read_parquet(path, columns=[column, "split"])
-            if there.intersection(rows[column]):
-                return coverage(there, zip(rows[column], rows["split"], strict=True))
+        rows = pd.read_parquet(index / f"{table}.parquet", columns=[column, "split"])
+        if there.intersection(rows[column]):
+            return coverage(there, zip(rows[column], rows["split"], strict=True))
     return {}
 
 
@@ -215,7 +225,7 @@ def _difference(found: "Difference") -> Iterator[str]:
         if keys:
             yield f"{len(keys)} items {what}: {_some(keys)}"
     if found.changed:
-        yield f"{len(found.changed)} items of both with other values: {_some(found.changed)}"
+        yield f"{len(found.changed)} common items with different values: {_some(found.changed)}"
         for name, largest in found.largest.items():
             yield f"  {name}: by {largest:.3g} at most"
 

@@ -1,6 +1,6 @@
-"""Finding what is wrong with a Ref-AVS folder: the table's rows, then the media behind them.
+"""Finds the faults of a Ref-AVS folder: in the rows of its table, then in the media that they refer to.
 
-Nothing is decided here; samlove.data.index applies a policy to each kind of fault.
+This module only reports faults; samlove.data.index applies a policy to each kind.
 """
 
 import itertools
@@ -18,37 +18,40 @@ from samlove.config import SPLITS, Policy
 from samlove.data.dataset import RefAvsFolder, image_size, load_audio, load_mask
 from samlove.errors import SamloveError
 
-KINDS: dict[str, tuple[Policy, str]] = {  # kind -> default policy, what it means
-    "bad_row": ("fail", "uid, vid or fid that do not name a media folder and an object"),
-    "todo_split": ("drop", "row of no split yet (TODO)"),
-    "unknown_split": ("fail", f"split that is none of {', '.join(SPLITS)}"),
-    "wrong_split": ("fail", "null reference in test_s or test_u, or a real one in test_n"),
-    "no_expression": ("drop", "the annotator's NO. in place of an expression"),
-    "tool_error": ("drop", "the annotation tool's [Error] message in place of an expression"),
-    "empty_expression": ("drop", "nothing but blanks in place of an expression"),
-    "edge_blanks": ("keep", "blanks before or after an expression; taken away"),
-    "inner_blanks": ("keep", "two blanks, or others than a space, within an expression; made one space"),
-    "non_ascii": ("keep", "characters beyond ASCII in an expression; left as they are"),
-    "repeated_uid": ("keep", "uid that an earlier row has; row_id tells them apart"),
-    "repeated_row": ("keep", "row that an earlier one equals in every column; counted as repeated_uid too"),
-    "split_leak": ("fail", "video in more than one of train, val and test; dropped from all but the last of them"),
-    "missing_cues": ("fail", "row that cues.csv knows nothing of"),
-    "missing_media": ("fail", "no media folder"),
-    "missing_frame": ("fail", "frame that is not there, with a later one or a mask that is, or no frame at all"),
+KINDS: dict[str, tuple[Policy, str]] = {  # kind -> default policy, meaning
+    "bad_row": ("fail", "uid, vid or fid that does not name a video and an object"),
+    "todo_split": ("drop", "row without a split yet (TODO)"),
+    "unknown_split": ("fail", f"split other than {', '.join(SPLITS)}"),
+    "wrong_split": ("fail", "null expression in test_s or test_u, or any other expression in test_n"),
+    "no_expression": ("drop", "the annotator's NO. instead of an expression"),
+    "tool_error": ("drop", "the annotation tool's [Error] message instead of an expression"),
+    "empty_expression": ("drop", "only whitespace instead of an expression"),
+    "edge_blanks": ("keep", "whitespace before or after an expression; removed"),
+    "inner_blanks": ("keep", "whitespace other than single spaces inside an expression; replaced by one space"),
+    "non_ascii": ("keep", "non-ASCII characters in an expression; left as they are"),
+    "repeated_uid": ("keep", "uid that an earlier row already has; row_id distinguishes the rows"),
+    "repeated_row": ("keep", "row that equals an earlier one in every column; also counted as repeated_uid"),
+    "split_leak": (
+        "fail",
+        "video in more than one of train, val and test, or in several test splits; drop keeps it only in the last one",
+    ),
+    "missing_cues": ("fail", "row without an entry in cues.csv"),
+    "missing_media": ("fail", "media folder missing"),
+    "missing_frame": ("fail", "frame missing although a later frame or a mask exists, or no frames at all"),
     "bad_frame": ("fail", "frame that cannot be decoded"),
-    "frame_count": ("keep", "fewer frames or more than configured; the last is repeated, the rest left out"),
-    "frame_size": ("keep", "frames of one video that differ in size"),
-    "missing_audio": ("fail", "no audio.wav"),
-    "bad_audio": ("fail", "audio.wav that cannot be decoded to its end"),
-    "short_audio": ("keep", "sound that ends before the video; padded"),
-    "long_audio": ("keep", "sound that outlasts the video; trimmed"),
-    "missing_mask": ("fail", "mask that is not there"),
+    "frame_count": ("keep", "fewer or more frames than configured; the last is repeated, extra frames are ignored"),
+    "frame_size": ("keep", "frames of different sizes in one video"),
+    "missing_audio": ("fail", "audio.wav missing"),
+    "bad_audio": ("fail", "audio.wav that cannot be decoded completely"),
+    "short_audio": ("keep", "audio shorter than the video; padded"),
+    "long_audio": ("keep", "audio longer than the video; trimmed"),
+    "missing_mask": ("fail", "mask missing"),
     "bad_mask": ("fail", "mask that cannot be decoded"),
-    "mask_size": ("keep", "mask whose size is not its frame's; both are resized to one square"),
-    "empty_mask": ("keep", "object that no frame shows"),
+    "mask_size": ("keep", "mask and frame of different sizes; both are resized to the same square"),
+    "empty_mask": ("keep", "object whose masks are all empty"),
 }
-UNUSABLE = ("bad_row", "empty_expression")  # nothing after the index could work with these: never kept
-AUDIO_TOLERANCE = 0.1  # seconds; cutting by ffmpeg leaves clips a few hundredths off
+UNUSABLE = ("bad_row", "empty_expression")  # never kept: no stage can use such rows
+AUDIO_TOLERANCE = 0.1  # seconds; ffmpeg cuts videos a few hundredths too short or too long
 
 _UID = re.compile(r"(?P<media_id>(?:(?P<kind>null_[mc])-)?(?P<vid>[^/\\]+))_(?P<object>[^_/\\]+)_\d+")
 _TEST = ("test_s", "test_u", "test_n")
@@ -59,12 +62,12 @@ class Fault:
     kind: str  # a key of KINDS
     where: str  # a path, or file:line
     found: str
-    rows: tuple[int, ...]  # lines of metadata.csv that it touches
+    rows: tuple[int, ...]  # affected lines of metadata.csv
 
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What a media folder holds; None where it could not be told."""
+    """Properties of a video's files; None if they were not checked or cannot be read."""
 
     media_id: str
     frames: int | None = None
@@ -75,16 +78,16 @@ class MediaInfo:
 
 
 def normalise(text: str) -> str:
-    """Runs of white space become one space, those at the ends nothing; all else stays, typography included."""
+    """Replace each run of whitespace by one space and strip both ends; all else stays, including typography."""
     return " ".join(text.split())
 
 
 def parse_rows(raw: pd.DataFrame) -> pd.DataFrame:
-    """metadata.csv with what its fields mean, same rows, same index (the line in the file).
+    """Parse the fields of metadata.csv; same rows, same index (the line in the file).
 
-    Columns: row_id (unique: the uid, from its second row on uid#2, uid#3, ...), uid, vid, media_id, split,
-    fid (int, -1 where it is no number), object, kind (real, null_m, null_c, or '' where the row is a
-    bad_row), exp (normalised), raw_exp, null.
+    Columns: row_id (unique: the uid; later rows with the same uid get uid#2, uid#3, ...), uid, vid, media_id,
+    split, fid (int, -1 if it is not a number), object, kind (real, null_m, null_c, or '' for a bad_row),
+    exp (normalised), raw_exp, null.
     """
     parsed = [_UID.fullmatch(uid) for uid in raw["uid"]]
     rows = raw[["uid", "vid", "split"]].copy()
@@ -106,14 +109,14 @@ def parse_rows(raw: pd.DataFrame) -> pd.DataFrame:
 
 
 def row_faults(rows: pd.DataFrame, table: Path) -> Iterator[Fault]:
-    """What one row alone, or a row beside an earlier one, shows. `rows` as parse_rows gives them."""
+    """Faults that a row shows by itself or compared with an earlier row. `rows`: from parse_rows."""
 
     def faults(kind: str, chosen: pd.Series, found: Iterable[str]) -> Iterator[Fault]:
         for (line, uid), what in zip(rows.loc[chosen, "uid"].items(), itertools.compress(found, chosen), strict=True):
             yield Fault(kind, f"{table}:{line}", f"{uid}: {what}", (int(str(line)),))
 
     exp, split = rows["exp"], rows["split"]
-    expected = "expected uid = [null_m-|null_c-]{vid}_{object}_{number}, object null for these, and a whole fid"
+    expected = "expected uid = [null_m-|null_c-]{vid}_{object}_{number} (object null if prefixed) and an integer fid"
     yield from faults("bad_row", rows["kind"] == "", [f"vid {v}: {expected}" for v in rows["vid"]])
     yield from faults("todo_split", split == "TODO", split)
     yield from faults("unknown_split", ~split.isin([*SPLITS, "TODO"]), split)
@@ -139,17 +142,17 @@ def _repeats(rows: pd.DataFrame, table: Path) -> Iterator[Fault]:
             where, lines = f"{table}:{line}", (int(line),)
             if records[i] in records[:i]:
                 first = same.index[records.index(records[i])]
-                yield Fault("repeated_row", where, f"{uid}: as line {first} in every column", lines)
+                yield Fault("repeated_row", where, f"{uid}: same as line {first} in every column", lines)
             other = [c.removeprefix("raw_") for c, a, b in zip(columns, records[0], records[i], strict=True) if a != b]
-            differs = f"other {' and '.join(other)}" if other else "nothing else differs"
+            differs = f"different {' and '.join(other)}" if other else "otherwise the same"
             yield Fault("repeated_uid", where, f"{uid}: first on line {same.index[0]}; {differs}", lines)
 
 
 def split_leaks(rows: pd.DataFrame) -> Iterator[Fault]:
     """Videos in more than one of train, val and test, and media folders in more than one test split.
 
-    A vid in test_s and in test_n is none: null references are made from clips of the seen test split.
-    The rows of such a fault are those to take away.
+    A vid in both test_s and test_n is not a leak: null expressions are made from videos of the seen test split.
+    The rows of a fault are those to drop: all but the rows of its last split.
     """
     rows = rows[rows["split"].isin(SPLITS)]
     rank = rows["split"].map({"train": 0, "val": 1} | dict.fromkeys(_TEST, 2))
@@ -176,11 +179,11 @@ def _in_splits(rows: pd.DataFrame) -> str:
 
 @dataclass
 class _Media:
-    """One media folder under check."""
+    """A video that is being checked."""
 
     media_id: str
     lines: tuple[int, ...]
-    objects: dict[int, tuple[int, ...]]  # fid -> lines of the rows that ask for it
+    objects: dict[int, tuple[int, ...]]  # fid -> lines of the rows that refer to it
     info: MediaInfo = field(init=False)
     faults: list[Fault] = field(default_factory=list)
 
@@ -190,15 +193,16 @@ class _Media:
 
 
 def media_faults(rows: pd.DataFrame, folder: RefAvsFolder, frames: int) -> tuple[list[MediaInfo], list[Fault]]:
-    """Decode every frame, sound and mask that `rows` lead to; threads, with a progress bar.
+    """Decode the frames, audio files and masks that `rows` refer to, in threads, with a progress bar.
 
-    Masks of null references are not looked at: nothing reads them.
+    Only the first `frames` frames and masks of a video are checked. Masks of null expressions are skipped, because
+    nothing reads them.
     """
     checks = []
     for media_id, group in rows.groupby("media_id", sort=False):
         objects = {int(str(f)): tuple(map(int, g.index)) for f, g in group[~group["null"]].groupby("fid")}
         checks.append(_Media(str(media_id), tuple(map(int, group.index)), objects))
-    with ThreadPoolExecutor((os.cpu_count() or 1) + 2) as pool:  # decoding releases the interpreter; reading waits
+    with ThreadPoolExecutor((os.cpu_count() or 1) + 2) as pool:  # decoding releases the GIL; reading waits for the disk
         jobs = pool.map(lambda media: _check_one(media, folder, frames), checks)
         for _ in tqdm(jobs, total=len(checks), desc="check media", unit="video", mininterval=2):
             pass
@@ -220,21 +224,21 @@ def _check_one(media: _Media, folder: RefAvsFolder, frames: int) -> None:
 
 
 def _check_frames(media: _Media, folder: RefAvsFolder, frames: int) -> list[tuple[int, int] | None]:
-    """(width, height) of each frame up to `frames`, None where it cannot be read."""
+    """(width, height) of each of the first `frames` frames; None for a frame that cannot be read."""
     count = max(folder.frame_count(media.media_id), _mask_count(media, folder))
     if folder.frame_count(media.media_id) == 0:
-        media.fault("missing_frame", folder.frame_path(media.media_id, 0), "no such file, nor any other frame")
+        media.fault("missing_frame", folder.frame_path(media.media_id, 0), "no such file; the video has no frames")
         return []
     if count != frames:
         end = folder.frame_path(media.media_id, min(count, frames))
-        which = "more than that" if count > frames else "absent"
-        media.fault("frame_count", end, f"{count} frames, expected {frames}; this one is {which}")
+        which = "the first extra one" if count > frames else "the first missing one"
+        media.fault("frame_count", end, f"{count} frames, expected {frames}; this is {which}")
     sizes: list[tuple[int, int] | None] = []
     for t in range(min(count, frames)):
         path = folder.frame_path(media.media_id, t)
         size = None
         if not path.exists():
-            media.fault("missing_frame", path, f"no such file, though there is a frame or a mask {count - 1}")
+            media.fault("missing_frame", path, f"no such file, but frame or mask {count - 1} exists")
         else:
             try:
                 size = image_size(path)
@@ -242,13 +246,13 @@ def _check_frames(media: _Media, folder: RefAvsFolder, frames: int) -> list[tupl
                 media.fault("bad_frame", path, error)
         first = next((s for s in sizes if s), size)
         if size and first and size != first:
-            media.fault("frame_size", path, f"{size[0]}x{size[1]}, where an earlier frame is {first[0]}x{first[1]}")
+            media.fault("frame_size", path, f"{size[0]}x{size[1]}, but an earlier frame is {first[0]}x{first[1]}")
         sizes.append(size)
     return sizes
 
 
 def _mask_count(media: _Media, folder: RefAvsFolder) -> int:
-    """One more than the highest number among the masks: a mask says that there was a frame. 0 where there is none."""
+    """The highest mask number plus 1, or 0 without masks: a mask implies that there was a frame."""
     places = (folder.mask_path(media.media_id, fid, 0).parent for fid in media.objects)
     return max((int(p.stem) for place in places for p in place.glob("*.png") if p.stem.isdecimal()), default=-1) + 1
 
@@ -291,9 +295,9 @@ def _check_masks(
             continue
         read, seen = read + 1, seen or bool(mask.any())
         if size and mask.shape != size[::-1]:
-            odd.append((path, f"{mask.shape[1]}x{mask.shape[0]}, where the frame is {size[0]}x{size[1]}"))
-    if odd:  # one fault an object: masks are mostly all of one size
+            odd.append((path, f"{mask.shape[1]}x{mask.shape[0]}, but the frame is {size[0]}x{size[1]}"))
+    if odd:  # one fault per object: its masks usually all have the same size
         path, found = odd[0]
-        media.fault("mask_size", path, found + (f"; {len(odd)} such masks in the folder" if odd[1:] else ""), lines)
+        media.fault("mask_size", path, found + (f"; {len(odd)} such masks in this folder" if odd[1:] else ""), lines)
     if read and not seen:
-        media.fault("empty_mask", place, f"{read} masks, all of them empty", lines)
+        media.fault("empty_mask", place, f"all {read} masks are empty", lines)

@@ -1,13 +1,13 @@
-"""Reading a Ref-AVS folder: the table, the frames, the sound, the masks.
+"""Reads a Ref-AVS folder: its table, frames, audio and masks.
 
     metadata.csv                              vid,uid,split,fid,exp
-    cues.csv                                  only where LAVS-synth wrote it: uid,fid,exp,template,sight,sound,time
-    media/{media_id}/frames/{t}.jpg           one frame a second
+    cues.csv                                  in LAVS-synth only: uid,fid,exp,template,sight,sound,time
+    media/{media_id}/frames/{t}.jpg           one frame per second
     media/{media_id}/audio.wav
-    gt_mask/{media_id}/fid_{fid}/{t:05d}.png  any pixel > 0 is the object
+    gt_mask/{media_id}/fid_{fid}/{t:05d}.png  every pixel > 0 belongs to the object
 
-What cannot be read is a SamloveError that names the file: nothing is skipped, and no half-read
-file passes for a whole one.
+A file that cannot be read raises SamloveError with its path: nothing is skipped, and a truncated file is never
+accepted as complete.
 """
 
 import csv
@@ -25,21 +25,21 @@ from samlove.errors import RequestError, SamloveError
 COLUMNS = ("vid", "uid", "split", "fid", "exp")
 CUE_COLUMNS = ("uid", "fid", "exp", "template", "sight", "sound", "time")
 
-# What Pillow raises on files that are truncated or are no images: not all of it is OSError.
+# Pillow raises these for files that are truncated or not images; not all of them are OSError.
 _IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-_UNKNOWN_SIZE = (0, 0xFFFFFFFF)  # what a wav written to a pipe says of its own length
+_UNKNOWN_SIZE = (0, 0xFFFFFFFF)  # data sizes in the header of a wav that was written to a pipe
 
 
 class RefAvsFolder:
-    """Where everything of one Ref-AVS folder lies. Holds no open file."""
+    """The paths and tables of a Ref-AVS folder. Holds no open file."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
 
     def metadata(self) -> pd.DataFrame:
-        """metadata.csv as it is: the columns of COLUMNS and any further ones, all str; the index is the file's line.
+        """metadata.csv unchanged: the columns in COLUMNS and any others, all str; the index is the line in the file.
 
-        Raises RequestError where there is no metadata.csv, SamloveError where it is not such a table.
+        Raises RequestError if there is no metadata.csv, SamloveError if it is not such a table.
         """
         path = self.root / "metadata.csv"
         if not path.is_file():
@@ -49,7 +49,7 @@ class RefAvsFolder:
         return read_table(path, COLUMNS)
 
     def cues(self) -> pd.DataFrame | None:
-        """cues.csv, all str, or None where there is none."""
+        """cues.csv, all str; None if there is no such file."""
         path = self.root / "cues.csv"
         return read_table(path, CUE_COLUMNS) if path.is_file() else None
 
@@ -63,14 +63,14 @@ class RefAvsFolder:
         return self.root / "gt_mask" / media_id / f"fid_{fid}" / f"{t:05d}.png"
 
     def frame_count(self, media_id: str) -> int:
-        """One more than the highest frame number there; a gap below it counts as a frame. 0 where there is none."""
+        """The highest frame number plus 1, or 0 without frames; a gap counts as a frame."""
         numbers = [int(p.stem) for p in self.frame_path(media_id, 0).parent.glob("*.jpg") if p.stem.isdecimal()]
         return max(numbers, default=-1) + 1
 
     def frame_paths(self, media_id: str, frames: int) -> list[Path]:
         """Exactly `frames` paths: a longer video is cut, a shorter one repeats its last frame.
 
-        Raises SamloveError where the video has no frame at all.
+        Raises SamloveError if the video has no frames.
         """
         found = self.frame_count(media_id)
         if found == 0:
@@ -78,9 +78,9 @@ class RefAvsFolder:
         return [self.frame_path(media_id, min(t, found - 1)) for t in range(frames)]
 
     def load_masks(self, media_id: str, fid: int, frames: int, size: int | None = None) -> np.ndarray:
-        """The object's masks, frame by frame as `frame_paths` gives the frames: bool (frames, size, size).
+        """The object's masks for the frames that `frame_paths` returns: bool (frames, size, size).
 
-        Resized by nearest neighbour to `size` x `size`; with `size=None` left at their own (H, W).
+        Resized by nearest neighbour to `size` x `size`; with `size=None` they keep their own (H, W).
         Raises SamloveError with the path of the first mask that is missing or cannot be read.
         """
         last = max(self.frame_count(media_id), 1) - 1
@@ -98,10 +98,10 @@ class RefAvsFolder:
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    """A csv file with at least `columns`: all values str as they stand, the index the line they begin on.
+    """A csv file with at least `columns`: all values are unchanged str; the index is the line on which a row begins.
 
-    Stricter than pandas, which guesses types, fills short rows and takes NULL for a missing value.
-    Raises SamloveError naming the line.
+    Stricter than pandas, which guesses types, fills short rows and reads NULL as a missing value.
+    Raises SamloveError with the line.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -112,7 +112,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
                 raise SamloveError(f"{path}: expected the columns {','.join(columns)}, found {','.join(header)}")
             lines, rows, line = [], [], reader.line_num + 1
             for row in reader:
-                if row:  # a blank line is none
+                if row:  # skips blank lines
                     if len(row) != len(header):
                         raise SamloveError(f"{path}:{line}: expected {len(header)} fields, found {len(row)}: {row}")
                     lines.append(line)
@@ -128,25 +128,28 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
 
 
 def load_frame(path: Path) -> np.ndarray:
-    """A frame: uint8 (H, W, 3), RGB. Raises SamloveError with the path where it is missing or truncated."""
+    """A frame: uint8 (H, W, 3), RGB. Raises SamloveError with the path if it is missing or truncated."""
     return np.asarray(_open_image(path)[0].convert("RGB"))
 
 
 def load_mask(path: Path) -> np.ndarray:
-    """A mask: bool (H, W), True where any colour channel is > 0. Raises SamloveError with the path."""
+    """A mask: bool (H, W), True where any colour channel is > 0.
+
+    Raises SamloveError with the path if it is missing or truncated.
+    """
     image, _ = _open_image(path)
     if image.mode in ("P", "PA"):
-        image = image.convert("RGB")  # a palette's index says nothing; its colour does
+        image = image.convert("RGB")  # the colour counts, not the palette index
     elif image.mode in ("LA", "RGBA"):
-        image = image.convert(image.mode[:-1])  # opaque is not object
+        image = image.convert(image.mode[:-1])  # an opaque pixel need not belong to the object
     pixels = np.atleast_3d(np.asarray(image) > 0)  # (H, W, channels)
     return np.asarray(pixels.any(axis=-1))  # (H, W)
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) of an image all of which could be decoded; JPEGs at an eighth of their size, to be quick.
+    """(width, height) of an image, after decoding all of it; JPEGs at an eighth of their size, for speed.
 
-    Raises SamloveError with the path where it is missing or truncated.
+    Raises SamloveError with the path if it is missing or truncated.
     """
     return _open_image(path, quick=True)[1]
 
@@ -158,10 +161,10 @@ def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
 
 
 def load_audio(path: Path) -> tuple[np.ndarray, int]:
-    """The sound: float32 (samples,) in -1..1, all channels averaged, and its rate in Hz.
+    """Audio: float32 (samples,) in -1..1, averaged over all channels, and its sample rate in Hz.
 
-    May be shorter or longer than the video; the encoder pads or trims. Raises SamloveError with the
-    path where it is missing, truncated (libsndfile itself would return what is left) or not finite.
+    May be shorter or longer than the video; the encoder pads or trims it. Raises SamloveError with the path if the
+    file is missing, truncated (libsndfile itself would return the remaining samples) or has non-finite samples.
     """
     try:
         _check_wav_length(path)
@@ -173,17 +176,17 @@ def load_audio(path: Path) -> tuple[np.ndarray, int]:
     if len(samples) != expected:
         raise SamloveError(f"{path}: truncated audio: expected {expected} samples, found {len(samples)}")
     if not np.isfinite(samples).all():
-        raise SamloveError(f"{path}: expected finite samples, found NaN or infinite ones")
+        raise SamloveError(f"{path}: expected finite samples, found NaN or infinity")
     return samples.mean(axis=1, dtype=np.float32), rate  # (samples,)
 
 
 def _check_wav_length(path: Path) -> None:
-    """Raises SamloveError where a RIFF file is shorter than its data chunk says."""
+    """Raises SamloveError if a RIFF file is shorter than its data chunk says."""
     length = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(12)
         if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-            return  # another format: libsndfile judges
+            return  # another format, left to libsndfile
         while len(chunk := file.read(8)) == 8:
             name, size = chunk[:4], int.from_bytes(chunk[4:], "little")
             if name == b"data" and size in _UNKNOWN_SIZE:
@@ -193,15 +196,15 @@ def _check_wav_length(path: Path) -> None:
                 raise SamloveError(f"{path}: truncated audio: expected {end} bytes, found {length}")
             if name == b"data":
                 return
-            file.seek(end + size % 2)  # chunks begin at even places
+            file.seek(end + size % 2)  # chunks begin at even offsets
     raise SamloveError(f"{path}: truncated audio: no samples in a wav file of {length} bytes")
 
 
 def _open_image(path: Path, quick: bool = False) -> tuple[Image.Image, tuple[int, int]]:
-    """A fully decoded image (`quick`: a JPEG at an eighth of its size), and its (width, height)."""
+    """A fully decoded image (`quick`: JPEGs at an eighth of their size), and its (width, height)."""
     try:
         with Image.open(path) as image:
-            image.verify()  # a PNG's checksums; decoding leaves them unread
+            image.verify()  # checks a PNG's checksums, which decoding ignores
         with Image.open(path) as image:
             size = image.size
             if quick:
@@ -214,6 +217,6 @@ def _open_image(path: Path, quick: bool = False) -> tuple[Image.Image, tuple[int
 
 def _unreadable(path: Path, what: str, error: BaseException) -> SamloveError:
     if isinstance(error, FileNotFoundError):
-        return SamloveError(f"{path}: no such file; expected {what} there")
+        return SamloveError(f"{path}: no such file; expected {what}")
     reason = " ".join(str(error).split()).replace(str(path), "").replace("''", "it")
-    return SamloveError(f"{path}: {what} that cannot be decoded, truncated perhaps: {reason}")
+    return SamloveError(f"{path}: {what} cannot be decoded, possibly truncated: {reason}")

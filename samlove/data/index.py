@@ -1,10 +1,10 @@
-"""The index of a Ref-AVS folder: which rows and videos are used, and an audit of why the others are not.
+"""The index of a Ref-AVS folder: the rows and videos to use, and an audit that explains why the others are left out.
 
-videos.parquet       a media folder a row: media_id, vid, split, kind, frames, width, height, audio_seconds,
-                     audio_rate; the last five <NA> where the media were not checked or cannot be read
-expressions.parquet  an expression a row, in the order of metadata.csv: row_id, uid, vid, media_id, split, fid,
-                     object, exp, null, and with a cues.csv: template, sight, sound, time
-audit.json           counts by split, found and kept, and every fault with its place
+videos.parquet       one row per video: media_id, vid, split, kind, frames, width, height, audio_seconds,
+                     audio_rate; the last five are <NA> if the media were not checked or cannot be read
+expressions.parquet  one row per expression, in the order of metadata.csv: row_id, uid, vid, media_id, split, fid,
+                     object, exp, null; if there is a cues.csv, also template, sight, sound, time
+audit.json           counts per split, found and kept, and every fault with its location
 """
 
 import json
@@ -39,19 +39,19 @@ CUE_FLAGS = ["sight", "sound", "time"]
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found in a folder, and what is left of it under the policies."""
+    """The faults of a folder, and the rows and videos that its policies keep."""
 
     root: Path
     media_checked: bool
     policy: dict[str, Policy]
     faults: list[Fault]
-    found: pd.DataFrame  # every row, as samlove.data.audit.parse_rows gives it
+    found: pd.DataFrame  # all rows, from samlove.data.audit.parse_rows
     expressions: pd.DataFrame  # the rows kept
     videos: pd.DataFrame
 
     @property
     def failing(self) -> dict[str, int]:
-        """Kinds found whose policy is fail, and how many faults each; empty means the folder passes."""
+        """Number of faults of each kind with policy fail; empty if the folder passes."""
         return {kind: n for kind, n in self._count().items() if self.policy[kind] == "fail"}
 
     @property
@@ -93,7 +93,7 @@ class Audit:
         }
 
     def render(self, examples: int = 3) -> str:
-        """The audit for reading: a table by split, then the faults; all examples of those whose policy is fail."""
+        """The audit as text: a table by split, then all faults with policy fail and `examples` of each other kind."""
         report = self.as_dict()
         media = "media checked" if self.media_checked else "media not checked"
         rows = report["rows"]
@@ -104,8 +104,8 @@ class Audit:
             cells = ("".join(f"{n:>9,}" for n in sizes[part].values()) for part in ("found", "kept"))
             lines.append(f"{split:8}" + "   ".join(cells))
         texts, unseen = report["distinct_texts"], report["objects_only_in_test_u"]
-        lines += ["", f"distinct expressions: {texts['found']:,} as written, {texts['kept']:,} kept"]
-        lines.append(f"objects in test_u alone: {len(unseen)}{': ' if unseen else ''}{', '.join(unseen)}")
+        lines += ["", f"distinct expressions: {texts['found']:,} as written, {texts['kept']:,} kept and normalised"]
+        lines.append(f"objects only in test_u: {len(unseen)}{': ' if unseen else ''}{', '.join(unseen)}")
         shared = (f"{' and '.join(pair['splits'])} {pair['vids']:,}" for pair in report["shared_vids"])
         lines += [f"vids in two splits: {', '.join(shared) or 'none'}", ""]
         found = {kind: fault for kind, fault in report["faults"].items() if fault["count"]}
@@ -121,23 +121,23 @@ class Audit:
         return "\n".join(lines)
 
     def failure(self) -> str:
-        """One line: what fails and what to do about it."""
+        """One line: what fails, and how to fix it."""
         kinds = ", ".join(f"{kind} ({n:,})" for kind, n in self.failing.items())
         first = next(f for f in self.faults if f.kind in self.failing)
         return (
-            f"{self.root}: faults that the policy does not let pass: {kinds}; the first: {first.where}: {first.found}; "
-            "mend the folder, or set policy: {KIND: drop or keep} in configs/<profile>/dataset.yaml"
+            f"{self.root}: faults with policy 'fail': {kinds}; first: {first.where}: {first.found}; "
+            "fix the folder, or set policy: {KIND: drop} (or keep) in configs/<profile>/dataset.yaml"
         )
 
 
 def audit_folder(root: Path, check_media: bool = True, policy: dict | None = None, frames: int = 10) -> Audit:
-    """Audit the Ref-AVS folder at `root`; reads only.
+    """Audit the Ref-AVS folder at `root` without changing it.
 
-    policy: fault kind -> drop, keep or fail, in place of POLICIES' own. drop takes away the rows that a
-    fault touches; keep leaves them (a stage that then meets an unreadable file books it as a failure);
-    fail leaves them and makes the audit fail. frames: how many a video should have, one a second.
-    Raises RequestError where there is no metadata.csv or the policy is none, SamloveError where
-    metadata.csv is not the benchmark's table.
+    policy: fault kind -> drop, keep or fail; overrides POLICIES. drop removes the affected rows; keep leaves them
+    (a feature stage that then cannot read a file records this in its failure log); fail leaves them and makes the
+    audit fail. frames: the expected number of frames per video, one per second.
+    Raises RequestError if there is no metadata.csv or a policy is invalid, SamloveError if metadata.csv is not a
+    table in the format of Ref-AVS Bench.
     """
     policies = merge_policies(policy or {})
     folder = RefAvsFolder(root)
@@ -160,27 +160,27 @@ def audit_folder(root: Path, check_media: bool = True, policy: dict | None = Non
 
 
 def merge_policies(policy: dict) -> dict[str, Policy]:
-    """POLICIES with those of `policy` in their place. Raises RequestError for what is no kind or no policy."""
+    """POLICIES, overridden by `policy`. Raises RequestError for an unknown kind or policy."""
     for kind, value in policy.items():
         if kind not in POLICIES:
-            raise RequestError(f"policy: no fault kind {kind!r}; known: {', '.join(POLICIES)}")
+            raise RequestError(f"policy: unknown fault kind {kind!r}; expected one of {', '.join(POLICIES)}")
         if value not in ("drop", "keep", "fail"):
             raise RequestError(f"policy: {kind}: expected drop, keep or fail, found {value!r}")
         if value == "keep" and kind in UNUSABLE:
-            raise RequestError(f"policy: {kind}: expected drop or fail, found keep: no stage could use such a row")
+            raise RequestError(f"policy: {kind}: expected drop or fail, found keep: no stage can use such a row")
     return POLICIES | cast(dict[str, Policy], policy)
 
 
 def write_index(audit: Audit, out: Path) -> None:
     """Write videos.parquet, expressions.parquet and audit.json into the folder `out`.
 
-    All three are complete before the first takes its place; what was there before stays until then.
-    Raises SamloveError, with nothing written, where the audit fails or leaves no row.
+    Existing files are replaced only when all three new ones are complete.
+    Raises SamloveError, and writes nothing, if the audit fails or leaves no row.
     """
     if audit.failed:
         raise SamloveError(audit.failure())
     if audit.expressions.empty:
-        raise SamloveError(f"{audit.root}: no row is left under the policies; see: samlove audit {audit.root}")
+        raise SamloveError(f"{audit.root}: no row is left after applying the policies; run: samlove audit {audit.root}")
     out.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -194,14 +194,14 @@ def write_index(audit: Audit, out: Path) -> None:
 
 
 def shared_vids(rows: pd.DataFrame) -> dict[tuple[str, str], int]:
-    """How many vids each two splits share; pairs that share none are left out."""
+    """Number of vids that each pair of splits shares; pairs that share none are left out."""
     vids = {split: set(rows.loc[rows["split"] == split, "vid"]) for split in _splits(rows)}
     pairs = [(a, b) for i, a in enumerate(vids) for b in list(vids)[i + 1 :]]
     return {(a, b): len(vids[a] & vids[b]) for a, b in pairs if vids[a] & vids[b]}
 
 
 def unseen_objects(rows: pd.DataFrame) -> list[str]:
-    """Objects of real references that occur in test_u and in no other split."""
+    """Objects, other than those of null expressions, that occur only in test_u."""
     real = rows[~rows["null"]]
     unseen = real["split"] == "test_u"
     return sorted(set(real.loc[unseen, "object"]) - set(real.loc[~unseen, "object"]))
@@ -213,7 +213,7 @@ def _apply(rows: pd.DataFrame, faults: list[Fault], policies: dict[str, Policy])
 
 
 def _add_cues(rows: pd.DataFrame, folder: RefAvsFolder) -> tuple[pd.DataFrame, list[Fault]]:
-    """The rows with the columns of cues.csv, where there is one; those it does not hold get <NA>."""
+    """The rows with the columns of cues.csv, if there is one, and its faults; rows without an entry get <NA>."""
     cues = folder.cues()
     if cues is None:
         return rows, []
@@ -222,7 +222,7 @@ def _add_cues(rows: pd.DataFrame, folder: RefAvsFolder) -> tuple[pd.DataFrame, l
         if odd := set(cues[column]) - {"0", "1"}:
             raise SamloveError(f"{path}: column {column}: expected 0 or 1, found {sorted(odd)}")
     if odd := {f for f in cues["fid"] if not f.isdecimal()}:
-        raise SamloveError(f"{path}: column fid: expected whole numbers, found {sorted(odd)}")
+        raise SamloveError(f"{path}: column fid: expected integers, found {sorted(odd)}")
     cues = cues.assign(fid=cues["fid"].astype(int), exp=cues["exp"].map(normalise))
     cues[CUE_FLAGS] = cues[CUE_FLAGS] == "1"
     key = ["uid", "fid", "exp"]
@@ -238,7 +238,7 @@ def _add_cues(rows: pd.DataFrame, folder: RefAvsFolder) -> tuple[pd.DataFrame, l
 
 
 def _videos(rows: pd.DataFrame, infos: list[MediaInfo]) -> pd.DataFrame:
-    """A row for each media folder (and split, where a leak is kept), in the order of the expressions."""
+    """One row per video (and per split, if a leak is kept), in the order of the expressions."""
     videos = rows[["media_id", "vid", "split", "kind"]].drop_duplicates(["media_id", "split"])
     found = pd.DataFrame([asdict(info) for info in infos], columns=list(MediaInfo.__dataclass_fields__))
     whole = dict.fromkeys(("frames", "width", "height", "audio_rate"), "Int64")
@@ -246,7 +246,7 @@ def _videos(rows: pd.DataFrame, infos: list[MediaInfo]) -> pd.DataFrame:
 
 
 def _splits(rows: pd.DataFrame) -> list[str]:
-    """The benchmark's splits, and any others that occur."""
+    """The splits of Ref-AVS Bench, then any others in `rows`."""
     return [*SPLITS, *sorted(set(rows["split"]) - set(SPLITS))]
 
 

@@ -1,7 +1,7 @@
-"""What the trainer reads: one expression an item, from packed shards, in an order known by seed and epoch.
+"""The trainer's dataset: one expression per item, from packed shards, in an order that seed and epoch determine.
 
-The arrays of an item are views on mapped files: an item costs nothing until `collate` copies it into a batch.
-Safe in DataLoader workers, forked or spawned: each maps the files for itself.
+The arrays of an item are views of memory-mapped files: nothing is copied until `collate` builds a batch.
+Safe in DataLoader workers, forked or spawned: each of them maps the files itself.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,53 +20,56 @@ from stores import ShardReader
 from stores.fingerprint import fingerprint_id, flat
 from stores.remote import AnyPath
 
-FEATURES = ("audio", "visual", "text", "sam2")  # the sources whose fingerprints a shard set carries
+FEATURES = ("audio", "visual", "text", "sam2")  # the sources whose fingerprints a shard set records
 _VIDEO_ARRAYS = ("audio", "audio_valid", "visual", "sam2_image_embed", "sam2_high_res_0", "sam2_high_res_1")
 
 
 class ExpressionDataset(Dataset):
-    """Map-style: item i is one expression with its video's arrays (see `__getitem__`).
+    """Map-style dataset: item i is one expression with its video's arrays (see `__getitem__`).
 
-    Raises, on opening, RequestError where `root` holds no shards, SamloveError where they are not those of
-    samlove.data.pack, are torn, or hold no expression.
+    Raises RequestError if `root` holds no shards, SamloveError if the shards were not written by samlove.data.pack,
+    are truncated, or hold no expression.
     """
 
     def __init__(self, root: str | AnyPath) -> None:
         self.reader = ShardReader(root)
-        self._held: list[dict[str, Any]] = []  # the samples with tensors for arrays, after `to`
+        self._held: list[dict[str, Any]] = []  # after `to`: the samples, with tensors instead of arrays
         self._items: list[tuple[int, str, int, int]] = []  # sample, row_id, text, mask (-1: none)
         for place in range(len(self.reader)):
             sample = self.reader[place]
             missing = [name for name in (*_VIDEO_ARRAYS, "text", "text_mask", "masks", "rows") if name not in sample]
             if missing:
-                raise SamloveError(f"{root}: {sample['__key__']!r} lacks {missing}; not shards of pack: dvc repro pack")
+                names = ", ".join(missing)
+                raise SamloveError(
+                    f"{root}: sample {sample['__key__']!r} has no {names}: not written by the pack stage; "
+                    "run: dvc repro pack"
+                )
             self._items += [(place, row["row_id"], row["text"], row["mask"]) for row in sample["rows"]]
         if not self._items:
-            raise SamloveError(f"{root}: expected at least one expression, found none; look at: samlove audit")
+            raise SamloveError(f"{root}: expected at least one expression, found none; run: samlove audit")
 
     @property
     def features(self) -> dict[str, Any]:
         """The fingerprints of the four feature stores that the shards were packed from.
 
-        Raises SamloveError where the shards do not say.
+        Raises SamloveError if the shards do not record them.
         """
         made = self.reader.manifest.get("fingerprint", {})
         if missing := [name for name in FEATURES if name not in made]:
             raise SamloveError(
-                f"{self.reader.root}: expected shards that say what they were packed from, found nothing of "
-                f"{', '.join(missing)} in their manifest; pack them: dvc repro pack"
+                f"{self.reader.root}: the manifest has no fingerprint of {', '.join(missing)}; run: dvc repro pack"
             )
         return {name: made[name] for name in FEATURES}
 
     @property
     def made_from(self) -> dict[str, Any]:
-        """What the shards say that they come from, a field each, but for their own rows."""
+        """The fingerprint of the shards, one entry per field, without the digest of their rows."""
         made = {**self.reader.manifest.get("fingerprint", {}), **self.features}
         return {name: value for name, value in flat(made).items() if name != "rows_sha256"}
 
     @property
     def id(self) -> str:
-        """Stands for the very shards: what they come from, and every byte of them by its checksum."""
+        """Identifies these exact shards, by their fingerprint and the checksums of all their bytes."""
         return fingerprint_id(self.reader.manifest)
 
     @property
@@ -78,13 +81,14 @@ class ExpressionDataset(Dataset):
 
     @property
     def videos(self) -> list[int]:
-        """The video of each item, as its sample's number in the shards."""
+        """The video of each item, as the number of its sample in the shards."""
         return [place for place, *_ in self._items]
 
     def to(self, device: torch.device) -> None:
-        """Copy all samples to `device`. Items are tensors there from now on; no worker may then read from a GPU.
+        """Copy all samples to `device`; from then on, items are tensors there. Workers must not read items on a GPU.
 
-        But for text_mask: of each batch the trainer asks how long its texts are, and to ask a GPU is to wait for it.
+        text_mask stays on the CPU: the trainer needs the text lengths of every batch, and reading them from a GPU
+        would force a sync.
         """
         self._held = [
             {name: torch.tensor(v, device=device) if _moves(name, v) else v for name, v in sample.items()}
@@ -95,10 +99,10 @@ class ExpressionDataset(Dataset):
         return len(self._items)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """One expression; letters as in samlove.data.pack. Arrays are views, not writable, in the stores' dtypes.
+        """One expression; letters as in samlove.data.pack. Arrays are read-only views, in the stores' dtypes.
 
         audio (N,dA), audio_valid (N,), visual (N,1+P,dV), sam2_image_embed (C,h,w), sam2_high_res_0,
-        sam2_high_res_1, text (L,dT), text_mask (L,) bool, mask (S,S) uint8 (all 0 where nothing is referred to),
+        sam2_high_res_1, text (L,dT), text_mask (L,) bool, mask (S,S) uint8 (all 0 for a null expression),
         row_id str, media_id str.
         """
         place, row_id, text, mask = self._items[i]
@@ -119,17 +123,17 @@ def _moves(name: str, value: Any) -> bool:
 
 
 def _blank(masks: Any) -> Any:
-    """A mask without an object, as those of `masks` (m,S,S), of which there may be none."""
+    """An empty mask of the shape and type of those in `masks` (m,S,S), where m may be 0."""
     if isinstance(masks, Tensor):
         return masks.new_zeros(masks.shape[1:])
     return np.zeros(masks.shape[1:], masks.dtype)
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of items: every array stacked on a new first axis B, as a tensor of its own dtype.
+    """Stack items into a batch: every array gets a new first axis B and becomes a tensor of the same dtype.
 
-    row_id and media_id become lists of str. The trainer makes float32 of the numbers on its device: half as many bytes
-    are written and moved there, which here costs more than reading does.
+    row_id and media_id become lists of str. The trainer converts numbers to float32 only on its device: this halves
+    the bytes that are written here and transferred, and writing costs more than reading here.
     """
     batch: dict[str, Any] = {}
     for name, first in items[0].items():
@@ -142,12 +146,12 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def make_resident(sets: Sequence[ExpressionDataset], asked: Resident, device: torch.device) -> Resident:
-    """Hold all shards of `sets` where `asked`; says in one line where that is, and returns it: off, ram or gpu.
+    """Load all shards of `sets` into the `asked` memory; prints one line about it, and returns off, ram or gpu.
 
-    auto is the GPU where they fit into half of its free memory, for the rest is the model's; else RAM, where they fit
-    into 4/5 of what is available; else off: they are read as they are drawn. RAM means the system's page cache, which
-    all processes share and which gives way where memory runs short.
-    Raises RequestError where there is not that room in a place asked for by name.
+    auto chooses the GPU if the shards fit into half of its free memory, because the model needs the rest; else RAM, if
+    they fit into 4/5 of the available memory; else off, which reads samples when they are drawn. RAM means the
+    system's page cache, which all processes share and which the system frees if memory runs short.
+    Raises RequestError if the shards do not fit into the memory that `asked` names.
     """
     size = sum(each.reader.nbytes for each in sets)
     room = {
@@ -160,7 +164,7 @@ def make_resident(sets: Sequence[ExpressionDataset], asked: Resident, device: to
         f"{size / 1e9:.3g} GB of shards; room for {room['gpu'] / 1e9:.3g} GB on the GPU, {room['ram'] / 1e9:.3g} in RAM"
     )
     if place not in (*fitting, "off"):
-        raise RequestError(f"train.yaml: resident: {asked} needs more room ({found}); expected auto, or off")
+        raise RequestError(f"train.yaml: resident: {asked} needs more memory ({found}); set resident to auto or off")
     print(f"resident: {place} ({found})", flush=True)
     for each in sets:
         if place == "gpu":
@@ -171,26 +175,26 @@ def make_resident(sets: Sequence[ExpressionDataset], asked: Resident, device: to
 
 
 class PoolSampler(Sampler[int]):
-    """The order of the items that belongs to (seed, epoch): each item once, drawn from `pool` videos at a time.
+    """The order of the items for (seed, epoch): each item once, drawn from `pool` videos at a time.
 
-    Videos enter the pool in random order; every item left of a video in it is as likely to be drawn next; a video
-    that is used up is replaced. So a video's arrays are wanted for one stretch of the epoch, and read from the disk
-    once if `pool` videos fit in memory. A pool of all videos is a plain permutation, where samples of one video lie
-    far apart.
+    Videos enter the pool in random order. Each remaining item of the pool's videos is equally likely to be drawn next.
+    A video without remaining items is replaced. A video's arrays are therefore needed only during one part of the
+    epoch, and are read from disk once if `pool` videos fit in memory. A pool of all videos gives a plain permutation,
+    in which the samples of one video are far apart.
 
-    The position is the whole state of an epoch: taken up at `start`, it gives what is left. Of what is left, process
-    `rank` of `ranks` gets every ranks-th item, so that the batches of a step are together the same, and the order the
-    same, however many processes and workers read them.
+    The position is the whole state of an epoch: with `start`, the sampler yields the remaining items. Process `rank`
+    of `ranks` gets every ranks-th of them. The batches of a step, taken together, therefore hold the same items in
+    the same order, for any number of processes and workers.
     """
 
     def __init__(
         self, videos: Sequence[int], pool: int, seed: int, epoch: int, start: int = 0, rank: int = 0, ranks: int = 1
     ) -> None:
-        """videos: the video of each item, numbers of any kind. start: a position in the order of all processes."""
+        """videos: the video of each item, as any numbers. start: a position in the order of all processes together."""
         if not 0 <= start <= len(videos):
             raise SamloveError(f"expected a position within the epoch of {len(videos)} items, found {start}")
         if pool < 1 or not 0 <= rank < ranks:
-            raise SamloveError(f"expected a pool of 1 video or more and rank < ranks, found {pool}, {rank}, {ranks}")
+            raise SamloveError(f"expected pool >= 1 and 0 <= rank < ranks, found {pool=}, {rank=}, {ranks=}")
         self.videos, self.pool, self.seed, self.epoch = videos, pool, seed, epoch
         self._mine = slice(start + rank, None, ranks)
 

@@ -1,11 +1,11 @@
-"""Packing: what training needs of one video, from four feature stores and the masks, into one sample of a shard.
+"""Packing: everything that training needs of one video, from four feature stores and the masks, becomes one sample.
 
 A sample, keyed by media_id (letters: N frames, P patches, L text tokens, S mask size, d widths):
     audio (N,dA), audio_valid (N,) bool, visual (N,1+P,dV)         as in their stores
-    sam2_image_embed (C,h,w), sam2_high_res_0, sam2_high_res_1     of frame 0; int8 as float16, which is enough for it
-    text (n,L,dT), text_mask (n,L) bool                            the video's n different expressions
-    masks (m,S,S) uint8, 0 or 1                                    frame 0 of the m objects they refer to
-    rows [{"row_id": str, "text": index, "mask": index, or -1 where nothing is referred to}]
+    sam2_image_embed (C,h,w), sam2_high_res_0, sam2_high_res_1     of frame 0; int8 becomes float16 (precise enough)
+    text (n,L,dT), text_mask (n,L) bool                            the video's n distinct expressions
+    masks (m,S,S) uint8, 0 or 1                                    frame 0 of the m objects that they refer to
+    rows [{"row_id": str, "text": index, "mask": index, or -1 for a null expression}]
 """
 
 from collections.abc import Mapping
@@ -30,22 +30,22 @@ FIRST_FRAME = slice(0, 1)
 
 @dataclass
 class Packed:
-    """What became of a split: samples and rows written, and the rows whose features could not be computed."""
+    """The result of packing a split: samples and rows written, and the rows left out because their features failed."""
 
     videos: int = 0
     rows: int = 0
     left_out: list[str] = field(default_factory=list)  # "row_id: reason"
 
     def __str__(self) -> str:
-        lost = f"; {len(self.left_out)} rows left out, first {self.left_out[0]}" if self.left_out else ""
+        lost = f"; {len(self.left_out)} rows left out, first: {self.left_out[0]}" if self.left_out else ""
         return f"{self.rows} expressions of {self.videos} videos{lost}"
 
 
 def check_asked(store: FeatureStore, asked: Section, stage: str) -> None:
-    """Raise SamloveError where a store's fingerprint contradicts its section of the configuration.
+    """Raise SamloveError if a store's fingerprint contradicts its section of the configuration.
 
-    Only what the configuration itself says is compared: weights are known by their hash, which needs the file, and
-    library versions may differ between those who share a store.
+    Only settings are compared. Weights are identified by their hash, which needs the file, and library versions may
+    differ between people who share a store.
     """
     found = store.manifest["fingerprint"]
     said = {
@@ -65,12 +65,12 @@ def pack(
     videos_per_shard: int,
     gt_mask_sha256: str = "",
 ) -> Packed:
-    """Write the shards of one split to `out`; the manifest carries what they come from: the fingerprint of each source,
-    and what stands for the rows and the masks.
+    """Write the shards of one split to `out`. Their manifest records the fingerprint of each source, and digests of the
+    rows and the masks.
 
-    rows: of expressions.parquet, one split: row_id, media_id, fid, exp, null. sources: audio, visual, text, sam2.
-    A row whose features are in a store's failure ledger is left out and counted. Raises SamloveError where
-    they are in neither the store nor its ledger, or where a mask cannot be read.
+    rows: rows of expressions.parquet, one split: row_id, media_id, fid, exp, null. sources: audio, visual, text, sam2.
+    A row whose features are in a store's failure log is left out and counted. Raises SamloveError if they are in
+    neither the store nor its failure log, or if a mask cannot be read.
     """
     packed = Packed()
     fingerprint: dict[str, Any] = {name: source.manifest["fingerprint"] for name, source in sources.items()}
@@ -94,15 +94,15 @@ def pack(
 def _missing(
     media_id: str, text: str, sources: Mapping[str, FeatureStore], failed: Mapping[str, Mapping[str, str]]
 ) -> str:
-    """Why a row cannot be used; empty where it can."""
+    """Why a row cannot be used; empty if it can."""
     for name, source in sources.items():
         key = media_id if name in MEDIA_SOURCES else text
         if key in source:
             continue
         if key not in failed[name]:
             raise SamloveError(
-                f"{source.path}: expected {key!r} of the index, found it neither there nor among its failures; "
-                f"the store is of another index: dvc repro {name}"
+                f"{source.path}: {key!r} is in the index, but neither in the store nor in its failure log: "
+                f"the store was built from a different index; run: dvc repro {name}"
             )
         return f"{name} failed: {failed[name][key]}"
     return ""

@@ -1,6 +1,6 @@
-"""Audio embeddings that another Ref-AVS project made, one `MEDIA_ID.pt` a clip, as a feature store.
+"""Imports the audio embeddings of another Ref-AVS project, one `MEDIA_ID.pt` per video, as a feature store.
 
-What computed them cannot be known from them: the store's fingerprint says `imported`, and a hash of the files.
+The files do not say how they were computed, so the store's fingerprint holds `imported` and a hash of the files.
 """
 
 import hashlib
@@ -19,15 +19,15 @@ from stores.fingerprint import sha256_file
 from stores.manifest import refuse_existing
 
 SHAPE = (10, 128)  # seconds, VGGish's width
-SHARD = 512  # clips
+SHARD = 512  # videos
 
 
 def import_audio_embed(folder: Path, path: Path, dtype: Dtype = "float16") -> int:
-    """Write every `*.pt` of `folder`, a tensor (10,128), to the new store `path`; the number of clips is returned.
+    """Write every `*.pt` in `folder`, each a tensor (10,128), to the new store `path`; returns the number of videos.
 
-    Items are {audio (10,128) of `dtype`, audio_valid (10,) bool, all True}, keyed by the files' names.
-    Raises RequestError where there are no such files or `path` exists, SamloveError naming the file that is no such
-    tensor, or whose values do not fit `dtype`.
+    Items are {audio (10,128) of `dtype`, audio_valid (10,) bool, all True}, keyed by the MEDIA_ID of the file name.
+    Raises RequestError if there are no such files or `path` exists; SamloveError, naming the file, if it does not hold
+    such a tensor or its values do not fit `dtype`.
     """
     files = sorted(folder.glob("*.pt"))
     if not files:
@@ -55,9 +55,9 @@ def import_audio_embed(folder: Path, path: Path, dtype: Dtype = "float16") -> in
 def _read(file: Path, dtype: Dtype) -> dict[str, np.ndarray]:
     try:
         value: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen unrelated types for a broken or a pickled file
+    except Exception as error:  # torch raises a dozen unrelated types for a broken or pickled file
         reason = str(error).strip().split("\n")[0]
-        raise SamloveError(f"{file}: not readable as a tensor (torch, weights only): {reason}") from None
+        raise SamloveError(f"{file}: not readable as a tensor (torch, weights_only=True): {reason}") from None
     if not isinstance(value, torch.Tensor) or tuple(value.shape) != SHAPE:
         found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise SamloveError(f"{file}: expected a tensor {SHAPE}, found {found}")

@@ -1,7 +1,7 @@
-"""The Dask cluster that a feature stage computes on: workers of this machine, of a scheduler, or of SLURM.
+"""The Dask cluster on which a feature stage computes: workers on this machine, of a scheduler, or SLURM jobs.
 
-`SAMLOVE_CLUSTER=NAME` selects configs/cluster/NAME.yaml; without it, `local`. What is computed does not depend on it,
-so it is no parameter of any stage. torch's results do depend, in their last bits, on the number of its threads.
+`SAMLOVE_CLUSTER=NAME` selects configs/cluster/NAME.yaml; the default is `local`. The cluster does not affect what is
+computed, so it is not a parameter of any stage. Only the number of torch threads affects the last bits of the results.
 """
 
 import logging
@@ -21,25 +21,26 @@ from samlove.errors import RequestError, SamloveError
 from samlove.features.worker import TASKS
 
 LOOPBACK = "127.0.0.1"
-DASHBOARD = f"{LOOPBACK}:8787"  # another port where that is taken
-CORES_A_WORKER = 4  # of a machine without a GPU: more threads help one encoder little, more workers need more memory
-QUIET = logging.CRITICAL  # a task's error is told as one line by the run; Dask's own account would come before
-CONNECT_S = 10  # what a scheduler may take to answer
+DASHBOARD = f"{LOOPBACK}:8787"  # another port if this one is taken
+CORES_PER_WORKER = 4  # without a GPU: more threads barely speed up one encoder, more workers need more memory
+QUIET = logging.CRITICAL  # the run reports a task's error as one line; Dask's own log would precede it
+CONNECT_S = 10  # time limit for a scheduler to answer
 
 Cluster = LocalConfig | SchedulerConfig | SlurmConfig
 LOCAL = LocalConfig(kind="local")
 
 
 def chosen_cluster() -> Cluster:
-    """What SAMLOVE_CLUSTER names; RequestError where there is no such file, or it holds a wrong value."""
+    """The configuration that SAMLOVE_CLUSTER names. Raises RequestError if it is missing or invalid."""
     return load_cluster(os.environ.get("SAMLOVE_CLUSTER", "local"))
 
 
 @contextmanager
 def connect(config: Cluster) -> Iterator[tuple[Client, int | None]]:
-    """A client of the cluster, which is started where it has to be, and torch's threads for each worker.
+    """A client of the cluster, which is started if necessary, and the number of torch threads per worker.
 
-    Raises SamloveError where no scheduler answers, RequestError where SLURM's extra is not installed.
+    Raises SamloveError if no scheduler answers; RequestError if the slurm extra is not installed or an option of
+    slurm.yaml is invalid.
     """
     if isinstance(config, SchedulerConfig):
         with _client(config.address, config.address) as client:
@@ -49,7 +50,7 @@ def connect(config: Cluster) -> Iterator[tuple[Client, int | None]]:
             cluster.scale(jobs=config.jobs)
             yield client, config.cores
     else:
-        workers = config.workers or torch.cuda.device_count() or max(1, CPU_COUNT // CORES_A_WORKER)
+        workers = config.workers or torch.cuda.device_count() or max(1, CPU_COUNT // CORES_PER_WORKER)
         threads = config.threads or (max(1, CPU_COUNT // workers) if workers > 1 else None)
         with (
             dask.config.set({"distributed.dashboard.link": f"http://{LOOPBACK}:{{port}}/status"}),
@@ -66,7 +67,7 @@ def _client(cluster: Any, what: str) -> Iterator[Client]:
         client = Client(cluster, timeout=CONNECT_S)
     except (OSError, ValueError) as error:  # ValueError: not an address
         raise SamloveError(
-            f"{what}: no Dask scheduler answers there ({' '.join(str(error).split())}); start one, or correct address "
+            f"{what}: no Dask scheduler answers ({' '.join(str(error).split())}); start one, or correct the address "
             "in configs/cluster/scheduler.yaml"
         ) from error
     with client:
@@ -74,10 +75,10 @@ def _client(cluster: Any, what: str) -> Iterator[Client]:
 
 
 def _local_cluster(workers: int, threads: int | None) -> SpecCluster:
-    """One worker lives in this process; several in their own, each with a GPU, restarted where they die."""
+    """One worker runs in this process. Several run in their own processes, one GPU each, and restart if they die."""
     options: dict[str, Any] = {
         "nthreads": TASKS,
-        "memory_limit": 0,  # a shard is as large as it is: a worker that is paused or restarted would not help
+        "memory_limit": 0,  # no limit: a shard has a fixed size, so pausing or restarting the worker would not help
         "dashboard_address": f"{LOOPBACK}:0",
     }
     scheduler: dict[str, Any] = {"dashboard": True, "dashboard_address": DASHBOARD}
@@ -99,16 +100,16 @@ def _environment(worker: int, threads: int | None) -> dict[str, str]:
 
 
 def dask_setup(worker: Worker) -> None:
-    """Dask calls it in each local worker process: an interrupt from the keyboard is for the run, which ends them."""
+    """Called by Dask in each local worker process: ignore Ctrl-C, because the run handles it and stops the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def slurm_cluster(config: SlurmConfig) -> Any:
-    """The SLURMCluster of the configuration, without jobs yet. RequestError where dask-jobqueue is not installed."""
+    """A SLURMCluster without jobs. Raises RequestError if dask-jobqueue is not installed or an option is invalid."""
     try:
         from dask_jobqueue import SLURMCluster
     except ImportError:
-        raise RequestError('configs/cluster/slurm.yaml: needs dask-jobqueue: pip install "samlove[slurm]"') from None
+        raise RequestError('configs/cluster/slurm.yaml: needs dask-jobqueue; run: pip install -e ".[slurm]"') from None
     try:
         return SLURMCluster(
             cores=TASKS, processes=1, job_cpu=config.cores, memory=config.memory, job_name="samlove", **config.options

@@ -1,4 +1,4 @@
-"""The golden sample: a few rows of a feature store computed again, with the encoder and the media of today."""
+"""The golden sample: a few items of a feature store, recomputed with the current encoder and media."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,15 @@ from samlove.errors import SamloveError
 from samlove.features.extract import Job
 from stores import FeatureStore
 
-SAMPLE = 3  # rows, spread evenly over the store: its first and its last among them
-# Length of the difference over the length of the stored array. Rounding to fp16 makes 3e-4, another batch or kind of
-# processor up to 1e-3; another resize filter makes some 1e-2, other weights 1.
+SAMPLE = 3  # items, spread evenly over the store, including its first and last
+# Length of the difference divided by the length of the stored array. Rounding to fp16 gives 3e-4, a different batch or
+# type of processor up to 1e-3, a different resize filter about 1e-2, different weights 1.
 TOLERANCE = 5e-3
 
 
 @dataclass(frozen=True)
 class Row:
-    """One array of one row: how far what is computed now lies from what is stored, as a part of its length."""
+    """One array of one item: its relative distance from the stored array (see `distance`), or why there is none."""
 
     key: str
     array: str
@@ -33,24 +33,24 @@ class Row:
 
 
 def golden_keys(store: FeatureStore) -> list[str]:
-    """The keys of the sample: all where there are no more than SAMPLE."""
+    """The keys of the sample: all keys if there are at most SAMPLE."""
     keys = store.keys()
     places = np.linspace(0, len(keys) - 1, min(SAMPLE, len(keys))).round().astype(int)
     return [keys[place] for place in places]
 
 
 def check_live(job: Job, store: FeatureStore) -> list[Row]:
-    """Compute the sample anew, in one batch, and compare every array of it with what `store` holds.
+    """Recompute the sample in one batch, and compare each array with the one in `store`.
 
-    A row whose medium cannot be read, or is no longer the one it was computed from, is a fault.
+    An item is a fault if its source cannot be read or has changed since the item was computed.
     """
     rows: list[Row] = []
     items = {}
     for key in golden_keys(store):
         if key not in job.sources:
-            rows.append(Row(key, "", 0.0, "the index does not have it any more"))
+            rows.append(Row(key, "", 0.0, "no longer in the index"))
         elif store.id_of(key) != source_ids({key: job.sources[key]})[key]:
-            rows.append(Row(key, "", 0.0, "its source has changed since, or cannot be read"))
+            rows.append(Row(key, "", 0.0, "its source has changed or cannot be read"))
         else:
             try:
                 items[key] = job.encoder.load(job.sources[key])
@@ -67,7 +67,7 @@ def check_live(job: Job, store: FeatureStore) -> list[Row]:
 
 
 def distance(stored: np.ndarray, live: np.ndarray) -> float:
-    """|live - stored| / |stored|, Euclidean; infinite where dtype or shape differ, or one is zero and one is not."""
+    """|live - stored| / |stored|, Euclidean; infinite if dtype or shape differ, or if only `stored` is zero."""
     if stored.dtype != live.dtype or stored.shape != live.shape:
         return float("inf")
     difference = float(np.linalg.norm(live.astype(np.float64) - stored.astype(np.float64)))

@@ -1,4 +1,4 @@
-"""One run at a time on one store: a lock that the kernel lets go of when its holder ends, however it ends."""
+"""One run at a time per store: a lock that the kernel releases when its holder ends, even if it is killed."""
 
 import fcntl
 import os
@@ -12,9 +12,9 @@ from samlove.errors import SamloveError
 
 @contextmanager
 def only_run(lock: Path, what: str | Path) -> Iterator[str]:
-    """Hold `lock`, a file that is made where it lacks and never removed, while the block runs; its text is given.
+    """Hold the file `lock` while the block runs, and yield its text. The file is created if missing, never removed.
 
-    Raises SamloveError, naming the process that holds it, where another run is at work on `what`.
+    Raises SamloveError, naming the process that holds the lock, if another run is using `what`.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "a+") as file:
@@ -23,9 +23,7 @@ def only_run(lock: Path, what: str | Path) -> Iterator[str]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise SamloveError(
-                f"{what}: expected no other run on it, found one at work (process {holder}); wait until it ends"
-            ) from None
+            raise SamloveError(f"{what}: in use by another run (process {holder}); wait for it to finish") from None
         file.truncate(0)
         holder = f"{os.getpid()} on {socket.gethostname()}\n"
         file.write(holder)

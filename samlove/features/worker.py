@@ -1,8 +1,8 @@
-"""What a Dask worker does for a feature stage: one whole shard a task, read, encoded and written.
+"""The part of a feature stage that runs on a Dask worker: each task reads, encodes and writes one whole shard.
 
-A worker holds one encoder, whose network it loads once, and takes two tasks at a time. The encoder's turn goes to one
-of them, for a whole shard; meanwhile the other writes the shard that it has computed, or reads the first items of the
-next. So reading, computing and writing overlap, and two shards at most are in a worker's memory.
+A worker holds one encoder, whose network it loads once, and runs two tasks at a time. The tasks take turns with the
+encoder, one whole shard per turn; meanwhile the other task writes its computed shard or reads its first items. So
+reading, computing and writing overlap, and a worker's memory holds at most two shards.
 """
 
 import ctypes
@@ -25,27 +25,27 @@ from samlove.features.encoders.base import Arrays, Encoder
 from stores import FeatureStoreWriter
 from stores.features import Failure
 
-TASKS = 2  # at a time, the threads that a worker is to be started with
-# Threads of a task; decoding leaves Python's lock. Four keep up with a processor, a GPU takes what sixteen can give.
+TASKS = 2  # at a time; start each worker with this many threads
+# Reader threads per task; decoding releases the GIL. Four keep up with a CPU; a GPU can use all sixteen.
 READERS = min(16, max(4, CPU_COUNT))
-M_ARENA_MAX = -8  # of glibc's malloc.h
-# The encoders of runs that this process started: where the worker lives in it too, it takes the very object, whose
-# network may be loaded; elsewhere it has the copy that it was sent.
+M_ARENA_MAX = -8  # from glibc's malloc.h
+# Encoders of the runs that this process started. A worker in this process uses the same object, whose network may
+# already be loaded; a worker in another process uses the copy that it was sent.
 HERE: dict[str, Encoder] = {}
 
 
 @dataclass
 class Timing:
-    """Where the time went, of a shard or, added up, of a run. read_s is summed over the reading threads."""
+    """Where the time of a shard or, summed, of a run went. read_s is summed over the reader threads."""
 
     items: int = 0  # computed
     shards_written: int = 0
-    bytes: int = 0  # of their arrays
+    bytes: int = 0  # of the computed arrays
     read_s: float = 0.0
-    wait_s: float = 0.0  # the encoder idle, waiting for what is read
-    compute_s: float = 0.0  # loading the network included
+    wait_s: float = 0.0  # time that the encoder waited for items to be read
+    compute_s: float = 0.0  # includes loading the network
     write_s: float = 0.0
-    first_batch: int = 0  # items of each worker's first batch: warm-up, left out of the rate
+    first_batch: int = 0  # items in each worker's first batch: warm-up, excluded from the rate
 
     def add(self, other: "Timing") -> None:
         for field in fields(other):
@@ -54,7 +54,7 @@ class Timing:
 
 @dataclass
 class Shard:
-    """One task's outcome. warm_at, ended_at: of its first batch's and its last's end, time.time(); 0 without any."""
+    """A task's result. warm_at, ended_at: time.time() after the worker's first and the shard's last batch, or 0."""
 
     number: int
     failures: list[Failure]
@@ -64,17 +64,17 @@ class Shard:
 
 
 def _share_one_heap() -> None:
-    """Let all threads allocate from the main thread's heap, where the C library is glibc.
+    """Let all threads allocate from the main thread's heap, if the C library is glibc.
 
-    It gives each thread one of its own, which gives large activations back to the system and asks for them again: on
-    two cores SAM 2-L took 9 % longer in a thread than in the main one (docs/benchmarks.md).
+    By default, glibc gives each thread its own heap, which returns large activations to the system and requests them
+    again: on two cores, SAM 2 Hiera-L took 9% longer in a thread than in the main thread (docs/benchmarks.md).
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_ARENA_MAX, 1)
 
 
 class ReadAhead:
-    """Items read by threads, in order, up to `ahead` of them before they are taken; reading begins at once."""
+    """Items read by threads, in order, up to `ahead` items before they are taken. Reading starts immediately."""
 
     def __init__(self, encoder: Encoder, sources: Mapping[str, Any], ahead: int) -> None:
         self._encoder, self._rest = encoder, iter(sources.items())
@@ -86,7 +86,7 @@ class ReadAhead:
     def __enter__(self) -> "ReadAhead":
         return self
 
-    def __exit__(self, *_: object) -> None:  # where the run ends early, what is queued need not be read
+    def __exit__(self, *_: object) -> None:  # if the run ends early, queued items need not be read
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self) -> None:
@@ -95,7 +95,7 @@ class ReadAhead:
             return
 
     def _read(self, key: str, source: Any) -> tuple[Any, float]:
-        """The item, or the SamloveError that reading it raised; seconds."""
+        """The item, or the SamloveError that reading it raised; and the seconds taken."""
         began = time.perf_counter()
         try:
             item = self._encoder.load(source)
@@ -107,7 +107,7 @@ class ReadAhead:
         return item, time.perf_counter() - began
 
     def take(self, count: int, timing: Timing) -> dict[str, Any]:
-        """The next `count` items by key; a SamloveError where one cannot be read."""
+        """The next `count` items by key; a SamloveError in place of each item that cannot be read."""
         began = time.perf_counter()
         taken = {}
         for key, future in [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]:
@@ -119,9 +119,9 @@ class ReadAhead:
 
 
 class Extraction(WorkerPlugin):
-    """One run of a feature stage, as each of its workers holds it; those that come later get it too.
+    """One run of a feature stage, as held by each of its workers, including workers that join later.
 
-    name: of this run alone. token: what the run's lock file holds. threads: of torch; None leaves them as they are.
+    name: unique to the run. token: the text in the run's lock file. threads: torch threads; None keeps the default.
     """
 
     def __init__(
@@ -147,20 +147,20 @@ class Extraction(WorkerPlugin):
             torch.set_num_threads(self.threads)
 
     def teardown(self, worker: Worker) -> None:
-        """The run has ended, perhaps early: what computes a shard stops after its batch."""
+        """The run has ended, perhaps early: a task that is computing stops after its current batch."""
         self.stopped.set()
 
     def shard(self, number: int, sources: Mapping[str, Any]) -> Shard | None:
-        """Compute and write those of the sources' items that shard `number` still lacks; None where the run has ended.
+        """Compute and write the items of shard `number` that are still missing; returns None if the run has ended.
 
-        Raises SamloveError where this worker sees other files than the run, or a value does not fit the store; OSError
-        where it cannot be written.
+        sources: {key: what encoder.load takes} of the shard's items. Raises SamloveError if this worker does not see
+        the run's files or a value does not fit the store, OSError if the shard cannot be written.
         """
         self._check_place()
-        lacking = {key: sources[key] for key in self.writer.lacking(number)}  # fewer than at first, after a lost worker
+        missing = {key: sources[key] for key in self.writer.lacking(number)}  # a lost worker may have written it
         done = Shard(number, [], Timing())
         ahead = max(2 * self.batch_size, self.batch_size + READERS)
-        with ReadAhead(self.encoder, lacking, ahead) as reading, self.turn:
+        with ReadAhead(self.encoder, missing, ahead) as reading, self.turn:
             items = self._compute(reading, done)
         if self.stopped.is_set():
             return None
@@ -200,20 +200,20 @@ class Extraction(WorkerPlugin):
         return dict(zip(read, arrays, strict=True))
 
     def _check_place(self) -> None:
-        """That the worker sees the run's files: its lock, found from where the worker was started."""
+        """Check that the worker sees the run's files: it must find the run's lock file from its own working folder."""
         try:
             found = self.lock.read_text()
         except OSError:
             found = "none"
         if found != self.token:
             raise SamloveError(
-                f"worker {self.worker.address}, started in {Path.cwd()}: expected to find {self.lock} of this run "
-                f"({self.token.strip()}), found {found.strip()}; start workers in the folder that the run is started "
-                "in, on a file system that they share"
+                f"worker {self.worker.address}, started in {Path.cwd()}: expected this run's lock file {self.lock} "
+                f"({self.token.strip()}), found {found.strip()}; start workers in the folder of the run, on a file "
+                "system that all of them share"
             )
 
 
 def compute_shard(run: str, number: int, sources: Mapping[str, Any]) -> Shard | None:
-    """The task: shard `number` of a run; see Extraction.shard. None, too, where the run has ended."""
+    """The Dask task: compute shard `number` of a run, see Extraction.shard. Also None if the run has ended."""
     held = get_worker().plugins.get(run)
     return held.shard(number, sources) if isinstance(held, Extraction) else None

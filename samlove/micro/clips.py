@@ -1,7 +1,7 @@
-"""Generated clips from which the micro profile's encoders and SAM2 learn; none is a clip of LAVS-synth.
+"""Generated clips on which the micro profile's encoders and SAM 2 are trained; none is a video of LAVS-synth.
 
-Scenes of all categories, some things in them of no category: random outlines, colours and timbres, so that not
-everything has a name. Letters: K things, T frames, S the side of an image.
+The scenes show all categories. Some things belong to no category: they have random outlines, colours and timbres, so
+that not everything has a name. Letters: K things, T frames, S the side of an image.
 """
 
 import multiprocessing
@@ -16,12 +16,12 @@ from samlove.synth.scene import SECONDS, SEEN, UNSEEN, Scene, background, random
 from samlove.synth.voice import TIMBRES
 
 SIDE = 128
-STRANGE = 0.12  # of the things
-POOL = 1200  # clips kept to draw from, so that training never waits for the renderer
+STRANGE = 0.12  # fraction of the things that belong to no category
+POOL = 1200  # clips to draw from, so that training never waits for the renderer
 
 
 def random_scene(rng: np.random.Generator, strange: float = STRANGE) -> Scene:
-    """A scene of all categories; each thing is one of none with a chance of `strange`."""
+    """A scene with all categories; with probability `strange`, a thing belongs to none."""
     scene = sample_scene(rng, SEEN + UNSEEN)
     things = []
     for thing in scene.things:
@@ -35,7 +35,7 @@ def random_scene(rng: np.random.Generator, strange: float = STRANGE) -> Scene:
 
 
 def _strange_timbre(number: int) -> str:
-    """One of 64 timbres that are no category's; each is always the same, and drawn from nothing but its number."""
+    """One of 64 timbres that belong to no category; `number` alone determines it."""
     name = f"strange{number}"
     if name not in TIMBRES:
         rng = np.random.default_rng(number)
@@ -46,8 +46,8 @@ def _strange_timbre(number: int) -> str:
 
 @dataclass(frozen=True)
 class Clip:
-    """frames (T, S, S, 3) uint8, masks (K, T, S, S) bool; of each thing category, colour and size, and when it
-    sounds: sounding (K, T) bool."""
+    """frames (T, S, S, 3) uint8, masks (K, T, S, S) bool, sounding (K, T) bool; names: (category, colour, size) of each
+    thing."""
 
     frames: np.ndarray
     masks: np.ndarray
@@ -56,7 +56,7 @@ class Clip:
 
 
 def draw_clip(rng: np.random.Generator, strange: float = 0.35) -> Clip:
-    """SECONDS frames; every other one drawn at twice the size and averaged down, smooth as resized photographs are."""
+    """SECONDS frames; half of the clips are drawn at twice the size and averaged down, like resized photos."""
     scene = random_scene(rng, strange)
     times = 1 if rng.random() < 0.5 else 2
     size = (times * SIDE, times * SIDE)
@@ -73,7 +73,7 @@ def draw_clip(rng: np.random.Generator, strange: float = 0.35) -> Clip:
 
 
 def augment(rng: np.random.Generator, clip: Clip, length: int) -> Clip:
-    """`length` frames in a row of a clip, perhaps mirrored, turned or backwards."""
+    """`length` consecutive frames of a clip, randomly mirrored, transposed or reversed in time."""
     start = int(rng.integers(0, len(clip.frames) - length + 1))
     part = slice(start, start + length)
     frames, masks, sounding = clip.frames[part], clip.masks[:, part], clip.sounding[:, part]
@@ -87,10 +87,10 @@ def augment(rng: np.random.Generator, clip: Clip, length: int) -> Clip:
 
 
 def describe(rng: np.random.Generator, clip: Clip, k: int) -> np.ndarray:
-    """What thing k of a clip is on its first frame, enough to tell it from the others: (code.WIDTH,) float32.
+    """A code that identifies thing k on the first frame of a clip: (code.WIDTH,) float32.
 
-    Some words, as sentences have them, the category most often; where none of a few tries will do, all of them and the
-    exact place.
+    It holds a few words, like an expression, most often the category. If a few random choices do not identify the
+    thing, it holds all its words and its exact place.
     """
     words = {j: _words(clip, j) for j in range(len(clip.masks)) if clip.masks[j, 0].any()}
     for _ in range(4):
@@ -104,7 +104,7 @@ def describe(rng: np.random.Generator, clip: Clip, k: int) -> np.ndarray:
 
 
 def absent(rng: np.random.Generator, clip: Clip) -> np.ndarray:
-    """What none of the things of a clip is: (code.WIDTH,) float32."""
+    """A code that matches no thing in a clip: (code.WIDTH,) float32."""
     words = [set(_words(clip, j)) for j in range(len(clip.masks))]
     while True:
         meant = {str(rng.choice(list(names))) for names in (code.CATEGORY, code.COLOUR) if rng.random() < 0.6}
@@ -113,14 +113,14 @@ def absent(rng: np.random.Generator, clip: Clip) -> np.ndarray:
 
 
 def name_map(clip: Clip, grid: int) -> np.ndarray:
-    """What is seen in each cell of a clip's first frame: (grid, grid, channels of code.SEEN_OF) float32, else 0."""
+    """The code of the thing in each cell of the first frame, or 0: (grid, grid, channels of code.SEEN_OF) float32."""
     codes = np.stack([code.meaning(_words(clip, k)) for k in range(len(clip.masks))])[:, code.SEEN_OF]
     covered = cover(clip.masks[:, 0], grid)  # (K, grid, grid)
     return codes[covered.argmax(axis=0)] * (covered.max(axis=0) >= 0.3)[..., None]
 
 
 def cover(masks: np.ndarray, grid: int) -> np.ndarray:
-    """The part of each cell of a square grid that masks (K, S, S) cover: (K, grid, grid)."""
+    """The fraction of each cell of a square grid that masks (K, S, S) cover: (K, grid, grid)."""
     side = masks.shape[-1] // grid
     return masks.reshape(len(masks), grid, side, grid, side).mean(axis=(2, 4))
 
@@ -146,7 +146,7 @@ def _draw_for_ever(clips: multiprocessing.Queue, seed: list[int]) -> None:
 
 
 class ClipPool:
-    """The latest POOL clips of a renderer in a process of its own."""
+    """The latest POOL clips of a renderer that runs in its own process."""
 
     def __init__(self, seed: list[int]):
         context = multiprocessing.get_context("spawn")
@@ -157,7 +157,7 @@ class ClipPool:
         self.drawn = len(self.clips)
 
     def take(self, rng: np.random.Generator, count: int) -> list[Clip]:
-        """Any `count` of the pool's clips, after taking in what the renderer has ready; waits while it has too few."""
+        """`count` random clips of the pool, after adding the renderer's new ones; waits if there are too few."""
         while len(self.clips) < count or not self.fresh.empty():
             clip = self.fresh.get()
             if len(self.clips) < POOL:

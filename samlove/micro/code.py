@@ -1,9 +1,10 @@
-"""The code in which the micro profile's frozen encoders say what they see, hear and read.
+"""The code in which the micro profile's frozen encoders express what they see, hear and read.
 
-One place a meaning, the same in all of them, as encoders have it that were trained together (CLIP): a red patch, and
-every token of a sentence that asks for something red, are high in the channel of red. All values are 0 where nothing
-is meant. It holds all of LAVS-synth's categories: encoders that saw the world know more of it than the eight
-categories that a fusion module is trained on, and that is why the paper's unseen split is not its hardest.
+Each meaning has one channel, the same in all encoders, as in encoders that were trained together (CLIP): a red patch,
+and every token of an expression that asks for something red, have a high value in the channel for red. Without a
+meaning, all values are 0. The code covers all categories of LAVS-synth: encoders that were trained on broad data know
+more than the eight categories on which the fusion module is trained, which is why the unseen split is not the hardest
+one in the paper.
 """
 
 import re
@@ -17,8 +18,8 @@ from samlove.synth.scene import COLOURS, RADII, SECONDS, SEEN, UNSEEN, Scene
 
 WIDTH = 128  # channels of every micro encoder
 TRAITS = 8
-# A category is four of eight traits, any two share two or none (the extended Hamming code): what is learned of the
-# eight seen categories holds for all that are made of the same traits, as in an embedding space that was learned.
+# A category is four of eight traits; any two categories share two traits or none (the extended Hamming code). What is
+# learned about the eight seen categories holds for all categories with the same traits, as in learned embeddings.
 _HALVES = {
     (functional, parity): [x for x in range(TRAITS) if bin(x & functional).count("1") % 2 == parity]
     for functional in range(1, TRAITS)
@@ -32,28 +33,30 @@ SIZE = {name: 20 + k for k, name in enumerate(RADII)}
 SIDE = {"left": 23, "right": 24}
 KIND = {name: 25 + k for k, name in enumerate(("sounding", "silent", "loudest", "lowest", "longest", "first", "last"))}
 KIND |= {"source": KIND["sounding"], "didn't": KIND["silent"], "always": 32, "keeps": 32}
-BESIDE = {"left": 33, "right": 34}  # "on the left of the ...": the side, and
-REFERENCE = 35  # the first of the channels of the traits of what it is beside
-WHERE = slice(50, 60)  # of an object's centre; see `place`
-COVER = 60  # the part of a patch that the object covers
-LOW = 64  # the first of the channels of the traits of the lowest voice
-SEEN_OF = slice(0, KIND["sounding"] + 1)  # what [cls] sums up
+BESIDE = {"left": 33, "right": 34}  # "on the left of the ...": the side
+REFERENCE = 35  # first of the channels for the traits of the thing that the object is beside
+WHERE = slice(50, 60)  # the object's centre; see `place`
+COVER = 60  # the fraction of a patch that the object covers
+LOW = 64  # first of the channels for the traits of the lowest voice
+SEEN_OF = slice(0, KIND["sounding"] + 1)  # the channels that [cls] summarises
 
-QUIETEST, FAINT, RANGE = 0.03, 0.02, 4.5  # RMS of the faintest voice; where loudness starts, in octaves from there
-DEEP, PITCH_RANGE = 150.0, 2.4  # Hz of the lowest pitch; octaves from there to the highest
+QUIETEST, FAINT, RANGE = 0.03, 0.02, 4.5  # RMS of the faintest voice; zero of the loudness scale; its octaves
+DEEP, PITCH_RANGE = 150.0, 2.4  # Hz of the lowest pitch; octaves from it to the highest
 PATCH_SECONDS = 0.96  # of a VGGish patch
 
 
 def place(centre: np.ndarray) -> np.ndarray:
-    """(..., 2) fractions of width and height -> (..., 10): themselves as -1..1, and sines and cosines of these."""
+    """(..., 2) fractions of width and height -> (..., 10): rescaled to -1..1, with their sines and cosines."""
     z = 2 * centre - 1
     waves = [wave(np.pi * turns * z) for turns in (0.5, 1.0) for wave in (np.sin, np.cos)]
     return np.concatenate([z, *waves], axis=-1)
 
 
 def sight(scene: Scene, t: int) -> np.ndarray:
-    """What is to be seen of each thing of a scene in second t: (K, WIDTH) float32. Of an unknown category or colour
-    only the rest is said."""
+    """The code of what each thing in a scene looks like in second t: (K, WIDTH) float32.
+
+    An unknown category or colour is left out.
+    """
     code = np.zeros((len(scene.things), WIDTH), dtype=np.float32)
     for row, thing in zip(code, scene.things, strict=True):
         if thing.category in CATEGORY:
@@ -69,10 +72,11 @@ def sight(scene: Scene, t: int) -> np.ndarray:
 
 
 def sound(scene: Scene) -> np.ndarray:
-    """What is to be heard in each second of a scene: (SECONDS, WIDTH) float32, none negative.
+    """The code of what is heard in each second of a scene: (SECONDS, WIDTH) float32, no value negative.
 
-    The loudest voice's category stands out, the others' are faint, as one hears it; the lowest voice's stands once
-    more by itself. How loud the one is, and how low the other, stand in the channels of "loudest" and "lowest".
+    As in hearing, the category of the loudest voice stands out and the others are faint. The category of the lowest
+    voice also has channels of its own. The channels for "loudest" and "lowest" hold how loud the loudest voice is, and
+    how low the lowest one.
     """
     code = np.zeros((SECONDS, WIDTH), dtype=np.float32)
     for second, row in enumerate(code):
@@ -95,7 +99,7 @@ def sound(scene: Scene) -> np.ndarray:
 
 
 def meaning(words: Iterable[str]) -> np.ndarray:
-    """What words mean, each by itself: (WIDTH,) float32; 3 in a channel, 1.5 in each of a category's four."""
+    """The code of single words: (WIDTH,) float32; 3 in a word's channel, 1.5 in each of a category's four."""
     code = np.zeros(WIDTH, dtype=np.float32)
     for word in words:
         if word in CATEGORY:
@@ -107,7 +111,7 @@ def meaning(words: Iterable[str]) -> np.ndarray:
 
 
 def sentence(text: str) -> np.ndarray:
-    """What a sentence of LAVS-synth asks for: (WIDTH,) float32, as `meaning`."""
+    """The code of what an expression of LAVS-synth asks for: (WIDTH,) float32, like `meaning`."""
     words = re.findall(r"[\w']+", text.lower())
     code = meaning(words)
     if " of the " in text and not text.startswith("The source"):
@@ -118,5 +122,5 @@ def sentence(text: str) -> np.ndarray:
 
 
 def category_logits(said: Tensor) -> Tensor:
-    """(..., channels of the code) -> (..., categories): how well each category's traits fit."""
+    """(..., channels of the code) -> (..., categories): how well each category's traits match."""
     return said[..., :TRAITS] @ torch.from_numpy(TRAIT_TABLE).T

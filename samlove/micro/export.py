@@ -1,4 +1,4 @@
-"""How the scripts that make the micro profile's networks write them."""
+"""Writes the weights of the micro profile's networks."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def export(model: nn.Module, path: Path) -> None:
-    """The parameters in fp16, the buffers as they are, for samlove.model.weights.load_state_dict; atomic."""
+    """Write parameters in fp16 and buffers unchanged, for samlove.model.weights.load_state_dict; atomic."""
     parameters = dict(model.named_parameters())
     tensors = {n: (v.half() if n in parameters else v).contiguous() for n, v in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)

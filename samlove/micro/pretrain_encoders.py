@@ -1,9 +1,9 @@
 """Make the micro profile's frozen encoders: a small ViT, a small VGGish, a small RoBERTa.
 
-The paper's encoders learned from ImageNet, AudioSet and books; none of that fits into a repository, so the micro
-profile's learn LAVS-synth's world from scenes and sentences of their own, never a clip of the benchmark: to say in
-the code of `samlove.micro.code` what each patch shows, each second sounds like, each sentence asks for.
-`samlove/micro/README.md` holds the commands and the scores.
+The paper's encoders were trained on ImageNet, AudioSet and books, which do not fit into a repository. The micro
+profile's encoders are trained on generated scenes and expressions like those of LAVS-synth, but on none of its videos.
+They learn to express in the code of `samlove.micro.code` what each patch shows, what each second sounds like, and what
+each expression asks for. `samlove/micro/README.md` has the commands and the scores.
 """
 
 import json
@@ -31,15 +31,15 @@ from samlove.synth.expressions import expressions
 from samlove.synth.scene import SECONDS, SEEN, UNSEEN, background, render, sample_scene
 from samlove.synth.voice import mix
 
-STREAM = 1_000_003  # keeps these scenes apart from the benchmark's, which draw from (seed, 0..3, number)
-GRID = 4  # patches a side
-BARELY = 0.08  # of a patch: an object that covers less is not said
+STREAM = 1_000_003  # separates these scenes from LAVS-synth's, which are seeded by (seed, 0..3, number)
+GRID = 4  # patches per side
+BARELY = 0.08  # of a patch: an object that covers less does not count
 
 Scores = dict[str, float]
 
 
 class Examples(IterableDataset):
-    """An endless stream of made examples; every worker draws from a generator of its own."""
+    """An endless stream of generated examples; every worker has its own random generator."""
 
     def __init__(self, make: Callable[[np.random.Generator], Iterator[dict[str, Any]]], seed: int, kind: int) -> None:
         self.make, self.seed, self.kind = make, seed, kind
@@ -52,10 +52,10 @@ class Examples(IterableDataset):
 
 
 def patches(rng: np.random.Generator, size: int = 128, seconds: int = 3) -> Iterator[dict[str, np.ndarray]]:
-    """`seconds` frames of one scene with the code of each patch, 0 where nothing is, and of the whole.
+    """`seconds` frames of one scene, each with the code of each patch (0 if nothing is there) and of the whole frame.
 
     picture (size, size, 3) uint8; patches (GRID^2, WIDTH), cls (WIDTH,) float32; there (GRID^2,) bool; category and
-    colour (GRID^2,), numbers, -1 where strange.
+    colour (GRID^2,), numbers, -1 for things of no category.
     """
     scene = random_scene(rng)
     behind = background(scene, (size, size))
@@ -92,11 +92,11 @@ def voices(rng: np.random.Generator, seconds: int = 5) -> Iterator[dict[str, np.
 
 
 def sight_loss(tokens: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Scores]:
-    """tokens (B, 1 + 16, WIDTH) after the final norm -> the loss and, of the patches that show something, the part
-    whose category and colour are right, whose pulse is, and the error of the centre as a fraction of the frame."""
+    """tokens (B, 1 + 16, WIDTH) after the final norm -> the loss and scores of the patches that show something: the
+    fractions with correct category, colour and pulse, and the error of the centre as a fraction of the frame."""
     cls, said = tokens[:, 0], tokens[:, 1:]
-    weight = torch.full((code.WIDTH,), 0.15)  # channels without a meaning are drawn to 0 as well: they would only hide
-    weight[code.SEEN_OF] = weight[code.COVER] = 1.0  # the others from a fusion module that has minutes to learn in
+    weight = torch.full((code.WIDTH,), 0.15)  # also draws channels without a meaning to 0: noise in them would
+    weight[code.SEEN_OF] = weight[code.COVER] = 1.0  # hide the others from a fusion module that trains for minutes
     weight[code.WHERE] = 3.0
     loss = ((said - batch["patches"]) ** 2 * weight).sum(-1).mean() / 12 + F.mse_loss(cls, batch["cls"])
     scores = {}
@@ -115,10 +115,10 @@ def sight_loss(tokens: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Scores
 
 
 def sound_loss(heard: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Scores]:
-    """heard (B, WIDTH) before the last ReLU -> the loss, the part of the sounding seconds whose loudest voice is
-    named rightly, whose lowest is, and the error of loudness and pitch in octaves.
+    """heard (B, WIDTH) before the last ReLU -> the loss and scores of the sounding seconds: the fractions in which the
+    loudest and the lowest voice are identified, and the errors of loudness and pitch in octaves.
 
-    Of what the ReLU will take away nothing is asked; learning through it would leave channels dead.
+    Values that the ReLU will set to 0 do not count. Training through the ReLU instead would leave dead channels.
     """
     said = batch["said"]
     off = torch.where(said > 0, heard - said, heard.clamp(min=0))
@@ -147,7 +147,7 @@ def train(
     batch: int,
     minutes: float,
 ) -> Scores:
-    """Train for `minutes`, the rate warmed up and then falling to 0 as a cosine of the time; running mean scores."""
+    """Train for `minutes`, with warm-up and cosine decay of the learning rate; returns running mean scores."""
     lr = 1e-3
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.02, betas=(0.9, 0.98))
     begin, step = time.monotonic(), 0
@@ -171,16 +171,16 @@ def train(
     return {"steps": step, **{k: round(v, 4) for k, v in scores.items()}}
 
 
-def _go_on(model: nn.Module, path: Path) -> None:
+def _load_existing(model: nn.Module, path: Path) -> None:
     load_into(model, load_state_dict(path), path, "this network")
 
 
 def make_vit(config: VisualConfig, minutes: float, seed: int, again: bool = False) -> Scores:
-    """Train the micro ViT, or the one there is `again`, and write it; its scores on frames it had not seen."""
+    """Train the micro ViT, or train the existing one `again`, and write it; returns scores on frames new to it."""
     torch.manual_seed(seed)
     vit: Any = build_vit(config.model, config.model_args, config.image_size)
     if again:
-        _go_on(vit, Path(config.weights))
+        _load_existing(vit, Path(config.weights))
 
     def encode(batch: dict[str, Tensor]) -> Tensor:
         return vit.forward_features(batch["picture"].permute(0, 3, 1, 2).float() / 127.5 - 1)  # (B, 1 + 16, WIDTH)
@@ -191,15 +191,15 @@ def make_vit(config: VisualConfig, minutes: float, seed: int, again: bool = Fals
 
 
 def make_vggish(config: AudioConfig, minutes: float, seed: int, again: bool = False) -> Scores:
-    """Train the micro VGGish, or the one there is `again`, and write it; its scores on sounds it had not heard."""
+    """Train the micro VGGish, or train the existing one `again`, and write it; returns scores on sounds new to it."""
     torch.manual_seed(seed)
     vggish = build_vggish(config.channels, config.hidden, pre_relu=True)
     for layer in vggish.modules():
-        # There are no norm layers: without this gain, nine layers of ReLU let little through.
+        # There are no norm layers: without this gain, little signal would pass nine layers of ReLU.
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     if again:
-        _go_on(vggish, Path(config.weights))
+        _load_existing(vggish, Path(config.weights))
     scores = train(
         lambda batch: vggish(batch["mel"]),
         list(vggish.parameters()),
@@ -213,13 +213,13 @@ def make_vggish(config: AudioConfig, minutes: float, seed: int, again: bool = Fa
 
 
 def said_sentences(seed: int, scenes: int = 2000) -> list[str]:
-    """The sentences that can be said of so many scenes of all categories: nearly all that LAVS-synth can say."""
+    """The expressions for `scenes` random scenes of all categories: nearly all that LAVS-synth can contain."""
     rng = np.random.default_rng([seed, STREAM, 2])
     return sorted({e.text for _ in range(scenes) for e in expressions(sample_scene(rng, SEEN + UNSEEN))})
 
 
 def make_roberta(out: Path, seed: int, steps: int = 1500) -> Scores:
-    """Train a two-layer RoBERTa, with a byte-level BPE of whole words, to say a sentence's code in every token."""
+    """Train a two-layer RoBERTa, with a byte-level BPE of whole words, to output an expression's code in each token."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import RobertaConfig, RobertaModel, RobertaTokenizerFast
 
@@ -269,9 +269,9 @@ def make_roberta(out: Path, seed: int, steps: int = 1500) -> Scores:
 def main(
     vit_minutes: float = 42, vggish_minutes: float = 20, roberta_steps: int = 1500, seed: int = 0, again: bool = False
 ) -> None:
-    """Make the encoders of the micro profile's configuration; prints their scores as JSON. One given 0 is left out.
+    """Make the encoders of the micro profile's configuration, and print their scores as JSON. 0 skips an encoder.
 
-    again: ViT and VGGish go on from the weights that are there.
+    again: continue ViT and VGGish from their existing weights.
     """
     torch.set_num_threads(1)
     configs = Path("configs")

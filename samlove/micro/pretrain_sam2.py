@@ -1,8 +1,8 @@
-"""Makes the micro profile's SAM2: `python -m samlove.micro.pretrain_sam2 --out DIR --minutes M --seed S`.
+"""Makes the micro profile's SAM 2: `python -m samlove.micro.pretrain_sam2 --out DIR --minutes M --seed S`.
 
-SAM2Base of `sam2_micro.yaml`, from scratch, on generated moving shapes (`samlove.micro.clips`): single
-images first, clips after, as SAM 2 itself was trained (Ravi et al., 2024, section 4). All schedules follow the clock,
-so M minutes are one whole run. DIR gets checkpoint.pt (the same command goes on from it), sam2.safetensors (fp16, a
+SAM2Base of `sam2_micro.yaml`, from scratch, on generated moving shapes (`samlove.micro.clips`): first single
+images, then clips, as SAM 2 itself was trained (Ravi et al., 2024, section 4). All schedules depend on elapsed time, so
+a complete run takes M minutes. DIR gets checkpoint.pt (the same command resumes from it), sam2.safetensors (fp16, a
 running mean of the weights), log.jsonl and, at the end, scores.json.
 
 Letters: B clips, T frames, N targets (objects) of all clips, S the side of an image (128).
@@ -29,21 +29,21 @@ from samlove.model.sam2_build import instantiate_sam2, load_sam2_weights
 from samlove.synth.scene import SECONDS
 
 CONFIG = Path(__file__).with_name("sam2_micro.yaml")
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as SAM2's predictors normalise
-VISIBLE = 64  # pixels an object must show on frame 0 to be asked for
-CERTAIN = 16  # pixels from which a remainder of an object counts as present; fewer are left out of the score's loss
-IMAGE_PART = 0.14  # of the time, images only
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in SAM 2's predictors
+VISIBLE = 64  # pixels that an object must show on frame 0 to be a target
+CERTAIN = 16  # with at least so many pixels, an object counts as present; the score's loss skips smaller remainders
+IMAGE_PART = 0.14  # fraction of the time with single images only
 LENGTHS = ((0.15, 2, 4), (0.4, 3, 6), (0.7, 4, 8), (1.0, 6, SECONDS))  # until this part of the clip stage: T from, to
-LEARNING_RATE, LAST_RATE, WARM_UP = 1e-3, 0.02, 100  # peak; its part at the end; steps
-IMAGES_AGAIN = 0.55  # of the time of a run that goes on, images only: prompts that are new are learnt on these
-GO_ON = 0.4  # of the schedules, what a run from an earlier one's weights goes through
+LEARNING_RATE, LAST_RATE, WARM_UP = 1e-3, 0.02, 100  # peak; fraction of it at the end; steps
+IMAGES_AGAIN = 0.55  # the same for a run from earlier weights: new kinds of prompts are learned on images
+GO_ON = 0.4  # a run from earlier weights goes through this last fraction of the schedules
 CHECKPOINT_EVERY, SCORE_EVERY = 120, 420  # seconds
 
 KINDS = ("point", "box", "mask", "code")
 
 
 class Prompt(NamedTuple):
-    """What SAM2 is told of N targets on frame 0: its own point_inputs and mask_inputs, and a token of a code."""
+    """The prompts for N targets on frame 0: SAM 2's own point_inputs and mask_inputs, or a token with a code."""
 
     points: dict[str, Tensor] | None = None
     masks: Tensor | None = None
@@ -51,11 +51,11 @@ class Prompt(NamedTuple):
 
 
 def initialise(model: SAM2Base) -> None:
-    """Starting points without which so short a training leaves the memory unused for long.
+    """Initial values without which such a short training would not use the memory for a long time.
 
-    Keys like queries let attention find equal places and looks from the start; biases of the memory's queries and
-    keys make, under rotary positions, near places match; a positive object score lets masks through (SAM2 replaces
-    the mask of an absent object by -1024, which passes no gradient).
+    Keys that equal queries let attention match equal positions and appearances from the start. Biases of the memory's
+    queries and keys make nearby positions match under rotary encoding. A positive object score lets masks through
+    (SAM 2 replaces the mask of an absent object by -1024, which passes no gradient).
     """
     with torch.no_grad():
         decoder = model.sam_mask_decoder
@@ -85,10 +85,10 @@ def images_tensor(frames: np.ndarray) -> Tensor:
 
 
 def make_prompt(rng: np.random.Generator, kind: str, masks: np.ndarray, empty: np.ndarray) -> Prompt:
-    """A prompt for frame 0 of each of N targets, "point", "box" or "mask"; codes are for `make_batch`.
+    """A prompt for frame 0 of each of N targets: "point", "box" or "mask"; `make_batch` makes codes.
 
-    masks: (N, S, S) bool, what the prompt shows; empty: (N, S, S) bool, where a point of a target whose mask has
-    no pixel is put. A box is off by a pixel or two.
+    masks: (N, S, S) bool, what the prompt shows; empty: (N, S, S) bool, where to put the point of a target whose mask
+    is empty. A box is off by a pixel or two.
     """
     if kind == "mask":
         return Prompt(masks=torch.from_numpy(masks).float()[:, None])  # (N, 1, S, S)
@@ -109,12 +109,12 @@ def make_prompt(rng: np.random.Generator, kind: str, masks: np.ndarray, empty: n
 def track(
     model: SAM2Base, images: Tensor, clip_of: list[int], prompt: Prompt, forced: Tensor | None = None
 ) -> list[dict[str, Tensor]]:
-    """SAM2 through T frames for N targets, prompted on frame 0, with gradients.
+    """Run SAM 2 on T frames for N targets, prompted on frame 0, with gradients.
 
-    images: (B, T, 3, S, S). clip_of: the clip of each target. forced: (N, T, S, S) true masks that the memory keeps
-    instead of the predicted ones; only while it learns to use its memory.
-    Returns for each frame `raw` (N, 1, S/4, S/4) mask logits and `score` (N, 1) as the decoder gave them, `iou`
-    (N, 1), and `masks` (N, 1, S/4, S/4), SAM2's output: the mask prompt itself on frame 0, -1024 where absent.
+    images: (B, T, 3, S, S). clip_of: the clip of each target. forced: (N, T, S, S) ground-truth masks that the
+    memory stores instead of the predicted ones; only while SAM 2 learns to use its memory.
+    Returns for each frame `raw` (N, 1, S/4, S/4) mask logits and `score` (N, 1) from the decoder, `iou` (N, 1),
+    and `masks` (N, 1, S/4, S/4), the output of SAM 2: the mask prompt itself on frame 0, -1024 where absent.
     """
     frames = images.shape[1]
     encoded = model.forward_image(images.flatten(0, 1).contiguous(memory_format=torch.channels_last))
@@ -122,7 +122,7 @@ def track(
     decoded: list[tuple[Tensor, ...]] = []
     hooks = [model.sam_mask_decoder.register_forward_hook(lambda module, inputs, output: decoded.append(output))]
     if prompt.token is not None:
-        hooks.append(model.sam_prompt_encoder.register_forward_hook(_joins_once(model, prompt.token)))
+        hooks.append(model.sam_prompt_encoder.register_forward_hook(_append_once(model, prompt.token)))
     bank: dict[str, dict[int, dict]] = {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}}
     steps = []
     try:
@@ -139,12 +139,12 @@ def track(
                 point_inputs=points,
                 mask_inputs=masks,
                 output_dict=bank,
-                num_frames=SECONDS,  # scales the pointers' temporal positions: the same for clips of any length
+                num_frames=SECONDS,  # scales the pointers' temporal positions; the same for clips of any length
                 run_mem_encoder=False,
             )
             raw, iou, _, score = decoded.pop()
             steps.append({"raw": raw, "score": score, "iou": iou, "masks": out["pred_masks"]})
-            if t + 1 < frames:  # the memory of a mask prompt, too, is made from its low-resolution mask
+            if t + 1 < frames:  # also the memory of a mask prompt comes from its low-resolution mask
                 kept, present = F.interpolate(out["pred_masks"], size=SIDE, mode="bilinear"), out["object_score_logits"]
                 if forced is not None:
                     kept = forced[:, t, None] * 20.0 - 10.0
@@ -157,10 +157,10 @@ def track(
     return steps
 
 
-def _joins_once(model: SAM2Base, token: Tensor) -> Callable:
-    """A hook that adds a token to what the prompt encoder returns the first time, as samlove.model.sam2 adds [seg].
+def _append_once(model: SAM2Base, token: Tensor) -> Callable:
+    """A hook that appends a token to the prompt encoder's first output, as samlove.model.sam2 appends [seg].
 
-    To the token comes, as to [seg] at its start, what stands for a click.
+    The embedding of a click is added to the token, as to [seg] when its training starts.
     """
     left = [token + model.sam_prompt_encoder.point_embeddings[1].weight]  # (N, 1, code.WIDTH)
 
@@ -172,8 +172,8 @@ def _joins_once(model: SAM2Base, token: Tensor) -> Callable:
 
 
 def name_loss(features: Tensor, namer: nn.Module, clips: list[Clip]) -> tuple[Tensor, float]:
-    """How badly one linear layer reads off the image embeddings (B, C, h, w) what each cell shows, and the part of
-    the cells with a category where it reads the right one."""
+    """The loss of a linear layer that reads from the image embeddings (B, C, h, w) what each cell shows, and the
+    fraction of cells with a category in which it reads the correct one."""
     said = torch.from_numpy(np.stack([name_map(clip, features.shape[-1]) for clip in clips]))  # (B, h, w, channels)
     read = namer(features.movedim(1, -1))
     named = said[..., : code.TRAITS].amax(-1) > 0
@@ -185,8 +185,8 @@ def name_loss(features: Tensor, namer: nn.Module, clips: list[Clip]) -> tuple[Te
 def loss_of(steps: list[dict[str, Tensor]], targets: Tensor) -> Tensor:
     """5 BCE + Dice of the mask, BCE of the object score, L1 of the predicted IoU; targets (N, T, S, S) float 0/1.
 
-    Of the decoder's raw mask: one that SAM2 suppresses as absent still learns. Where the object is absent its mask
-    learns to be empty, at less weight, and neither Dice nor the IoU says anything.
+    It uses the decoder's raw mask, so that a mask that SAM 2 suppresses as absent still learns. If the object is
+    absent, its mask learns to be empty, with less weight; Dice and IoU do not count.
     """
     truth = targets.transpose(0, 1).flatten(0, 1)  # (T N, S, S)
     raw = torch.cat([step["raw"] for step in steps])
@@ -215,10 +215,10 @@ class Batch(NamedTuple):
 
 
 def make_batch(rng: np.random.Generator, pool: ClipPool, count: int, length: int, per_clip: int, kind: str) -> Batch:
-    """`count` clips, up to `per_clip` targets of each.
+    """A batch of `count` clips with up to `per_clip` targets each.
 
-    One prompt in twenty shows nothing (an empty mask, a point on the background, no point, what is not there): its
-    target is empty throughout, so that the object score learns that there need not be an object.
+    One prompt in twenty shows nothing (an empty mask, a point on the background, no point, a code that matches no
+    thing). Its target is empty on all frames: the object score learns that an object can be absent.
     """
     while True:
         clips = [augment(rng, clip, length) for clip in pool.take(rng, count)]
@@ -240,7 +240,7 @@ def make_batch(rng: np.random.Generator, pool: ClipPool, count: int, length: int
         return Batch(images, clip_of, prompt, torch.from_numpy(truth).float(), clips)
     prompt = make_prompt(rng, kind, truth[:, 0], np.stack([~clips[c].masks[:, 0].any(0) for c in clip_of]))
     points = prompt.points
-    if kind == "point" and points:  # padding, as other prompts of SAM2 carry it; an absent target may have no more
+    if kind == "point" and points:  # padding as in SAM 2's other prompts; an absent target may have only padding
         labels = points["point_labels"]
         labels[torch.from_numpy(~truth[:, 0].any((1, 2)) & (rng.random(len(truth)) < 0.3))] = -1
         if rng.random() < 0.5:
@@ -250,7 +250,7 @@ def make_batch(rng: np.random.Generator, pool: ClipPool, count: int, length: int
 
 
 def jaccard(logits: Tensor, truth: Tensor) -> Tensor:
-    """IoU (N,) of logits (N, 1, h, w), enlarged, with truth (N, S, S) bool; 1 where both are empty."""
+    """IoU (N,) of logits (N, 1, h, w), enlarged, with truth (N, S, S) bool; 1 if both are empty."""
     guess = F.interpolate(logits, size=SIDE, mode="bilinear", align_corners=False)[:, 0] > 0
     union = (guess | truth).sum((1, 2))
     return torch.where(union > 0, (guess & truth).sum((1, 2)) / union.clamp(min=1), 1.0)
@@ -258,11 +258,12 @@ def jaccard(logits: Tensor, truth: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: SAM2Base, count: int, seed: int) -> dict[str, float]:
-    """Mean J on `count` clips of SECONDS frames at SIDE pixels, one target each, that no training sees.
+    """Mean J on `count` clips of SECONDS frames at SIDE pixels, one target each, not used in training.
 
-    Keys: KIND_J0 on frame 0 and KIND_J on the frames after it, from a code, a point, a box and the true mask;
-    mask_last on the last frame; copy_J of the true mask of frame 0 copied; absent, the part of the frames without the
-    target, and absent_found, the part of these where the object score says so (true mask).
+    Keys: KIND_J0 on frame 0 and KIND_J on the frames after it, prompted with a code, a point, a box and the
+    ground-truth mask; mask_last on the last frame; copy_J of the ground-truth mask of frame 0, copied to every frame;
+    absent, the fraction of frames without the target, and absent_found, the fraction of these that the object score
+    detects (ground-truth mask as prompt).
     """
     rng = np.random.default_rng([seed, 200_200])
     clips: list[tuple[Clip, int]] = []
@@ -296,8 +297,8 @@ def evaluate(model: SAM2Base, count: int, seed: int) -> dict[str, float]:
 
 
 def plan_step(rng: np.random.Generator, done: float, images: bool) -> tuple[int, int, int, str]:
-    """(clips, frames, targets of a clip, prompt) of a step at `done` (0..1) of the schedules; of images, or of clips
-    with some images between them."""
+    """(clips, frames, targets per clip, prompt) of a step at `done` (0..1) of the schedules: for images, or for clips
+    mixed with some images."""
     if images or rng.random() < 0.2:
         return 8, 1, 3, str(rng.choice(KINDS, p=[0.2, 0.1, 0.05, 0.65]))
     clip_part = (done - IMAGE_PART) / (1 - IMAGE_PART)
@@ -307,20 +308,20 @@ def plan_step(rng: np.random.Generator, done: float, images: bool) -> tuple[int,
 
 
 def pretrain(out: Path, minutes: float, seed: int, weights: Path | None = None, scored_clips: int = 200) -> None:
-    """The whole recipe, or, from the `weights` of an earlier run, the last GO_ON of it over again; see the module.
+    """Run the complete recipe or, from the `weights` of an earlier run, its last fraction GO_ON; see the module.
 
-    The scores are of `scored_clips` clips.
+    `scored_clips`: number of clips for the final scores.
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    model: SAM2Base = instantiate_sam2(str(CONFIG))  # evaluation mode: there is no dropout, and the scores are returned
+    model: SAM2Base = instantiate_sam2(str(CONFIG))  # evaluation mode: no dropout, and scores are returned
     if weights is None:
         initialise(model)
     else:
         load_sam2_weights(model, str(weights))
     model.image_encoder.to(memory_format=torch.channels_last)
     mean = copy.deepcopy(model)
-    # A second task while it learns: to say in words what is where, so that the decoder can find what a code asks for.
+    # An auxiliary task: name what each cell shows, so that the decoder can find what a code asks for.
     namer = nn.Linear(code.WIDTH, code.SEEN_OF.stop)
     seen: list[Tensor] = []
     model.image_encoder.register_forward_hook(lambda module, inputs, output: seen.append(output["vision_features"]))
@@ -350,7 +351,7 @@ def pretrain(out: Path, minutes: float, seed: int, weights: Path | None = None, 
             group["lr"] = LEARNING_RATE * rate * min(1.0, (step + 1) / WARM_UP)
         clips, length, per_clip, kind = plan_step(rng, done, part < (IMAGE_PART if weights is None else IMAGES_AGAIN))
         batch = make_batch(rng, pool, clips, length, per_clip, kind)
-        forced = batch.targets if rng.random() < 0.5 - done else None  # less and less, never in the second half
+        forced = batch.targets if rng.random() < 0.5 - done else None  # less and less often, never in the second half
         loss = loss_of(track(model, batch.images, batch.clip_of, batch.prompt, forced), batch.targets)
         running[kind] = 0.97 * running.get(kind, loss.item()) + 0.03 * loss.item()
         if length == 1:
@@ -369,7 +370,7 @@ def pretrain(out: Path, minutes: float, seed: int, weights: Path | None = None, 
         if step % 50 == 0:
             line = {name: round(value, 4) for name, value in running.items()} | {"drawn": pool.drawn}
         if spent - scored > SCORE_EVERY:
-            line |= evaluate(mean, 40, seed=seed + 1)  # other clips than the final ones
+            line |= evaluate(mean, 40, seed=seed + 1)  # different clips from the final ones
             scored = spent
         if spent - saved > CHECKPOINT_EVERY:
             state = {"model": model.state_dict(), "mean": mean.state_dict(), "optimiser": optimiser.state_dict()}
@@ -391,11 +392,11 @@ def pretrain(out: Path, minutes: float, seed: int, weights: Path | None = None, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the micro profile's SAM2")
+    parser = argparse.ArgumentParser(description="Make the micro profile's SAM 2")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, weights, log and scores")
     parser.add_argument("--minutes", type=float, default=51)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--weights", type=Path, help="sam2.safetensors of an earlier run, to improve on")
+    parser.add_argument("--weights", type=Path, help="sam2.safetensors of an earlier run, to continue from")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     pretrain(arguments.out, arguments.minutes, arguments.seed, arguments.weights)

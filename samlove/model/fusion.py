@@ -1,21 +1,22 @@
-"""The fusion module of section 3.2: audio, text and video compressed into the token that prompts SAM2.
+"""The fusion module of section 3.2: compresses audio, text and video into the token that prompts SAM 2.
 
-Letters in shape comments: B batch, N frames (= seconds), L text tokens, P patches of a frame, K [seg] tokens,
-D width, H heads, S tokens of a sequence.
+Letters in shape comments: B batch, N frames (= seconds), L text tokens, P patches per frame, K [seg] tokens,
+D width, H heads, S tokens per sequence.
 
-What the paper leaves open, and how it is decided here:
+The paper leaves five points open. This module decides them as follows:
 
-- **Positions.** The transformer has none of its own (section 4.4: no RoPE), and ViT patches and RoBERTa tokens bring
-  theirs along, but VGGish's seconds do not, and nothing says at which second a frame was taken. One learned embedding
-  a second is therefore added to the audio token of that second and to the patches and the [cls] of that second's
-  frame: "the first to sound" needs the order of the sounds, and a sound can be matched with what is seen meanwhile.
-- **[his].** At frame i it holds [cls] of frames 0..i, as Eq. 4 is written; the text's "all the previous frames" would
-  leave out i. The current frame's summary costs one token, and so the patches V_i need no [cls] of their own.
-- **Heads.** 8 by default (`FusionConfig.heads`): 128 a head at the paper's width 1024.
-- **Towards SAM2.** LayerNorm (pre-norm blocks leave the residual stream unnormalised), then Linear, ReLU, Linear, the
-  shape of Eq. 1. Only the first [seg] prompts (section 4.4).
-- **Initialisation.** Tokens and times: truncated normal of 0.02. Linear layers: Xavier, as ViT does, so that narrow
-  models start at the same scale as wide ones.
+- **Positions.** The transformer has no position embeddings (section 4.4: no RoPE). ViT patches and RoBERTa tokens
+  already carry positions, but VGGish's seconds do not, and nothing tells the model at which second a frame was taken.
+  One learned embedding per second is therefore added to that second's audio token and to the patches and [cls] of that
+  second's frame. "The first to sound" needs the order of the sounds, and the model can match a sound with the frame of
+  the same second.
+- **[his].** At frame i it holds [cls] of frames 0..i, following Eq. 4; the text's "all the previous frames" would
+  leave out i. Including frame i costs one token, and V_i then holds patches only.
+- **Heads.** 8 by default (`FusionConfig.heads`): 128 channels per head at the paper's width of 1024.
+- **Output head.** LayerNorm (pre-norm blocks leave the residual stream unnormalised), then Linear, ReLU, Linear, as in
+  Eq. 1. Only the first [seg] token prompts SAM 2 (section 4.4).
+- **Initialisation.** Tokens and time embeddings: truncated normal, std 0.02. Linear layers: Xavier, as in ViT, so that
+  narrow models start at the same scale as wide ones.
 """
 
 import torch
@@ -41,9 +42,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
 
     def forward(self, z: Tensor, mask: Tensor, first: int | None = None) -> Tensor:
-        """z (B,S,D), mask (B,1,1,S) bool, True where a token may be attended to -> (B,S,D).
+        """z (B,S,D), mask (B,1,1,S) bool, True at tokens that may be attended to -> (B,S,D).
 
-        With `first`, only the first so many tokens of that result, (B,first,D), at the cost of these alone.
+        With `first`, computes and returns only the first `first` tokens of that result, (B,first,D).
         """
         z = z + self._attend(z, mask) if first is None else z[:, :first] + self._attend_first(z, mask, first)
         return z + self.mlp(self.norm2(z))
@@ -56,11 +57,11 @@ class Block(nn.Module):
         return self.out(attended.transpose(1, 2).reshape(B, S, D))
 
     def _attend_first(self, z: Tensor, mask: Tensor, first: int) -> Tensor:
-        """The first tokens of `_attend`, exactly: (B,first,D).
+        """The first `first` tokens of `_attend`, without approximation: (B,first,D).
 
-        With few queries not even the keys and values of all tokens need be formed: q.(W_k x) = (W_k^T q).x, and the
-        weighted sum of the W_v x is W_v of the weighted sum of x. Key biases add the same to every score of a query
-        and cancel in the softmax; value biases pass through, as the weights sum to 1.
+        With few queries, there is no need to compute keys and values for all tokens: q.(W_k x) = (W_k^T q).x, and the
+        weighted sum of W_v x is W_v times the weighted sum of x. Key biases add the same amount to every score of a
+        query and cancel in the softmax; value biases pass through, because the weights sum to 1.
         """
         B, _, D = z.shape
         H, d = self.heads, D // self.heads
@@ -79,9 +80,9 @@ class Fusion(nn.Module):
     """Projections (Eq. 1), fusion transformer (Eq. 2, 3), token propagation and accumulation (Eq. 4)."""
 
     def __init__(self, config: FusionConfig, dims: dict[str, int], prompt_dim: int):
-        """dims: {"audio": dA, "visual": dV, "text": dT, "frames": N}, as the loader gives them.
+        """dims: {"audio": dA, "visual": dV, "text": dT, "frames": N}, as in the loader.
 
-        Raises RequestError where the width is not a multiple of the heads.
+        Raises RequestError if the width is not a multiple of the number of heads.
         """
         super().__init__()
         if config.dim % config.heads:
@@ -112,7 +113,7 @@ class Fusion(nn.Module):
 
     @property
     def prompt_bias(self) -> Tensor:
-        """(prompt_dim,): what the prompt token is where the sequence says nothing."""
+        """(prompt_dim,): the prompt token's value if the sequence contributes nothing."""
         last = self.head.get_submodule("1.2")
         assert isinstance(last, nn.Linear)
         return last.bias
@@ -123,23 +124,23 @@ class Fusion(nn.Module):
         """The prompt token of each sample.
 
         audio (B,N,dA) float; visual (B,N,1+P,dV) float, [cls] first; text (B,L,dT) float;
-        text_mask (B,L) bool, True at tokens; audio_valid (B,N) bool, False at seconds that were padded
-        (None: all are real). Padding is never attended to.
+        text_mask (B,L) bool, True at tokens; audio_valid (B,N) bool, False at padded seconds
+        (None: no padding). Padding is never attended to.
         Returns (B,1,prompt_dim) float.
         """
         B = len(audio)
         A = self.project_audio(audio) + self.time
         T = self.project_text(text)
-        V = self.project_visual(visual) + self.time[:, None]  # (B,N,1+P,D): all frames in one go
+        V = self.project_visual(visual) + self.time[:, None]  # (B,N,1+P,D): all frames at once
         clip = torch.cat([A, self.aud.expand(B, 1, -1), T, self.vis.expand(B, 1, -1)], dim=1)
         heard = torch.ones_like(audio[..., 0], dtype=torch.bool) if audio_valid is None else audio_valid
         marker = heard.new_ones(B, 1)
-        known = torch.cat([heard, marker, text_mask, marker], dim=1)  # (B,N+1+L+1), True where not padding
+        known = torch.cat([heard, marker, text_mask, marker], dim=1)  # (B,N+1+L+1), False at padding
         propagate = self._propagate if self.config.prompt == "seg" else self._mean
         return self.head(propagate(clip, V[:, :, 1:], V[:, :, 0], known))
 
     def _propagate(self, clip: Tensor, patches: Tensor, cls: Tensor, known: Tensor) -> Tensor:
-        """[seg] through all frames. clip (B,N+1+L+1,D), patches (B,N,P,D), cls (B,N,D) -> the first [seg] (B,1,D)."""
+        """Propagate [seg]. clip (B,N+1+L+1,D), patches (B,N,P,D), cls (B,N,D) -> the first [seg] (B,1,D)."""
         B, _, P, D = patches.shape
         K = self.config.seg_tokens
         seg = self.seg.expand(B, K, D)
@@ -153,9 +154,9 @@ class Fusion(nn.Module):
         return seg[:, :1]
 
     def _mean(self, clip: Tensor, patches: Tensor, cls: Tensor, known: Tensor) -> Tensor:
-        """Table 5's alternative: no [seg]; the mean of the output over one sequence with all frames, (B,1,D).
+        """Table 5's alternative to [seg]: the mean output over one sequence with all frames, (B,1,D).
 
-        Padding is left out of the mean; all [cls] take part where `accumulate_cls` is set.
+        The mean excludes padding. The sequence includes the [cls] of every frame if `accumulate_cls` is set.
         """
         his = cls if self.config.accumulate_cls else cls[:, :0]
         z = torch.cat([clip, patches.flatten(1, 2), his], dim=1)
@@ -167,10 +168,10 @@ class Fusion(nn.Module):
 
 
 def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Eq. 1."""
+    """The MLP of Eq. 1."""
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
 def _attention_mask(known: Tensor, before: int, after: int) -> Tensor:
-    """The attention mask (B,1,1,S) of a sequence whose middle `known` describes and whose ends are never padding."""
+    """The attention mask (B,1,1,S) of a sequence: `known` covers its middle; the ends are never padding."""
     return F.pad(known, (before, after), value=True)[:, None, None]

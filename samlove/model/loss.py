@@ -1,4 +1,4 @@
-"""The mask loss of section 3.3 (Eq. 5), one value a sample so that a bad one can be named."""
+"""The mask loss of section 3.3 (Eq. 5), one value per sample so that errors can name the sample."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 from samlove.config import LossConfig
 
-DICE_SMOOTHING = 1.0  # as in SAM's own training and its followers: no 0/0 on empty masks
+DICE_SMOOTHING = 1.0  # prevents 0/0 on empty masks; as in SAM's training
 
 
 class Losses(NamedTuple):
-    """Each (B,) float32, before weighting but for `total`."""
+    """Each (B,) float32. Only `total` is weighted."""
 
     total: Tensor
     bce: Tensor
@@ -20,16 +20,16 @@ class Losses(NamedTuple):
 
 
 def upsample(mask_logits: Tensor, size: int) -> Tensor:
-    """Low-resolution logits (B,h,w) to (B,size,size) float32, bilinearly, as SAM2 brings masks to frame size."""
+    """Low-resolution logits (B,h,w) to (B,size,size) float32, bilinearly, as SAM 2 resizes masks to frame size."""
     return F.interpolate(mask_logits.float()[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
 
 
 def mask_loss(mask_logits: Tensor, object_score: Tensor, mask: Tensor, config: LossConfig) -> Losses:
     """Eq. 5 on the first frame.
 
-    mask_logits (B,h,w) and object_score (B,) are raw logits, mask (B,S,S) float 0 or 1. BCE is the mean over the
-    pixels of the upsampled logits; Dice 1 - (2|pm| + 1) / (|p| + |m| + 1). The object score's BCE asks whether the
-    mask has a pixel at all; its weight is 0 in the paper's setting.
+    mask_logits (B,h,w) and object_score (B,) are raw logits; mask (B,S,S) is float, 0 or 1. BCE is the mean over the
+    pixels of the upsampled logits. Dice is 1 - (2|pm| + 1) / (|p| + |m| + 1). The target of the object score's BCE is
+    whether the mask has any pixel; its weight is 0 in the paper's configuration.
     """
     logits = upsample(mask_logits, mask.shape[-1]).flatten(1)  # (B,S*S)
     target = mask.float().flatten(1)

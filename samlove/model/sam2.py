@@ -1,6 +1,6 @@
-"""The light SAM2: SAM2 without its image encoder, run on cached image embeddings and prompted by [seg].
+"""The light SAM 2: SAM 2 without its image encoder, run on precomputed image embeddings and prompted by [seg].
 
-SAM 2 (Ravi et al., 2024) through the `sam2` package's own classes; the prompt follows section 3.2 of the paper.
+It uses the `sam2` package's own classes (SAM 2: Ravi et al., 2024); the prompt follows section 3.2 of the paper.
 Letters: B objects, T frames, K prompt tokens, C channels, h x w the grid of the image embedding (stride 16).
 """
 
@@ -15,41 +15,41 @@ from samlove.errors import RequestError
 from samlove.model.sam2_build import instantiate_sam2, load_sam2_weights
 
 CachePoint = Literal["post_conv", "pre_conv"]
-# The cached levels, the finest first, as SAM2 orders them: strides 4, 8 and 16.
+# The levels of the image embeddings, finest first as in SAM 2: strides 4, 8 and 16.
 LEVELS = ("sam2_high_res_0", "sam2_high_res_1", "sam2_image_embed")
 
 
 class Points(NamedTuple):
     """Clicks on frame 0. coords: (B, P, 2) float, (x, y) as fractions of the frame's width and height, 0..1.
-    labels: (B, P) int, 1 object, 0 background, 2 and 3 a box's corners, -1 padding."""
+    labels: (B, P) int: 1 object, 0 background, 2 and 3 box corners, -1 padding."""
 
     coords: Tensor
     labels: Tensor
 
 
 class LightSam2(SAM2Base):
-    """Prompt encoder, mask decoder and memory of SAM2. Parameters are named as in the official checkpoints.
+    """Prompt encoder, mask decoder and memory of SAM 2. Parameters are named as in the official checkpoints.
 
-    A prompt token yields SAM2's single mask, not the best of three: the three are for prompts that are ambiguous,
-    as one click is, whereas [seg] names one object; and choosing among them would hang on an IoU head that the
-    paper's loss does not train. Training (`first_frame`) and tracking (`track`) agree in this.
+    A prompt token yields SAM 2's single mask, not the best of three. The three masks are for ambiguous prompts such as
+    a single click, whereas [seg] names one object; choosing among them would depend on an IoU head that the paper's
+    loss does not train. Training (`first_frame`) and tracking (`track`) both use the single mask.
 
-    The module stays in evaluation mode whatever mode it is asked for: all that training mode would change is the
-    dropout of the memory attention, which is frozen, and the object score, which tracking needs.
+    The module always stays in evaluation mode. Training mode would only change the dropout of the memory attention,
+    which is frozen, and the object score, which tracking needs.
     """
 
     def __init__(self, cache_point: CachePoint = "post_conv", **parts: Any) -> None:
-        """parts: the arguments of SAM2Base. Built by `build` and `load` from a configuration."""
+        """parts: the arguments of SAM2Base. Use `build` or `load`, which read them from a configuration."""
         super().__init__(**parts)
         if not self.use_high_res_features_in_sam:
-            raise RequestError("SAM2 configuration: use_high_res_features_in_sam is false, the light SAM2 needs true")
+            raise RequestError("SAM 2 configuration: expected use_high_res_features_in_sam: true, found false")
         self.cache_point = cache_point
-        if cache_point == "post_conv":  # already applied to what the cache holds
+        if cache_point == "post_conv":  # the stored embeddings are taken after these
             del self.sam_mask_decoder.conv_s0, self.sam_mask_decoder.conv_s1
 
     @classmethod
     def build(cls, config: str, cache_point: CachePoint = "post_conv") -> "LightSam2":
-        """With random weights; `config` as in `samlove.config.read_sam2_config`."""
+        """A light SAM 2 with random weights; `config` as in `samlove.config.read_sam2_config`."""
         overrides = {"_target_": f"{cls.__module__}.{cls.__qualname__}", "cache_point": cache_point}
         model = instantiate_sam2(config, image_encoder=False, **overrides)
         assert isinstance(model, cls)
@@ -57,7 +57,7 @@ class LightSam2(SAM2Base):
 
     @classmethod
     def load(cls, config: str, checkpoint: str, cache_point: CachePoint = "post_conv") -> "LightSam2":
-        """With the weights of `checkpoint`; see `samlove.model.sam2_build.load_sam2_weights` for what it may be."""
+        """A light SAM 2 with the weights of `checkpoint`, as in `samlove.model.sam2_build.load_sam2_weights`."""
         model = cls.build(config, cache_point)
         load_sam2_weights(model, checkpoint)
         return model
@@ -68,14 +68,14 @@ class LightSam2(SAM2Base):
         return self.sam_prompt_embed_dim
 
     def train(self, mode: bool = True) -> "LightSam2":
-        """Keeps evaluation mode; see the class."""
+        """Does nothing: the module stays in evaluation mode, see the class."""
         return super().train(False)
 
     def set_trainable(self, prompt_encoder: bool, mask_decoder: bool) -> None:
-        """Freeze everything but these two (section 3.2, Trainable Modules), and in them what `first_frame` reaches.
+        """Make only these two trainable (section 3.2, Trainable Modules), and only the parts that `first_frame` uses.
 
-        The other mask tokens' heads, the IoU head and the mask prompt's convolutions take no part in it, so they
-        could not learn; as they stay frozen, data-parallel training sees no parameter without a gradient.
+        `first_frame` does not use the other mask tokens' heads, the IoU head or the mask prompt's convolutions, so they
+        could not learn. Because they stay frozen, data-parallel training sees no parameter without a gradient.
         """
         encoder, decoder = self.sam_prompt_encoder, self.sam_mask_decoder
         self.requires_grad_(False)
@@ -88,13 +88,13 @@ class LightSam2(SAM2Base):
             decoder.output_hypernetworks_mlps[1:].requires_grad_(False)
 
     def first_frame(self, embeds: dict[str, Tensor], token: Tensor) -> tuple[Tensor, Tensor]:
-        """The training path: segment frame 0 of B videos, each by its own token, with gradients.
+        """The training path: segment frame 0 of B videos, each with its own token, with gradients.
 
-        embeds: the cached embeddings of frame 0, `sam2_image_embed` (B, C, h, w), `sam2_high_res_0`
+        embeds: the precomputed embeddings of frame 0, `sam2_image_embed` (B, C, h, w), `sam2_high_res_0`
             (B, C0, 4h, 4w), `sam2_high_res_1` (B, C1, 2h, 2w); other keys are ignored.
-        token: (B, K, prompt_dim), joins the sparse prompt embeddings after those of "no point".
-        Returns mask logits (B, 4h, 4w) and object score logits (B,), raw: where the score is negative SAM2's tracking
-        puts -1024 for the whole mask, which would pass no gradient.
+        token: (B, K, prompt_dim), appended to the sparse prompt embeddings of "no point".
+        Returns raw mask logits (B, 4h, 4w) and object score logits (B,). If the score is negative, SAM 2's tracking
+        sets the whole mask to -1024, which would pass no gradient; this method does not.
         """
         features = self._features(embeds)
         batch = len(token)
@@ -121,13 +121,14 @@ class LightSam2(SAM2Base):
         points: Points | None = None,
         masks: Tensor | None = None,
     ) -> Tensor:
-        """Segment B objects of one video through all its frames, prompted on frame 0 by one kind of prompt.
+        """Segment B objects in all frames of one video, prompted on frame 0 by one kind of prompt.
 
-        Step by step what `SAM2VideoPredictor` does for each object by itself, which `tests/test_parity.py` compares.
+        Follows, step by step, what `SAM2VideoPredictor` does for each object separately; `tests/test_parity.py`
+        compares the two.
 
-        embeds: as in `first_frame` with T frames for B; may live on another device, one frame is moved at a time.
-        token: (B, K, prompt_dim). masks: (B, H, W), nonzero is the object, resized where SAM2's input differs.
-        Returns mask logits (B, T, 4h, 4w), -1024 throughout where SAM2 finds the object absent.
+        embeds: as in `first_frame`, with T frames in place of B; may be on another device: frames move one at a time.
+        token: (B, K, prompt_dim). masks: (B, H, W), nonzero at the object; resized to SAM 2's input size if necessary.
+        Returns mask logits (B, T, 4h, 4w). All logits of a frame are -1024 if SAM 2 finds the object absent in it.
         """
         if sum(prompt is not None for prompt in (token, points, masks)) != 1:
             raise ValueError("track takes exactly one of token, points and masks")
@@ -146,7 +147,7 @@ class LightSam2(SAM2Base):
                 mask_inputs=None,
                 output_dict=bank,
                 num_frames=frames,
-                run_mem_encoder=t + 1 < frames,  # nobody would read the last frame's memory
+                run_mem_encoder=t + 1 < frames,  # nothing reads the last frame's memory
             )
             logits.append(out["pred_masks"])
             if t + 1 < frames:
@@ -156,14 +157,14 @@ class LightSam2(SAM2Base):
         return torch.cat(logits, dim=1)  # (B, T, 4h, 4w)
 
     def _features(self, embeds: dict[str, Tensor], frame: int | None = None, batch: int | None = None) -> dict:
-        """The arguments by which SAM2Base passes a frame's features on, from the cache.
+        """A frame's features in the form that SAM2Base's methods take, from the precomputed embeddings.
 
-        With `frame`, that frame of one video for `batch` objects; without, all rows as they are. Position encodings
-        are those of the last level, the only ones SAM2 reads.
+        With `frame`: that frame of one video, repeated for `batch` objects. Without it: all rows as they are. Position
+        encodings are those of the last level, the only ones that SAM 2 reads.
         """
         rows = slice(None) if frame is None else slice(frame, frame + 1)
         moved = (embeds[name][rows].to(self.device, non_blocking=True) for name in LEVELS)
-        levels = [level.to(self.no_mem_embed.dtype) for level in moved]  # not in one: that widens before it moves
+        levels = [level.to(self.no_mem_embed.dtype) for level in moved]  # a single `to` would widen before moving
         if self.cache_point == "pre_conv":
             levels[0] = self.sam_mask_decoder.conv_s0(levels[0])
             levels[1] = self.sam_mask_decoder.conv_s1(levels[1])
@@ -178,12 +179,12 @@ class LightSam2(SAM2Base):
         }
 
     def _high_res(self, features: dict) -> list[Tensor]:
-        """The two finer levels as the mask decoder takes them."""
+        """The two finer levels in the form that the mask decoder takes."""
         pairs = zip(features["current_vision_feats"][:-1], features["feat_sizes"][:-1], strict=True)
         return [feats.permute(1, 2, 0).unflatten(2, size) for feats, size in pairs]  # (B, C0, 4h, 4w), (B, C1, 2h, 2w)
 
     def _without_memory(self, features: dict) -> Tensor:
-        """The image embedding of a frame that has no past: SAM2 adds no_mem_embed. (B, C, h, w)"""
+        """The image embedding of a frame without memory: SAM 2 adds no_mem_embed. (B, C, h, w)"""
         return self._prepare_memory_conditioned_features(
             frame_idx=0,
             is_init_cond_frame=True,
@@ -197,7 +198,7 @@ class LightSam2(SAM2Base):
     def _prompted(
         self, features: dict, frames: int, token: Tensor | None, points: Points | None, masks: Tensor | None
     ) -> dict:
-        """Frame 0 from its prompt: `pred_masks` (B, 1, 4h, 4w) and what later frames attend to."""
+        """Segment frame 0 from its prompt: `pred_masks` (B, 1, 4h, 4w) and the memory that later frames attend to."""
         if token is not None:
             out = self._prompted_by_token(features, token)
         else:
@@ -211,8 +212,8 @@ class LightSam2(SAM2Base):
                 num_frames=frames,
                 run_mem_encoder=False,
             )
-        # The predictor's preflight encodes frame 0 from its low-resolution mask, upsampled again: for a mask prompt
-        # this is not the mask that came in.
+        # The official predictor's preflight encodes frame 0 from its upsampled low-resolution mask. With a mask prompt,
+        # that differs from the given mask.
         size = (self.image_size, self.image_size)
         high_res = F.interpolate(out["pred_masks"], size=size, mode="bilinear", align_corners=False)
         memory, positions = self._encode_new_memory(
@@ -225,7 +226,7 @@ class LightSam2(SAM2Base):
         return {"pred_masks": out["pred_masks"], **self._stored(memory, positions, out["obj_ptr"])}
 
     def _prompted_by_token(self, features: dict, token: Tensor) -> dict:
-        """As `track_step` for a frame without point or mask, the token one more row of the sparse embeddings."""
+        """As `track_step` for a frame without point or mask, with the token appended to the sparse embeddings."""
         token = token.to(self.device)
         handle = self.sam_prompt_encoder.register_forward_hook(
             lambda module, inputs, embeddings: (torch.cat([embeddings[0], token], dim=1), embeddings[1])
@@ -243,7 +244,7 @@ class LightSam2(SAM2Base):
         return {"point_coords": coords, "point_labels": points.labels.to(self.device, torch.int32)}
 
     def _mask_inputs(self, masks: Tensor) -> Tensor:
-        """As the predictor's `add_new_mask` prepares a mask: (B, H, W) to 0/1 (B, 1, image_size, image_size)."""
+        """Prepare masks as the official predictor's `add_new_mask`: (B, H, W) to 0/1 (B, 1, image_size, image_size)."""
         inputs = (masks[:, None] > 0).float().to(self.device)
         size = (self.image_size, self.image_size)
         if inputs.shape[-2:] == size:
@@ -251,12 +252,12 @@ class LightSam2(SAM2Base):
         return (F.interpolate(inputs, size=size, mode="bilinear", align_corners=False, antialias=True) >= 0.5).float()
 
     def _stored(self, memory: Tensor, positions: list[Tensor], obj_ptr: Tensor) -> dict:
-        """A frame's entry in the memory bank; in bfloat16 because the official predictor keeps it so."""
+        """A frame's entry in the memory bank; in bfloat16, as in the official predictor."""
         return {"maskmem_features": memory.to(torch.bfloat16), "maskmem_pos_enc": positions, "obj_ptr": obj_ptr}
 
     def _forget(self, memories: dict[int, dict], upcoming: int) -> None:
-        """Drop what no frame from `upcoming` on can attend to any more."""
-        reach = 1 + max(self.num_maskmem - 2, 0) * self.memory_temporal_stride_for_eval  # frames, spatial memory
+        """Drop memories that no frame from `upcoming` onwards can attend to."""
+        reach = 1 + max(self.num_maskmem - 2, 0) * self.memory_temporal_stride_for_eval  # in frames, for spatial memory
         for t in [t for t in memories if t < upcoming - reach]:
             if t < upcoming - max(reach, self.max_obj_ptrs_in_encoder - 1):
                 del memories[t]

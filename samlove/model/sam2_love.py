@@ -1,4 +1,4 @@
-"""SAM2-LOVE: the fusion module and the light SAM2 that its token prompts."""
+"""SAM2-LOVE: the fusion module and the light SAM 2 that its token prompts."""
 
 import torch
 from torch import Tensor, nn
@@ -7,11 +7,11 @@ from samlove.config import FusionConfig, Sam2Config
 from samlove.model.fusion import Fusion
 from samlove.model.sam2 import LEVELS, LightSam2
 
-POSITIVE_CLICK = 1  # among SAM2's point labels
+POSITIVE_CLICK = 1  # SAM 2's point label for a click on the object
 
 
 class SamLove(nn.Module):
-    """The whole method over cached features."""
+    """The whole method, on precomputed features."""
 
     def __init__(self, fusion: Fusion, sam2: LightSam2):
         super().__init__()
@@ -20,11 +20,11 @@ class SamLove(nn.Module):
 
     @classmethod
     def build(cls, fusion: FusionConfig, sam2: Sam2Config, dims: dict[str, int]) -> "SamLove":
-        """A fresh fusion module over the SAM2 of `sam2.checkpoint`; dims as `Fusion` takes them.
+        """A new fusion module with the SAM 2 of `sam2.checkpoint`; dims as in `Fusion`.
 
-        The prompt starts as what SAM2's prompt encoder adds to a click on an object, its place left to be learnt: a
-        token that the mask decoder already reads as "an object here". From a random start, learning took longer
-        (the same colour-only expressions, one frame, 3,840 samples: IoU 0.47 against 0.37).
+        The prompt starts as the vector that SAM 2's prompt encoder adds to a click on an object, without a position,
+        which is left to be learned. The mask decoder already reads this token as "an object here". A random start
+        learned more slowly (same colour-only expressions, one frame, 3,840 samples: IoU 0.37 instead of 0.47).
         """
         light = LightSam2.load(sam2.config, sam2.checkpoint, sam2.cache_point)
         model = cls(Fusion(fusion, dims, light.prompt_dim), light)
@@ -37,5 +37,5 @@ class SamLove(nn.Module):
         return self.sam2.first_frame({name: batch[name] for name in LEVELS}, self.token(batch))
 
     def token(self, batch: dict) -> Tensor:
-        """The prompt tokens (B,1,prompt_dim) of a batch; needs its audio, visual and text arrays only."""
+        """The prompt tokens (B,1,prompt_dim) of a batch; reads only its audio, visual and text arrays."""
         return self.fusion(batch["audio"], batch["visual"], batch["text"], batch["text_mask"], batch["audio_valid"])

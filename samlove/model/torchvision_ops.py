@@ -1,9 +1,9 @@
-"""Lets torchvision be imported beside a torch build that its compiled extension does not fit.
+"""Makes torchvision importable with a torch build that its compiled extension does not fit.
 
-PyPI's torchvision carries an extension built for PyPI's torch. Beside the CPU-only torch that extension does not
-load, and `import torchvision` then fails ("operator torchvision::nms does not exist"), because torchvision attaches
-fake kernels to two operators that only the extension declares. samlove, timm and sam2 use none of torchvision's
-compiled operators, so declaring the two without kernels is enough. Where the extension loads, nothing is declared.
+PyPI's torchvision contains an extension built for PyPI's torch. With CPU-only torch that extension does not load, and
+`import torchvision` fails ("operator torchvision::nms does not exist"), because torchvision registers fake kernels for
+two operators that only the extension declares. samlove, timm and sam2 use none of torchvision's compiled operators, so
+declaring the two without kernels is enough. If the extension loads, nothing is declared.
 
 Import this module before timm, sam2 or torchvision: `import samlove.model.torchvision_ops  # noqa: F401`.
 """
@@ -21,7 +21,7 @@ _SCHEMAS = (
 
 
 def _load_extension() -> bool:
-    """Whether torchvision's own operators are there, after loading its extension as torchvision itself would."""
+    """Load torchvision's extension as torchvision itself would; return whether its operators are available."""
     if hasattr(torch.ops.torchvision, "nms"):
         return True
     spec = importlib.util.find_spec("torchvision")
@@ -47,4 +47,4 @@ def _declare() -> torch.library.Library | None:
     return library
 
 
-_library = _declare()  # kept alive: the declarations go when the Library object does
+_library = _declare()  # keep a reference: the declarations are removed with the Library object

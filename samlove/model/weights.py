@@ -1,6 +1,6 @@
-"""Where pretrained weights come from: a local path, or "hub:NAME" on the Hugging Face hub.
+"""Pretrained weights: from a local path, or from "hub:NAME" on the Hugging Face Hub.
 
-The network is touched for "hub:NAME" only. A file is read without unpickling anything but tensors.
+Only "hub:NAME" uses the network. Reading a file unpickles nothing but tensors.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,14 @@ HUB = "hub:"
 
 
 def resolve_file(weights: str, what: str, remedy: str, hub_file: str | None = None) -> Path:
-    """The local file that `weights` names.
+    """The local file that `weights` names; "hub:NAME" downloads it from the Hugging Face Hub.
 
-    hub_file: the file to fetch for "hub:NAME"; None where these weights are on no hub.
-    Raises RequestError, saying what the file is and how to get it, where there is none.
+    hub_file: the name of the file in the Hub repository NAME; None if these weights are not on the Hub.
+    Raises RequestError, saying what the file is and how to get it, if there is no such file.
     """
     if weights.startswith(HUB):
         if hub_file is None:
-            raise RequestError(f"{weights}: {what} is not on the hub; {remedy}")
+            raise RequestError(f"{weights}: expected a local file, hub: is not supported for {what}; {remedy}")
         from huggingface_hub import hf_hub_download
 
         return Path(from_hub(weights, what, remedy, lambda name: hf_hub_download(name, hub_file)))
@@ -35,19 +35,19 @@ def resolve_file(weights: str, what: str, remedy: str, hub_file: str | None = No
 
 
 def from_hub(weights: str, what: str, remedy: str, download: Callable[[str], str]) -> str:
-    """What `download` gives for the NAME of "hub:NAME"; RequestError where it cannot be fetched."""
+    """Call `download` with the NAME of "hub:NAME". Raises RequestError if the download fails."""
     try:
         return download(weights.removeprefix(HUB))
-    except (OSError, ValueError) as error:  # huggingface_hub's errors are one or the other
+    except (OSError, ValueError) as error:  # huggingface_hub's errors are subclasses of these
         reason = str(error).strip().split("\n")[0]
-        raise RequestError(f"{weights}: cannot fetch {what} from the Hugging Face hub: {reason}; {remedy}") from error
+        raise RequestError(f"{weights}: {what} cannot be downloaded from the Hub: {reason}; {remedy}") from error
 
 
 def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors file, or of a torch file read with weights_only=True, by name.
 
-    A torch file may hold them under "model", as SAM2's do. Floating tensors come as float32, whatever they are
-    stored as. Raises SamloveError where the file is not readable so.
+    A torch file may hold them under "model", as SAM 2's do. Floating-point tensors are returned as float32, whatever
+    their stored dtype. Raises SamloveError if the file cannot be read this way.
     """
     tensors: Any
     try:
@@ -56,18 +56,18 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise a dozen unrelated types for a broken file
-        kind = "safetensors" if isinstance(error, SafetensorError) else "torch, weights only"
+        kind = "safetensors" if isinstance(error, SafetensorError) else "torch, weights_only=True"
         reason = str(error).strip().split("\n")[0]
-        raise SamloveError(f"{path}: not readable as weights ({kind}): {reason}; fetch the file again") from error
+        raise SamloveError(f"{path}: not readable as weights ({kind}): {reason}; download the file again") from error
     if isinstance(tensors, dict) and isinstance(tensors.get("model"), dict):
         tensors = tensors["model"]
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise SamloveError(f"{path}: expected a dictionary of tensors by name, found something else")
+        raise SamloveError(f"{path}: expected a dictionary of named tensors, found something else")
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
 
 
 def load_into(module: torch.nn.Module, tensors: dict[str, torch.Tensor], path: Path, what: str) -> None:
-    """Give `module` all its weights; raises SamloveError where a name or a shape does not fit."""
+    """Load all weights of `module`. Raises SamloveError if a name or shape does not fit."""
     own = module.state_dict()
     faults = [f"missing {name}" for name in own if name not in tensors]
     faults += [f"unexpected {name}" for name in tensors if name not in own]

@@ -1,11 +1,11 @@
-"""From stored predictions to scores: the result table, per-row scores, break-downs and controls.
+"""Scores stored predictions: the result table, per-row scores, breakdowns and controls.
 
 Two protocols, named in every output:
-- `per_expression`: each expression is scored by itself, a split is the mean of its expressions.
-- `official_batch`: as the benchmark's script, which scores batches of 4 expressions in file order as one and
-  averages the batches; F's best threshold and S's root are then a batch's.
+- `per_expression`: each expression is scored by itself; the score of a split is the mean over its expressions.
+- `official_batch`: like the script of Ref-AVS Bench, which scores each batch of 4 expressions, in file order, as one
+  video and averages over batches; the best threshold of F and the root of S are then per batch.
 
-Break-downs and controls are always per expression.
+Breakdowns and controls are always per expression.
 """
 
 import json
@@ -25,7 +25,7 @@ from samlove.scoring.metrics import EDGES, Scores, histogram, scores_of
 from stores import PredictionReader
 from stores.fingerprint import check_fingerprint, flat
 
-BATCH = 4  # expressions a batch of the benchmark's script
+BATCH = 4  # expressions per batch in the benchmark's script
 SPLITS = ("val", "test_s", "test_u", "test_n")
 CONTROLS = ("swapped_audio", "permuted_text", "true_mask")
 CUES = ("sight", "sound", "time")
@@ -33,23 +33,24 @@ PROTOCOLS = ("per_expression", "official_batch")
 
 
 class Evaluation(NamedTuple):
-    metrics: dict  # as data/metrics.json, see design contract: percent for J, F, J&F, a fraction for S
-    rows: pd.DataFrame  # one row an expression; J, F, JF, S and {J,F,JF,S}_{control} as fractions, NaN: no score
+    metrics: dict  # content of metrics.json: percent for J, F, J&F, a fraction for S
+    rows: pd.DataFrame  # one per expression; J, F, JF, S and {J,F,JF,S}_{control} as fractions, NaN: no score
     details: dict  # protocols, cues, categories, controls
 
 
 def evaluate(expressions: pd.DataFrame, folder: RefAvsFolder, predictions: Path, protocol: str) -> Evaluation:
-    """Scores every expression of the evaluation splits and sums them up.
+    """Score every expression of the evaluation splits, and average the scores.
 
-    expressions: the index's table, in file order. predictions: the folder of {split}/{predictions,CONTROL}.h5; val
-    and each control are scored where they are there.
-    Raises RequestError where a test split's predictions are missing, SamloveError where an expression's are, or where
-    files are of other rows than the index's, or not all of one checkpoint, its features and choices.
+    expressions: the index's table, in file order. predictions: the folder of {split}/{predictions,CONTROL}.h5; val and
+    each control are scored if their files exist.
+    Raises RequestError if the predictions of a test split are missing, SamloveError if those of an expression are
+    missing, if a file was made for different rows than the index's, or if files differ in checkpoint, features or
+    settings.
     """
     flags = {cue: expressions[cue].fillna(False).astype(bool) for cue in CUES if cue in expressions}
-    expressions = expressions.assign(**flags)  # a row whose cues are not known counts as needing none
+    expressions = expressions.assign(**flags)  # a row with unknown cues counts as needing none
     tables, batches = [], {}
-    _check_made_alike(predictions, {split: expressions[expressions["split"] == split] for split in SPLITS})
+    _check_same_run(predictions, {split: expressions[expressions["split"] == split] for split in SPLITS})
     for split in SPLITS:
         rows = expressions[expressions["split"] == split]
         source = predictions / split / "predictions.h5"
@@ -58,7 +59,7 @@ def evaluate(expressions: pd.DataFrame, folder: RefAvsFolder, predictions: Path,
         if rows.empty:
             continue
         if not source.exists():
-            raise RequestError(f"{source}: no such file; make it with: dvc repro infer@{split}")
+            raise RequestError(f"{source}: no such file; run: dvc repro infer")
         table, batches[split] = _score_split(rows, folder, source.parent)
         tables.append(table)
     if not tables:
@@ -83,14 +84,14 @@ def evaluate(expressions: pd.DataFrame, folder: RefAvsFolder, predictions: Path,
 
 
 def _score_split(rows: pd.DataFrame, folder: RefAvsFolder, source: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Scores of each expression, with those of every control there is, and of each of the benchmark's batches."""
+    """Scores of each expression, also under every available control, and of each of the benchmark's batches."""
     readers = {name: _open(source / f"{name}.h5") for name in CONTROLS if (source / f"{name}.h5").exists()}
     main = _open(source / "predictions.h5")
     absent = [row_id for row_id in rows["row_id"] if row_id not in main]
     if absent:
         raise SamloveError(
             f"{source / 'predictions.h5'}: expected predictions of {len(rows)} expressions, {len(absent)} are missing, "
-            f"first {absent[0]}; make them again with: dvc repro -f infer@{source.name}"
+            f"first: {absent[0]}; run: dvc repro -f -s infer"
         )
     keep = [c for c in ("row_id", "split", "media_id", "fid", "object", "exp", "null", "template", *CUES) if c in rows]
     scored, counts = [], []
@@ -109,10 +110,10 @@ def _score_split(rows: pd.DataFrame, folder: RefAvsFolder, source: Path) -> tupl
     return pd.DataFrame(scored), pd.DataFrame(list(_batch_scores(counts)))
 
 
-def _check_made_alike(predictions: Path, splits: dict[str, pd.DataFrame]) -> None:
-    """Raise SamloveError where a file is of another split, control or rows than asked for, or made unlike the others.
+def _check_same_run(predictions: Path, splits: dict[str, pd.DataFrame]) -> None:
+    """Raise SamloveError if a file is of a different split, control or rows than expected, or differs from the others.
 
-    What a file does not say, as those of older versions, is not compared.
+    Fields that a file does not record are not compared; older files have fewer.
     """
     first: tuple[Path, dict] | None = None
     for split, rows in splits.items():
@@ -123,23 +124,21 @@ def _check_made_alike(predictions: Path, splits: dict[str, pd.DataFrame]) -> Non
             attrs = _open(path).attrs
             own = {"split": split, "variant": name, "rows_sha256": rows_digest(rows)}
             said = {field: attrs[field] for field in own if field in attrs}
-            check_fingerprint(said, {field: own[field] for field in said}, path, f"dvc repro -f infer@{split}")
+            check_fingerprint(said, {field: own[field] for field in said}, path, "dvc repro -f -s infer")
             shared = flat({field: value for field, value in attrs.items() if field not in own})
             first = first or (path, shared)
-            check_fingerprint(shared, first[1], f"{path}, beside {first[0]}", "dvc repro infer")
+            check_fingerprint(shared, first[1], f"{path}, compared with {first[0]}", "dvc repro infer")
 
 
 def _open(path: Path) -> PredictionReader:
     reader = PredictionReader(path)
     if not np.array_equal(np.asarray(reader.edges, dtype=np.float32), EDGES):
-        raise SamloveError(
-            f"{path}: its bins have other edges than samlove.scoring.metrics.EDGES; make it again: dvc repro infer"
-        )
+        raise SamloveError(f"{path}: its bin edges differ from samlove.scoring.metrics.EDGES; run: dvc repro infer")
     return reader
 
 
 def _target(folder: RefAvsFolder, row: dict, shape: tuple[int, ...]) -> np.ndarray:
-    """The true masks at the predictions' (T, H, W); nothing for a null expression, which has none."""
+    """Ground-truth masks, bool, of the predictions' shape (T, H, W); empty for a null expression, which has none."""
     if row["null"]:
         return np.zeros(shape, dtype=bool)
     frames, height, width = shape
@@ -149,7 +148,7 @@ def _target(folder: RefAvsFolder, row: dict, shape: tuple[int, ...]) -> np.ndarr
 
 
 def _columns(scores: Scores, null: bool) -> dict[str, float]:
-    """J, F and their mean for an expression that has a target, S for one that has none."""
+    """J, F and their mean, or S for a null expression; NaN for the others."""
     nan = float("nan")
     if null:
         return {"J": nan, "F": nan, "JF": nan, "S": scores.S}
@@ -157,7 +156,7 @@ def _columns(scores: Scores, null: bool) -> dict[str, float]:
 
 
 def _batch_scores(counts: list[tuple[bool, np.ndarray]]) -> Iterator[dict]:
-    """Scores of batches of 4 in file order, each scored as one long video; null and other rows do not mix."""
+    """Scores of batches of 4 in file order, each scored as one long video, null expressions and others apart."""
     for null in (False, True):
         rows = [c for is_null, c in counts if is_null == null]
         for i in range(0, len(rows), BATCH):
@@ -165,11 +164,11 @@ def _batch_scores(counts: list[tuple[bool, np.ndarray]]) -> Iterator[dict]:
             yield {"null": null, "expressions": len(batch), **_columns(scores_of(np.concatenate(batch)), null)}
 
 
-# --- summing up ------------------------------------------------------------------------------------------------------
+# --- averaging -------------------------------------------------------------------------------------------------------
 
 
 def _mean(values: pd.Series, scale: float, digits: int) -> float | None:
-    """Mean of what has a score; None, JSON's null, where nothing has."""
+    """Mean of the scores that are not NaN; None (null in JSON) if there are none."""
     mean = values.mean()
     return None if pd.isna(mean) else round(float(mean) * scale, digits)
 
@@ -179,7 +178,10 @@ def _half(a: float | None, b: float | None) -> float | None:
 
 
 def aggregate(rows: pd.DataFrame, suffix: str = "") -> dict:
-    """J, F and J&F in percent of expressions (or batches) that have targets, and how many; None: no score."""
+    """J, F and J&F in percent, and the number of expressions, without null expressions. None: no score.
+
+    rows: one per expression or per batch.
+    """
     rows = rows[~rows["null"].astype(bool)]
     J, F = (_mean(rows[name + suffix], 100, 4) for name in "JF")
     return {"J": J, "F": F, "J&F": _half(J, F), "n": _count(rows)}
@@ -195,7 +197,7 @@ def _aggregate_null(rows: pd.DataFrame) -> dict:
 
 
 def _mix(seen: dict, unseen: dict) -> dict:
-    """Mean of both splits, as the paper's Mix (S+U)."""
+    """Mean of both splits, like the paper's Mix (S+U)."""
     return {k: _half(seen[k], unseen[k]) for k in ("J", "F", "J&F")} | {"n": seen["n"] + unseen["n"]}
 
 
@@ -211,7 +213,7 @@ def _result_table(splits: dict[str, pd.DataFrame], protocol: str) -> dict:
 
 
 def _by_cue(rows: pd.DataFrame) -> dict[str, dict]:
-    """For each test split, {"sight", "sight+sound", ...: scores}: the cues that an expression needs, all of them."""
+    """For each test split, {"sight", "sight+sound", ...: scores}, by the set of cues that an expression needs."""
     if not set(CUES) <= set(rows):
         return {}
     found: dict[str, dict] = {}
@@ -236,11 +238,11 @@ def _by_category(rows: pd.DataFrame) -> dict[str, dict]:
 
 
 def _controls(rows: pd.DataFrame) -> dict[str, dict]:
-    """What each control changes, on the very rows that it was run on.
+    """The effect of each control, on exactly the rows that it was run on.
 
-    swapped_audio: J&F with another clip's sound, on rows that need sound (all rows where cues are not known);
-    permuted_text: J&F with another expression of the video; both with the drop in points.
-    true_mask: J that the same SAM2 reaches from the true mask of frame 0, and the share of it that the model has.
+    swapped_audio: J&F with the audio of another video, on rows that need sound (all rows if cues are unknown);
+    permuted_text: J&F with another expression of the same video; both with the drop in points.
+    true_mask: J that the same SAM 2 gets from the ground-truth mask of frame 0, and the model's J as a share of it.
     """
     found: dict[str, dict] = {}
     for control in CONTROLS:
@@ -274,7 +276,7 @@ def _compare(control: str, normal: dict, changed: dict) -> dict:
 
 
 def write(evaluation: Evaluation, metrics: Path, folder: Path) -> None:
-    """Writes metrics.json, and rows.parquet and details.json into `folder`."""
+    """Write metrics.json to `metrics`, and rows.parquet and details.json into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     evaluation.rows.to_parquet(folder / "rows.parquet", index=False)
     for path, values in ((folder / "details.json", evaluation.details), (metrics, evaluation.metrics)):
@@ -282,16 +284,16 @@ def write(evaluation: Evaluation, metrics: Path, folder: Path) -> None:
 
 
 NAMES = {"val": "validation", "test_s": "seen", "test_u": "unseen", "mix": "mix", "test_n": "null"}
-CONTROL_NAMES = {"swapped_audio": "sound of another clip", "permuted_text": "another expression of the video"}
+CONTROL_NAMES = {"swapped_audio": "audio of another video", "permuted_text": "another expression of the same video"}
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """A score for a reader; a dash where there is none."""
+    """A score as text; a dash if there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def render_table(metrics: dict, details: dict) -> str:
-    """The result and its controls as text for a terminal."""
+    """The results and controls as text for a terminal."""
     lines = [f"Results (protocol {metrics['protocol']}; J, F, J&F in percent, S a fraction; mix: mean of both)"]
     lines.append(f"  {'split':<8}{'n':>6}{'J':>8}{'F':>8}{'J&F':>8}{'S':>8}")
     for split in ("test_s", "test_u", "mix"):
@@ -307,10 +309,11 @@ def render_table(metrics: dict, details: dict) -> str:
 
 def _render_control(control: str, result: dict) -> list[str]:
     if control == "true_mask":
-        lines = ["SAM2 given the true mask of frame 0 (per_expression): the ceiling of this SAM2"]
-        columns = {"J": "J", "ceiling": "J_true_mask", "share": "ratio"}
+        lines = ["Upper bound: the same SAM 2, prompted with the ground-truth mask of frame 0 (per_expression)"]
+        columns = {"J": "J", "bound": "J_true_mask", "share": "ratio"}
     else:
-        lines = [f"Control: {CONTROL_NAMES[control]} (per_expression; rows: {result['rows']})"]
+        which = "all expressions" if result["rows"] == "all" else f"expressions {result['rows']}"
+        lines = [f"Control: {CONTROL_NAMES[control]} (per_expression; {which})"]
         columns = {"J&F": "J&F", "control": f"J&F_{control}", "drop": "drop"}
     lines.append(f"  {'split':<8}{'n':>6}" + "".join(f"{title:>9}" for title in columns))
     for split in ("test_s", "test_u", "mix"):

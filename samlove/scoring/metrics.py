@@ -1,11 +1,12 @@
-"""J, F and S as the benchmark's own code computes them, from one histogram per frame.
+"""J, F and S as the code of Ref-AVS Bench computes them, from one histogram per frame.
 
-Source: the Ref-AVS Bench evaluation (GeWu-Lab/Ref-AVS). Differences: the 255 thresholds of F are read off a
-histogram in one pass instead of 255; nothing is on a batch unless the caller joins the frames of a batch.
+Source: the Ref-AVS Bench evaluation (GeWu-Lab/Ref-AVS). Differences: one pass over a histogram
+evaluates all 255 thresholds of F, instead of 255 passes; each expression is scored by itself, unless the caller joins
+the frames of a batch.
 
-A logit falls into one of 256 bins, cut at every value at which one of the metrics decides: the 254 positive
-thresholds of F, and the 0.4 of J. J and F from bins are therefore those from logits, exactly. S cuts at the
-threshold of F that is 0.5, so it differs only by pixels whose sigmoid is 0.5 to the last bit.
+A logit falls into one of 256 bins, which have an edge at every value at which a metric decides: the 254 positive
+thresholds of F, and the 0.4 of J. J and F from bins are therefore exactly those from logits. S uses the threshold 0.5
+of F, so it differs only for pixels whose sigmoid is exactly 0.5.
 
 Letters: T frames, H and W height and width of a mask.
 """
@@ -22,19 +23,19 @@ JACCARD_THRESHOLD = 0.4
 NULL_THRESHOLD = 0.5
 BETA_SQUARED = 0.3
 
-THRESHOLDS = np.linspace(0, 1 - 1e-10, 255).astype(np.float32)  # of F; a pixel is foreground from each value on
-# J counts what lies above 0.4, F what lies at a threshold or above: one "at or above" rule serves both when the
-# edge of J is the next float after 0.4.
+THRESHOLDS = np.linspace(0, 1 - 1e-10, 255).astype(np.float32)  # of F; a pixel is foreground at or above each
+# J counts pixels above 0.4, F pixels at or above a threshold. One "at or above" rule serves both if the edge of J is
+# the next float after 0.4.
 _JACCARD_EDGE = np.nextafter(np.float32(JACCARD_THRESHOLD), np.float32(1))
-EDGES = np.sort(np.append(THRESHOLDS[1:], _JACCARD_EDGE)).astype(np.float32)  # (255,); bin = edges at or below
+EDGES = np.sort(np.append(THRESHOLDS[1:], _JACCARD_EDGE)).astype(np.float32)  # (255,); bin = count of edges at or below
 
-# First bin of the foreground, for each threshold of F (255,), for J and for S.
+# First foreground bin: for each threshold of F (255,), for J, and for S.
 THRESHOLD_BINS = np.searchsorted(EDGES, THRESHOLDS, side="right")
 JACCARD_BIN = int(np.searchsorted(EDGES, _JACCARD_EDGE, side="right"))
 NULL_BIN = int(np.searchsorted(EDGES, np.float32(NULL_THRESHOLD), side="right"))
 
-# Looking an edge up by cell instead of searching it is 8 times faster: 0..1 in 1024 cells, each narrower than the
-# least distance of two edges, so that a cell knows its bin but for the one edge that may lie in it.
+# Looking up a bin by cell is 8 times faster than searching the edges. 0..1 has 1024 cells, each narrower than the
+# smallest distance between two edges: a cell determines the bin, except for the one edge that may lie in it.
 _CELLS = 1024
 _CELL_BINS = torch.from_numpy(np.searchsorted(EDGES, np.arange(_CELLS + 1) / _CELLS, side="right").astype(np.uint8))
 _NEXT_EDGE = torch.from_numpy(np.append(EDGES, np.float32(np.inf)))  # (256,) by bin
@@ -43,7 +44,7 @@ Array = np.ndarray | torch.Tensor
 
 
 class Scores(NamedTuple):
-    """J, F and S as fractions; F is NaN where no frame has a target."""
+    """J, F and S as fractions; F is NaN if no frame has a target."""
 
     J: float
     F: float
@@ -51,9 +52,9 @@ class Scores(NamedTuple):
 
 
 def quantise(logits: Array) -> np.ndarray:
-    """Bins of mask logits: uint8 of the same shape, 0..255, how many EDGES the sigmoid reaches.
+    """Bins of mask logits: uint8 of the same shape, 0..255: the number of EDGES that the sigmoid reaches.
 
-    Any float dtype, any device; computed in float32. Raises SamloveError where a logit is NaN.
+    Any float dtype, any device; computed in float32. Raises SamloveError if a logit is NaN.
     """
     probabilities = torch.as_tensor(logits).detach().float().sigmoid()
     if torch.isnan(probabilities).any():
@@ -65,11 +66,11 @@ def quantise(logits: Array) -> np.ndarray:
 
 
 def histogram(bins: np.ndarray, target: Array) -> np.ndarray:
-    """Pixels by frame, target and bin: (T, 2, 256) int64, all that J, F and S need to know.
+    """Pixel counts by frame, target and bin: (T, 2, 256) int64. J, F and S need nothing else.
 
     bins: (T, H, W) uint8 from `quantise`. target: (T, H, W) bool, True on the object.
-    Histograms of several expressions joined along T score as the benchmark's batch of them does.
-    Raises SamloveError where the shapes differ.
+    Histograms of several expressions, joined along T, score as the benchmark scores a batch of them.
+    Raises SamloveError if the shapes differ.
     """
     target = np.asarray(target, dtype=bool)
     if bins.ndim != 3 or bins.shape != target.shape:
@@ -80,7 +81,7 @@ def histogram(bins: np.ndarray, target: Array) -> np.ndarray:
 
 
 def jaccard_of(counts: np.ndarray) -> float:
-    """J of a histogram (T, 2, 256): mean over frames; one without a target scores its share of rightly empty pixels."""
+    """J of a histogram (T, 2, 256): mean over frames; without a target, the fraction of correctly empty pixels."""
     foreground = counts[:, :, JACCARD_BIN:].sum(-1)  # (T, 2)
     pixels = counts.sum(-1)  # (T, 2)
     target = pixels[:, 1]
@@ -90,7 +91,7 @@ def jaccard_of(counts: np.ndarray) -> float:
 
 
 def f_curve_of(counts: np.ndarray) -> np.ndarray:
-    """F of a histogram at every threshold, (255,), averaged over the frames with a target; NaN where none has one."""
+    """F of a histogram at every threshold, (255,), averaged over the frames with a target; NaN if none has one."""
     counts = counts[counts[:, 1].sum(-1) > 0]
     if not len(counts):
         return np.full(len(THRESHOLDS), np.nan)
@@ -99,18 +100,18 @@ def f_curve_of(counts: np.ndarray) -> np.ndarray:
     precision = hits / (at_or_above.sum(1) + 1e-20)  # (T, 255)
     recall = hits / (counts[:, 1].sum(-1, keepdims=True) + 1e-20)  # (T, 255)
     weighted = BETA_SQUARED * precision + recall
-    # 0/0, no pixel hit, is NaN in the benchmark's code, which puts 0 in its place.
+    # 0/0 (no pixel hit) is NaN in the benchmark's code, which replaces it by 0.
     f = np.divide((1 + BETA_SQUARED) * precision * recall, weighted, out=np.zeros_like(recall), where=weighted > 0)
     return f.mean(0)
 
 
 def f_score_of(counts: np.ndarray) -> float:
-    """F of a histogram (T, 2, 256): the maximum of its curve; NaN where no frame has a target."""
+    """F of a histogram (T, 2, 256): the maximum of its curve; NaN if no frame has a target."""
     return float(f_curve_of(counts).max())
 
 
 def null_score_of(counts: np.ndarray) -> float:
-    """S of a histogram (T, 2, 256): square root of the share of foreground among all pixels of all frames."""
+    """S of a histogram (T, 2, 256): square root of the fraction of foreground pixels over all frames."""
     return float(np.sqrt(counts[:, :, NULL_BIN:].sum() / counts.sum()))
 
 
@@ -125,15 +126,15 @@ def scores_from_bins(bins: np.ndarray, target: Array) -> Scores:
 
 
 def jaccard(logits: Array, target: Array) -> float:
-    """J in 0..1 of mask logits (T, H, W) against targets (T, H, W) bool: the sigmoid's region above 0.4."""
+    """J in 0..1 of mask logits (T, H, W) against targets (T, H, W) bool; foreground: the sigmoid exceeds 0.4."""
     return jaccard_of(histogram(quantise(logits), target))
 
 
 def f_score(logits: Array, target: Array) -> float:
-    """F in 0..1 of mask logits (T, H, W) against targets (T, H, W) bool; NaN, no score, where no frame has a target."""
+    """F in 0..1 of mask logits (T, H, W) against targets (T, H, W) bool; NaN (no score) if no frame has a target."""
     return f_score_of(histogram(quantise(logits), target))
 
 
 def null_score(logits: Array) -> float:
-    """S in 0..1 of mask logits (T, H, W): square root of the share of pixels with a sigmoid above 0.5. 0 is best."""
+    """S in 0..1 of mask logits (T, H, W): square root of the fraction of pixels with a sigmoid above 0.5. 0 is best."""
     return float((torch.as_tensor(logits).detach().float().sigmoid() > NULL_THRESHOLD).double().mean().sqrt())

@@ -1,8 +1,8 @@
-"""LAVS-synth's sentences, after the patterns counted in Ref-AVS, and what each needs to be understood.
+"""LAVS-synth's expressions, modelled on patterns counted in Ref-AVS, and the cues that each of them needs.
 
-A sentence is a list of conditions, each tagged with the cue it is read from: sight, sound, or time (the
-order and length of sounds). It is kept only if exactly one thing meets all conditions; a cue is needed
-where, without the conditions that lean on it, more than one thing would do.
+An expression is a list of conditions, each tagged with the cues it is read from: sight, sound, or time (the order and
+duration of sounds). It is kept only if exactly one thing meets all conditions. It needs a cue if, without the
+conditions that use this cue, the remaining ones no longer single out one thing.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,12 +12,12 @@ import numpy as np
 
 from samlove.synth.scene import Scene
 
-Things = list[int]  # places in scene.things
+Things = list[int]  # indices into scene.things
 CUES = ("sight", "sound", "time")
-LEFT, RIGHT = 0.42, 0.58  # of the width: what begins further out is on that side
-# How often, in per cent, Ref-AVS says the like: counted by words in its metadata.csv, shared out where several
-# sentences here stand for one kind there ("the object making a sound by being played by the man on the left" is of
-# the kind "the sounding object on the left").
+LEFT, RIGHT = 0.42, 0.58  # fractions of the width: a thing that starts further out is on that side
+# How often Ref-AVS uses each kind of expression, in percent: counted by words in its metadata.csv, and divided if
+# several templates here stand for one kind there ("the object making a sound by being played by the man on the left" is
+# of the kind "the sounding object on the left").
 SHARES = {
     "category": 4.5, "colour": 4.5, "colour category": 4.5, "size category": 4.0, "place": 1.3, "category place": 1.3,
     "colour place": 1.3, "beside": 1.5, "sounding": 2.5, "source": 0.5, "sounding place": 9.0, "sounding beside": 9.0,
@@ -29,21 +29,21 @@ SHARES = {
 @dataclass(frozen=True)
 class Condition:
     cues: tuple[str, ...]
-    choose: Callable[[Things], Things]  # the things, of those offered, that meet it
+    choose: Callable[[Things], Things]  # of the given things, those that meet the condition
 
 
 @dataclass(frozen=True)
 class Expression:
     text: str
     template: str
-    target: int  # place in scene.things
+    target: int  # index into scene.things
     sight: bool
     sound: bool
     time: bool
 
 
 class Facts:
-    """What is true of each thing of a scene; places are those at second 0, the frame that SAM2 is prompted on."""
+    """Properties of each thing in a scene; positions are those at second 0, the frame on which SAM 2 is prompted."""
 
     def __init__(self, scene: Scene) -> None:
         self.things = scene.things
@@ -63,7 +63,7 @@ class Facts:
 
     def beside(self, side: str, other: int) -> Condition:
         sign = 1 if side == "right" else -1
-        near = 0.1  # of the width: nearer than this, a side is no matter of course
+        near = 0.1  # of the width: for a smaller distance, the side is not obvious
         return Condition(
             ("sight",), lambda among: [k for k in among if k != other and sign * (self.x[k] - self.x[other]) > near]
         )
@@ -72,9 +72,9 @@ class Facts:
         return Condition(("sound",), lambda among: [k for k in among if self.sounds[k] == yes])
 
     def most(self, value: str, sign: int, margin: float, cues: tuple[str, ...]) -> Condition:
-        """Of the sounding ones, the one whose value is the greatest (sign 1) or least (-1) by a margin.
+        """Of the sounding things, the one whose value is the greatest (sign 1) or least (-1) by at least a margin.
 
-        pitch and loudness are compared as ratios, times as differences in seconds.
+        Pitch and loudness are compared as log2 of their ratio, times as differences in seconds.
         """
 
         def choose(among: Things) -> Things:
@@ -99,7 +99,7 @@ class Facts:
 
 
 def _sentences(scene: Scene) -> Iterator[tuple[str, str, list[Condition]]]:
-    """(template, text, conditions) of every sentence that could be said of a scene."""
+    """(template, text, conditions) of every candidate expression for a scene."""
     facts = Facts(scene)
     hear = [facts.sounding()]
     yield "sounding", "The sounding object.", hear
@@ -134,21 +134,21 @@ def _sentences(scene: Scene) -> Iterator[tuple[str, str, list[Condition]]]:
                 f"The {thing.colour} {thing.category} on the {side}.",
                 [colour, kind, facts.place(side)],
             )
-            if sum(other.category == thing.category for other in scene.things) == 1:  # a reference must be clear
+            if sum(other.category == thing.category for other in scene.things) == 1:  # the reference must be unique
                 beside = facts.beside(side, k)
                 yield "beside", f"The object on the {side} of the {thing.category}.", [beside]
                 yield "sounding beside", f"The sounding object on the {side} of the {thing.category}.", [beside, *hear]
 
 
 def _meeting(conditions: list[Condition], among: Things) -> Things:
-    # Sight first, so that a superlative of sound is among what is seen, as a reader takes it.
+    # Sight comes first: a superlative about sound compares only what matches by sight, as a reader understands it.
     for condition in conditions:
         among = condition.choose(among)
     return among
 
 
 def expressions(scene: Scene) -> list[Expression]:
-    """Every sentence that fits exactly one thing of a scene, with the cues it needs; no text twice."""
+    """Every expression that fits exactly one thing in a scene, with the cues it needs; each text once."""
     everything = list(range(len(scene.things)))
     found: dict[str, Expression] = {}
     for template, text, conditions in _sentences(scene):
@@ -156,6 +156,6 @@ def expressions(scene: Scene) -> list[Expression]:
         if len(target) != 1:
             continue
         needed = {cue: len(_meeting([c for c in conditions if cue not in c.cues], everything)) != 1 for cue in CUES}
-        if any(needed.values()):  # else said twice over: no cue by itself is needed
+        if any(needed.values()):  # otherwise it is redundant: no single cue is needed
             found.setdefault(text, Expression(text, template, target[0], **needed))
     return list(found.values())

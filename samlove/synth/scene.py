@@ -1,8 +1,8 @@
-"""LAVS-synth's scenes: coloured, textured shapes that move, hide one another, leave and come back.
+"""LAVS-synth's scenes: coloured, textured shapes that move, hide one another, leave the frame and come back.
 
-A `Scene` is the ground truth that pictures (`render`), sound (`samlove.synth.voice`) and sentences
-(`samlove.synth.expressions`) are made from. Positions are fractions of the frame's width and height,
-radii fractions of its shorter side, times whole seconds: frame t shows second t.
+A `Scene` is the ground truth from which frames (`render`), audio (`samlove.synth.voice`) and expressions
+(`samlove.synth.expressions`) are made. Positions are fractions of the frame's width and height, radii are fractions
+of its shorter side, times are integer seconds: frame t shows second t.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 SECONDS = 10
 SEEN = ("circle", "square", "triangle", "star", "cross", "heart", "arrow", "ring")
-UNSEEN = ("moon", "bolt", "flower", "hourglass")  # shapes and timbres that training never shows
+UNSEEN = ("moon", "bolt", "flower", "hourglass")  # shapes and timbres that are not in the training split
 COLOURS = {
     "red": (214, 40, 40),
     "green": (46, 160, 67),
@@ -24,8 +24,8 @@ COLOURS = {
     "cyan": (50, 205, 215),
 }
 RADII = {"small": (0.12, 0.14), "medium": (0.155, 0.175), "big": (0.2, 0.23)}
-CORE = {"moon": (-0.45, 0.0)}  # where the core of a pulse sits, where not in the middle
-PULSE = 1.15  # a sounding object is this much larger, and wears a bright core
+CORE = {"moon": (-0.45, 0.0)}  # centre of the bright core, if it is not the middle of the shape
+PULSE = 1.15  # a sounding object is larger by this factor and has a bright core
 
 
 def _polar(radius: np.ndarray) -> np.ndarray:
@@ -49,7 +49,7 @@ def _moon() -> np.ndarray:
 
 
 def random_outline(rng: np.random.Generator) -> np.ndarray:
-    """A shape of 3 to 9 corners that is no category."""
+    """A shape with 3 to 9 corners that belongs to no category."""
     return _polar(rng.uniform(0.55, 1.15, int(rng.integers(3, 10))))
 
 
@@ -74,25 +74,25 @@ OUTLINES = {  # vertices (n, 2) within about the unit circle
     "flower": _polar(0.78 + 0.3 * np.cos(5 * np.linspace(0, 2 * np.pi, 60, endpoint=False))),
     "hourglass": _outline((-0.8, -1), (0.8, -1), (0.2, 0), (0.8, 1), (-0.8, 1), (-0.2, 0)),
 }
-HOLES = {"ring": 0.42}  # radius of the hole, as a part of the shape's
+HOLES = {"ring": 0.42}  # radius of the hole, as a fraction of the shape's radius
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: what it looks like, where it goes, when and how it sounds."""
+    """One object: its appearance, its path, and when and how it sounds."""
 
     category: str
     colour: str
     rgb: tuple[int, int, int]
     size: str  # a key of RADII
     radius: float
-    outline: np.ndarray  # (n, 2), unit circle, already turned
-    hole: float  # 0 where there is none
-    texture: tuple[float, float, float]  # stripes: direction in radians, cycles a radius, contrast 0..1
+    outline: np.ndarray  # (n, 2), within the unit circle, already rotated
+    hole: float  # 0 if there is none
+    texture: tuple[float, float, float]  # stripes: direction in radians, cycles per radius, contrast 0..1
     path: np.ndarray  # (SECONDS, 2) centre, fractions of width and height; may lie outside
     sounding: np.ndarray  # (SECONDS,) bool
     pitch: float  # Hz
-    loudness: float  # RMS amplitude while it sounds, 0..1
+    loudness: float  # RMS amplitude while sounding, 0..1
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Scene:
 
 
 def _path(rng: np.random.Generator, start: np.ndarray, leaves: bool, seconds: int) -> np.ndarray:
-    """(seconds, 2): a smooth way from `start`; one that leaves goes out of a near side and comes back."""
+    """(seconds, 2): a smooth path from `start`; if it `leaves`, it goes out at a near side and comes back."""
     t = np.arange(seconds)[:, None]
     sway = rng.uniform(0.02, 0.09, 2) * rng.choice([-1, 1], 2)
     path = start + sway * np.sin(rng.uniform(0.25, 0.9, 2) * t)
@@ -119,7 +119,7 @@ def _path(rng: np.random.Generator, start: np.ndarray, leaves: bool, seconds: in
 
 
 def _starts(rng: np.random.Generator, radii: list[float], aspect: float) -> np.ndarray | None:
-    """Centres (n, 2) at second 0, whole in the frame and apart, so that each can be asked for; None if unlucky."""
+    """Centres (n, 2) at second 0: shapes are fully in the frame and apart; None if random tries fail."""
     short = np.array([min(1, 1 / aspect), min(1, aspect)])  # the shorter side, as fractions of width and height
     centres: list[np.ndarray] = []
     for radius in radii:
@@ -135,7 +135,7 @@ def _starts(rng: np.random.Generator, radii: list[float], aspect: float) -> np.n
 
 
 def _voice(rng: np.random.Generator, count: int) -> list[tuple[np.ndarray, float, float]]:
-    """(sounding, pitch, loudness) of each thing: pitches and loudnesses well apart, own times of sound."""
+    """(sounding, pitch, loudness) of each thing: clearly different pitch and loudness, independent times of sound."""
     pitches = rng.permutation([160, 270, 450, 750])[:count] * rng.uniform(0.95, 1.05, count)
     loudness = rng.permutation([0.03, 0.075, 0.19, 0.45])[:count] * rng.uniform(0.9, 1.1, count)
     voices = []
@@ -148,14 +148,14 @@ def _voice(rng: np.random.Generator, count: int) -> list[tuple[np.ndarray, float
                 length = int(rng.integers(2, 8))
                 first = int(rng.integers(0, SECONDS - length + 1))
                 sounding[first : first + length] = True
-                if length >= 5 and rng.random() < 0.4:  # with a rest in the middle
+                if length >= 5 and rng.random() < 0.4:  # with a pause in the middle
                     sounding[first + 2 : first + length - 2] = False
         voices.append((sounding, float(pitches[k]), float(loudness[k])))
     return voices
 
 
 def sample_scene(rng: np.random.Generator, categories: tuple[str, ...], must: tuple[str, ...] = ()) -> Scene:
-    """A scene of 2 to 4 things of the given categories, at least one of them of `must` where given."""
+    """A random scene of 2 to 4 things of the given categories; with `must`, at least one is of those categories."""
     while True:
         aspect = float(rng.choice([4 / 3, 1.0, 3 / 4], p=[0.5, 0.3, 0.2]))
         count = int(rng.choice([2, 3, 4], p=[0.35, 0.4, 0.25]))
@@ -166,7 +166,7 @@ def sample_scene(rng: np.random.Generator, categories: tuple[str, ...], must: tu
             break
     chosen = [str(c) for c in rng.choice(categories, count)]
     if count > 2 and rng.random() < 0.3:
-        chosen[1] = chosen[0]  # two of a kind, told apart by colour, place or sound
+        chosen[1] = chosen[0]  # two of the same category, distinguished by colour, place or sound
     if must and not set(chosen) & set(must):
         chosen[int(rng.integers(count))] = str(rng.choice(must))
     voices = _voice(rng, count)
@@ -201,7 +201,7 @@ def _turn(outline: np.ndarray, angle: float) -> np.ndarray:
 
 
 def background(scene: Scene, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) float32, 0..255: soft muted blotches, stripes and grain, of low saturation."""
+    """(H, W, 3) float32, 0..255: soft, muted blotches, stripes and grain with low saturation."""
     rng = np.random.default_rng(scene.background)
     width, height = size
     cells = rng.uniform(60, 165, (5, 5, 1)) + rng.uniform(-22, 22, (5, 5, 3))
@@ -222,10 +222,10 @@ def _fill(outline: np.ndarray, centre: np.ndarray, radii: np.ndarray, size: tupl
 def render(
     scene: Scene, t: int, size: tuple[int, int], behind: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Second t of a scene at (width, height): (H, W, 3) uint8 and the visible part of each thing, (K, H, W) bool.
+    """Second t of a scene at (width, height): frame (H, W, 3) uint8, and the visible part of each thing (K, H, W) bool.
 
-    A size of another aspect than the scene's shows it squeezed, as SAM2's square input does.
-    `behind` is `background(scene, size)`, for a caller that renders many seconds.
+    If `size` has a different aspect than the scene, the frame is squeezed, like the square input of SAM 2.
+    `behind` is `background(scene, size)`, for callers that render many seconds.
     """
     width, height = size
     short = np.array([min(1, 1 / scene.aspect) * width, min(1, scene.aspect) * height])
@@ -245,7 +245,7 @@ def render(
         along = ((x - centre[0]) / radii[0] * np.cos(angle) + (y - centre[1]) / radii[1] * np.sin(angle))[shape]
         shade = 1 - contrast * (np.sin(2 * np.pi * cycles * along) > 0)
         picture[shape] = np.array(thing.rgb, dtype=np.float32) * shade[:, None].astype(np.float32)
-        if loud:  # a bright core in a dark rim, seen on every colour; a ring wears it around its hole
+        if loud:  # a bright core with a dark rim, visible on every colour; on a ring it lies around the hole
             outline = OUTLINES["circle"] if thing.hole else thing.outline
             for scale, value in ((thing.hole or 0.33) + 0.24, 15.0), ((thing.hole or 0.33) + 0.1, 255.0):
                 core = _fill(outline, centre + CORE.get(thing.category, (0.0, 0.0)) * radii, radii * scale, size)

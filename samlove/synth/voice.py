@@ -1,14 +1,14 @@
-"""LAVS-synth's sound: one voice a thing; timbre by category, pitch, loudness and own times of sound."""
+"""LAVS-synth's audio: one voice per thing, with a timbre by category and its own pitch, loudness and times of sound."""
 
 import numpy as np
 
 from samlove.synth.scene import SECONDS, Scene, Thing
 
-RATE = 16_000  # samples a second
-PERIOD = 4096  # samples of the table that one period of a voice is read from
-FADE = RATE // 50  # 20 ms in and out, so that a voice starts without a click
+RATE = 16_000  # samples per second
+PERIOD = 4096  # samples in the table of one period of a voice
+FADE = RATE // 50  # 20 ms fade in and out, so that a voice starts and stops without a click
 
-# Timbre: weights of the harmonics 1, 2, 3, ...; tremolo in Hz; breath, the part of it that is noise.
+# Timbre: weights of the harmonics 1, 2, 3, ...; tremolo in Hz; breath, the fraction that is noise.
 TIMBRES: dict[str, tuple[tuple[float, ...], float, float]] = {
     "circle": ((1.0,), 0.0, 0.0),  # a flute's near sine
     "square": ((1, 0, 0.6, 0, 0.4, 0, 0.3, 0, 0.2), 0.0, 0.0),  # odd harmonics: a clarinet
@@ -26,7 +26,7 @@ TIMBRES: dict[str, tuple[tuple[float, ...], float, float]] = {
 
 
 def voice(thing: Thing, rng: np.random.Generator) -> np.ndarray:
-    """(SECONDS * RATE,) float64: one thing's sound, of RMS `thing.loudness` in the seconds in which it sounds."""
+    """(SECONDS * RATE,) float64: the sound of one thing, with RMS `thing.loudness` while it sounds."""
     weights, tremolo, breath = TIMBRES[thing.category]
     turn = np.arange(PERIOD) / PERIOD
     period = np.zeros(PERIOD)
@@ -45,7 +45,7 @@ def voice(thing: Thing, rng: np.random.Generator) -> np.ndarray:
 
 
 def _gate(sounding: np.ndarray) -> np.ndarray:
-    """(SECONDS * RATE,): 1 in the seconds of sound, with ramps of FADE samples inside them."""
+    """(SECONDS * RATE,): 1 in the sounding seconds, with ramps of FADE samples inside them."""
     gate = np.repeat(sounding.astype(float), RATE)
     starts = np.flatnonzero(np.diff(gate, prepend=0) > 0)
     ends = np.flatnonzero(np.diff(gate, append=0) < 0) + 1
@@ -56,7 +56,7 @@ def _gate(sounding: np.ndarray) -> np.ndarray:
 
 
 def mix(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """(SECONDS * RATE,) int16: all voices of a scene over a faint room noise; clipped at full scale."""
+    """(SECONDS * RATE,) int16: all voices of a scene over faint room noise; clipped at full scale."""
     total = 0.002 * rng.standard_normal(SECONDS * RATE)
     for thing in scene.things:
         if thing.sounding.any():

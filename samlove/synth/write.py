@@ -1,7 +1,7 @@
-"""Write LAVS-synth as a Ref-AVS folder: metadata.csv, media, gt_mask, and the side table cues.csv.
+"""Writes LAVS-synth as a Ref-AVS folder: metadata.csv, media, gt_mask, and the extra table cues.csv.
 
-The same seed and scale give the same bytes: every clip draws from a generator of its own, seeded by
-(seed, split, number), so neither the number of processes nor their order matters.
+The same seed and scale give the same bytes: every video has its own random generator, seeded by (seed, split, number),
+so neither the number of processes nor their order matters.
 """
 
 import csv
@@ -21,9 +21,9 @@ from samlove.synth.expressions import SHARES, Expression, expressions
 from samlove.synth.scene import SECONDS, SEEN, UNSEEN, Scene, background, render, sample_scene
 from samlove.synth.voice import RATE, mix
 
-SPLITS = ("train", "val", "test_s", "test_u")  # test_n is made of test_s clips, as in Ref-AVS
+SPLITS = ("train", "val", "test_s", "test_u")  # test_n is made from videos of test_s, as in Ref-AVS
 VID_LETTERS = list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_")
-SOUND_ASKED = frozenset(  # templates whose answer must sound: with the sound gone, nothing answers them
+SOUND_ASKED = frozenset(  # templates whose target must sound: without the sound, nothing matches them
     ["sounding", "source", "loudest", "softest", "lowest", "highest", "longest", "shortest", "first", "last", "always"]
     + ["sounding place", "sounding category", "sounding colour", "sounding beside"]
 )
@@ -31,10 +31,10 @@ SOUND_ASKED = frozenset(  # templates whose answer must sound: with the sound go
 
 @dataclass(frozen=True)
 class Scale:
-    clips: dict[str, int]  # by split; test_n counts clips with null references
+    clips: dict[str, int]  # videos by split; test_n: videos of null expressions
     short_side: int  # pixels
-    rows: int  # expressions a clip, at most
-    train_rows: int  # the same of the training split: more sentences cost no more frames or features
+    rows: int  # expressions per video, at most
+    train_rows: int  # the same for the training split: more expressions need no more frames or media features
 
 
 SCALES = {
@@ -42,19 +42,19 @@ SCALES = {
     "demo": Scale({"train": 1000, "val": 16, "test_s": 24, "test_u": 24, "test_n": 24}, 128, 6, 8),
     "large": Scale({"train": 2767, "val": 257, "test_s": 273, "test_u": 269, "test_n": 257}, 480, 6, 6),
 }
-NULL_SHARE = {"train": 0.25, "val": 0.2}  # of the clips, with a null reference folder beside them
+NULL_SHARE = {"train": 0.25, "val": 0.2}  # fraction of the videos that also get a null version
 NULL_ROWS = 3
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One media folder to write, with its rows."""
+    """One video to write, with its rows."""
 
     media_id: str
     vid: str
     split: str
     scene: Scene
-    sound: Scene | None  # whose sound is heard; None where it was taken away
+    sound: Scene | None  # the scene whose sound is heard; None for silence
     sound_seed: tuple[int, ...]
     rows: tuple[Expression, ...]
 
@@ -64,15 +64,15 @@ class Clip:
 
 
 def write_dataset(out: Path, seed: int, scale: str) -> None:
-    """Write LAVS-synth to `out`, which must not exist or be empty; published by one rename.
+    """Write LAVS-synth to `out`, which must not exist or must be empty; published by one rename.
 
-    scale is a key of SCALES. Raises RequestError where it is not, or where `out` holds something.
+    scale is a key of SCALES. Raises RequestError if it is not, or if `out` is not empty.
     """
     if scale not in SCALES:
         raise RequestError(f"scale: expected one of {sorted(SCALES)}, found {scale!r}")
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RequestError(f"{out}: expected a new or empty folder, found something in it; name another, or remove it")
+        raise RequestError(f"{out}: already exists and is not an empty folder; remove it or choose another path")
     scratch = out.with_name(out.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
     clips = plan(seed, SCALES[scale])
@@ -80,15 +80,32 @@ def write_dataset(out: Path, seed: int, scale: str) -> None:
     side = SCALES[scale].short_side
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         jobs = pool.map(_write_clip, clips, [scratch] * len(clips), [side] * len(clips), chunksize=8)
-        list(tqdm(jobs, total=len(clips), unit="clip", desc="synth", mininterval=2))
+        list(tqdm(jobs, total=len(clips), unit="video", desc="LAVS-synth", mininterval=2))
     _write_tables(clips, scratch)
     if out.exists():
         out.rmdir()
     os.replace(scratch, out)
 
 
+def rewrite_dataset(out: Path, seed: int, scale: str) -> None:
+    """Write LAVS-synth to `out` as `write_dataset` does, and remove the LAVS-synth that was there.
+
+    Raises RequestError, with nothing removed, if `out` is a link or holds anything but LAVS-synth.
+    """
+    if out.is_symlink():
+        raise RequestError(f"{out}: is a link, so no dataset is generated there; remove the link, or set synth: null")
+    if out.exists() and any(out.iterdir()) and not (out / "cues.csv").is_file():
+        raise RequestError(f"{out}: expected LAVS-synth or nothing, found other files; remove them, or set synth: null")
+    replaced = out.with_name(out.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if out.exists():
+        out.rename(replaced)
+    write_dataset(out, seed, scale)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
 def plan(seed: int, scale: Scale) -> list[Clip]:
-    """Every media folder of the dataset, in the order of metadata.csv."""
+    """All videos of the dataset, in the order of metadata.csv."""
     clips = []
     for number, split in enumerate(SPLITS):
         rows = scale.train_rows if split == "train" else scale.rows
@@ -117,8 +134,8 @@ def _real_clip(seed: int, split_number: int, number: int, split: str, rows: int)
 
 
 def _choose(said: list[Expression], rows: int, rng: np.random.Generator) -> list[Expression]:
-    """Up to `rows` of the sentences: each time first the cues, each as likely as the other, so that none is rare; then
-    the template, as likely as Ref-AVS says the like; then one of its sentences."""
+    """Up to `rows` of the expressions. Each draw picks first a set of cues, all with equal probability, so that none is
+    rare; then a template, as often as Ref-AVS uses its kind; then one of the template's expressions."""
     left = list(said)
     chosen: list[Expression] = []
     while left and len(chosen) < rows:
@@ -134,9 +151,9 @@ def _choose(said: list[Expression], rows: int, rng: np.random.Generator) -> list
 
 
 def _null_clips(real: list[Clip], count: int, split: str) -> list[Clip]:
-    """`count` null folders made of real clips: null_m without the sound, null_c with another clip's sound.
+    """`count` null versions of real videos: null_m without the audio, null_c with the audio of another video.
 
-    The other clip sounds of categories that are not in this one, so that nothing here makes what is heard.
+    The categories that sound in the other video are not in this one, so that nothing here makes what is heard.
     """
     found: list[Clip] = []
     for number, clip in enumerate(real):

@@ -1,7 +1,7 @@
-"""What every frozen encoder is, and the two things they all do: say their versions, and narrow to the store's dtype.
+"""The interface of the frozen encoders, and what they share: library versions and conversion to the store's dtype.
 
-An encoder is built from its section of the configuration; it finds its weights then, so that a missing file shows
-at once, and loads the network at the first `encode`.
+An encoder is built from its section of the configuration. It looks for its weights at once, so that a missing file is
+reported early, and loads the network on the first `encode`.
 """
 
 import math
@@ -19,28 +19,28 @@ from samlove.errors import SamloveError
 
 Arrays = dict[str, np.ndarray]
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}
-Source = TypeVar("Source", contravariant=True)  # what is read: the path of a wav, the paths of frames, a text
-Item = TypeVar("Item")  # what reading it gives
+Source = TypeVar("Source", contravariant=True)  # what `load` reads: a wav path, frame paths or an expression
+Item = TypeVar("Item")  # what `load` returns
 
 
 class Encoder(Protocol[Source, Item]):
-    """Reading and computing apart, so that the next items can be read while these are computed."""
+    """Reading and computing are separate, so that the next items can be read while the current ones are computed."""
 
     def fingerprint(self) -> dict:
-        """All that its arrays depend on, but for the media: flat, JSON. Cheap: no network is loaded."""
+        """Everything that the arrays depend on, except the media: flat, JSON. Cheap: does not load the network."""
         ...
 
     def load(self, source: Source) -> Item:
-        """Read and preprocess one item; called from several threads. Raises SamloveError where it cannot be read."""
+        """Read and preprocess one item; called from several threads. Raises SamloveError if it cannot be read."""
         ...
 
     def encode(self, items: list[Item]) -> list[Arrays]:
-        """The arrays of each item, in the store's dtype. Raises SamloveError where a value does not fit it."""
+        """The arrays of each item, in the store's dtype. Raises SamloveError if a value does not fit it."""
         ...
 
 
 class OnDevice:
-    """An encoder that can be sent to another process: its copy has that process's device, and loads its own network."""
+    """An encoder that can be sent to another process: the copy uses that process's device and loads its own network."""
 
     device: torch.device
 
@@ -53,23 +53,23 @@ class OnDevice:
 
 
 def library_versions(*names: str) -> list[str]:
-    """["timm 1.0.31", ...]; a build's local part ("+cpu") is left out, for it names a machine, not a computation."""
+    """["timm 1.0.31", ...], without local version labels ("+cpu"), which depend on the machine."""
     return [f"{name} {version(name).split('+')[0]}" for name in names]
 
 
 def to_store(name: str, values: Tensor, dtype: Dtype) -> np.ndarray:
     """`values` on the CPU in the store's dtype.
 
-    Raises SamloveError, naming the array, where one is not finite or lies outside the dtype's range.
+    Raises SamloveError, naming the array, if a value is not finite or is outside the dtype's range.
     """
     values = values.detach().float()
-    largest = values.abs().max().item() if values.numel() else 0.0  # NaN where there is any
+    largest = values.abs().max().item() if values.numel() else 0.0  # NaN if any value is
     if not math.isfinite(largest):
-        raise SamloveError(f"{name}: the encoder gave a value that is not finite; its weights are damaged")
+        raise SamloveError(f"{name}: a value is not finite; the weights or the imported file are damaged")
     if largest > np.finfo(dtype).max:
         raise SamloveError(
             f"{name}: {largest:.6g} is beyond the range of {dtype} ({np.finfo(dtype).max}); "
             "set dtype: float32 in the encoder's file under configs/"
         )
-    # Checked, narrowed and put in order where they are: on a GPU all that costs nothing, and half the bytes are moved.
+    # Check, narrow and reorder on the device: on a GPU this costs almost nothing, and float16 halves the bytes to move.
     return values.to(TORCH_DTYPES[dtype]).contiguous().cpu().numpy()

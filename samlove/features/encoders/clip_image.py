@@ -1,4 +1,4 @@
-"""CLIP's image tower (Radford et al., 2021) through transformers: the alternative of Table 2."""
+"""CLIP's image encoder (Radford et al., 2021) through transformers: the alternative in Table 2."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -13,19 +13,19 @@ from samlove.features.encoders.base import Arrays, OnDevice, library_versions
 from samlove.features.encoders.frames import encode_frames, load_square, normalise
 from samlove.features.encoders.transformers_folder import CLIP, load_network, resolve_folder, sha256_model
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # what OpenAI trained it with
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # from OpenAI's training
 
 
 class ClipImageEncoder(OnDevice):
-    """A clip's frames -> visual (N,1+P,d): tokens of the tower's last block, row 0 of axis 1 the class token.
+    """A video's frames -> visual (N,1+P,d): tokens of the last block, with the class token in row 0 of axis 1.
 
-    They are `last_hidden_state`, which transformers leaves before the norm that precedes CLIP's projection. Frames are
-    resized whole to a square, as for the ViT; at another size than the tower's own, position embeddings are resampled.
-    The weights may be a whole CLIP or its image tower alone.
+    The tokens are transformers' `last_hidden_state`, before the norm that precedes CLIP's projection. Whole frames are
+    resized to a square, as for the ViT. If the size differs from the encoder's own, position embeddings are resampled.
+    The weights may be a whole CLIP or only its image encoder.
     """
 
     def __init__(self, config: VisualConfig, device: torch.device):
-        """Raises RequestError, saying how to get them, where the weights are missing."""
+        """Raises RequestError, saying how to get them, if the weights are missing."""
         self.config, self.device = config, device
         self.folder = resolve_folder(config.weights, "CLIP", CLIP)
 
@@ -49,12 +49,12 @@ class ClipImageEncoder(OnDevice):
         return load_network(CLIPVisionModel, self.folder).to(self.device)
 
     def load(self, source: Sequence[Path]) -> Tensor:
-        """N frames -> uint8 (N,3,S,S). Raises SamloveError, naming the path, where one cannot be read."""
+        """N frames -> uint8 (N,3,S,S). Raises SamloveError, naming the path, if a frame cannot be read."""
         return load_square(source, self.config.image_size)
 
     @torch.inference_mode()
     def encode(self, items: list[Tensor]) -> list[Arrays]:
-        """One {visual (N,1+P,d) of the configured dtype} an item."""
+        """One {visual (N,1+P,d) of the configured dtype} per item."""
         return encode_frames(items, self._tokens, self.device, self.config.dtype)
 
     def _tokens(self, frames: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""CLIP's text tower (Radford et al., 2021) through transformers: the alternative of Table 2."""
+"""CLIP's text encoder (Radford et al., 2021) through transformers: the alternative in Table 2."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ from samlove.features.encoders.transformers_folder import CLIP, load_network
 
 
 class ClipTextEncoder(RobertaEncoder):
-    """A text -> text (L,d) after the tower's last norm, before its projection, and text_mask (L,), as RobertaEncoder.
+    """An expression -> text (L,d), after the last norm and before the projection, and text_mask (L,) bool.
 
-    The weights may be a whole CLIP or its text tower alone.
+    Padding and truncation are as in RobertaEncoder. The weights may be a whole CLIP or only its text encoder.
     """
 
     what, name = "CLIP", CLIP

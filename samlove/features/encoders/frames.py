@@ -1,4 +1,4 @@
-"""What the encoders of frames share: which frames, reading them as squares, normalising, whole clips in a batch."""
+"""Shared by the frame encoders: selecting frames, reading them as squares, normalising, encoding a batch of videos."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,13 +12,13 @@ from samlove.config import Dtype
 from samlove.data.dataset import RefAvsFolder, load_frame
 from samlove.features.encoders.base import Arrays, to_store
 
-CENTRE = (0.5, 0.5, 0.5)  # timm's mean and deviation where a model says nothing of its own
+CENTRE = (0.5, 0.5, 0.5)  # timm's default mean and standard deviation
 
 
 def frame_sources(folder: RefAvsFolder, media_ids: Iterable[str], frames: int) -> dict[str, list[Path]]:
-    """The paths of each clip's `frames` frames: a longer clip is cut, a shorter one repeats its last.
+    """The paths of each video's `frames` frames: longer videos are cut, shorter ones repeat their last frame.
 
-    A clip without any frame gets the path of its first, so that reading it fails under that name.
+    A video without frames gets the path of its first frame, so that the reading error names that path.
     """
     sources = {}
     for media_id in media_ids:
@@ -28,20 +28,20 @@ def frame_sources(folder: RefAvsFolder, media_ids: Iterable[str], frames: int) -
 
 
 def load_square(paths: Sequence[Path], size: int) -> Tensor:
-    """Frames -> uint8 (N,3,size,size), each resized whole by Pillow's bicubic filter, which smooths when it shrinks.
+    """Frames -> uint8 (N,3,size,size), each resized whole by Pillow's bicubic filter, which antialiases.
 
-    Raises SamloveError, naming the path, where one cannot be read.
+    Raises SamloveError, naming the path, if a frame cannot be read.
     """
     squares: dict[Path, np.ndarray] = {}
     for path in paths:
-        if path not in squares:  # a short clip repeats its last frame
+        if path not in squares:  # a short video repeats its last frame
             image = Image.fromarray(load_frame(path)).resize((size, size), Image.Resampling.BICUBIC)
             squares[path] = np.asarray(image)
     return torch.from_numpy(np.stack([squares[path] for path in paths])).permute(0, 3, 1, 2)  # (N, 3, size, size)
 
 
 def normalise(frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 (n,3,S,S) -> float32, 0..255 as 0..1, less the mean, by the deviation, a channel."""
+    """uint8 (n,3,S,S) -> float32: scaled to 0..1, minus the mean, divided by the standard deviation, per channel."""
     scaled = frames.float() / 255
     mean_, std_ = (torch.tensor(v, dtype=torch.float32, device=frames.device)[:, None, None] for v in (mean, std))
     return (scaled - mean_) / std_
@@ -50,7 +50,10 @@ def normalise(frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 def encode_frames(
     items: list[Tensor], tokens: Callable[[Tensor], Tensor], device: torch.device, dtype: Dtype
 ) -> list[Arrays]:
-    """Clips of uint8 (N,3,S,S) in one batch through `tokens`, frames -> (n,1+P,d); one {visual (N,1+P,d)} a clip."""
-    visual = to_store("visual", tokens(torch.cat(items).to(device)), dtype)  # (clips * N, 1 + P, d)
+    """Videos, uint8 (N,3,S,S) each -> one {visual (N,1+P,d)} per video, encoded in one batch.
+
+    tokens: the encoder, frames (n,3,S,S) -> (n,1+P,d).
+    """
+    visual = to_store("visual", tokens(torch.cat(items).to(device)), dtype)  # (videos * N, 1 + P, d)
     ends = np.cumsum([len(item) for item in items])
     return [{"visual": part} for part in np.split(visual, ends[:-1])]

@@ -1,4 +1,4 @@
-"""RoBERTa (Liu et al., 2019), distilled as DistilRoBERTa, through transformers: all tokens of a text."""
+"""RoBERTa (Liu et al., 2019), distilled as DistilRoBERTa, through transformers: all tokens of an expression."""
 
 from functools import cached_property
 from typing import Any
@@ -13,15 +13,15 @@ from samlove.features.encoders.transformers_folder import load_network, load_tok
 
 
 class RobertaEncoder(OnDevice):
-    """A text -> text (L,d) and text_mask (L,) bool, True where there is a token: L tokens, padded or cut.
+    """An expression -> text (L,d) and text_mask (L,) bool, True at tokens; padded or truncated to L tokens.
 
-    A padding token's row of `text` is what the network gives there; the mask says to leave it.
+    At padding, `text` holds the network's output, which text_mask tells readers to ignore.
     """
 
     what, name = "DistilRoBERTa", "distilbert/distilroberta-base"
 
     def __init__(self, config: TextConfig, device: torch.device):
-        """Raises RequestError, saying how to get them, where the weights are missing."""
+        """Raises RequestError, saying how to get them, if the weights are missing."""
         self.config, self.device = config, device
         self.folder = resolve_folder(config.weights, self.what, self.name)
 
@@ -45,7 +45,8 @@ class RobertaEncoder(OnDevice):
         longest = self._longest(network.config)
         if self.config.max_tokens > longest:
             raise RequestError(
-                f"{self.folder}: takes {longest} tokens at most, configs ask for max_tokens: {self.config.max_tokens}"
+                f"{self.folder}: takes at most {longest} tokens, found max_tokens: {self.config.max_tokens}; "
+                "lower it in configs/*/text.yaml"
             )
         return network
 
@@ -55,19 +56,19 @@ class RobertaEncoder(OnDevice):
         return load_network(RobertaModel, self.folder, add_pooling_layer=False)  # the released weights have no pooler
 
     def _longest(self, config: Any) -> int:
-        return config.max_position_embeddings - config.pad_token_id - 1  # RoBERTa counts positions from there
+        return config.max_position_embeddings - config.pad_token_id - 1  # RoBERTa's positions start at pad_token_id + 1
 
     def load(self, source: str) -> str:
-        """The text itself; texts are split into tokens together, in `encode`."""
+        """The expression itself; `encode` tokenises all expressions of a batch together."""
         return source
 
     @torch.inference_mode()
     def encode(self, items: list[str]) -> list[Arrays]:
-        """One {text (L,d) of the configured dtype, text_mask (L,) bool} a text."""
+        """One {text (L,d) of the configured dtype, text_mask (L,) bool} per expression."""
         tokens = self.tokenizer(
             items, padding="max_length", truncation=True, max_length=self.config.max_tokens, return_tensors="pt"
         ).to(self.device)
-        ids, mask = tokens["input_ids"], tokens["attention_mask"]  # (texts, L) each
-        hidden: Tensor = self.network(input_ids=ids, attention_mask=mask).last_hidden_state  # (texts, L, d)
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]  # (expressions, L) each
+        hidden: Tensor = self.network(input_ids=ids, attention_mask=mask).last_hidden_state  # (expressions, L, d)
         text = to_store("text", hidden, self.config.dtype)
         return [{"text": t, "text_mask": m} for t, m in zip(text, mask.bool().cpu().numpy(), strict=True)]

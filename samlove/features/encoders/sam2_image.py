@@ -1,9 +1,8 @@
-"""SAM2's image encoder through the sam2 package: the embeddings that its decoder and its memory work on.
+"""SAM 2's image encoder through the sam2 package: the embeddings that its mask decoder and memory work on.
 
-Frames are prepared as SAM2VideoPredictor's own loader does it. The cache is taken at one of two points (design
-decision 3): `post_conv`, after the mask decoder's conv_s0 and conv_s1, which `SAM2Base.forward_image` applies, or
-`pre_conv`, before them. Positional encodings are not cached (they follow from the size), and `no_mem_embed` is not
-added (whoever reads the cache adds it).
+Frames are prepared as in SAM2VideoPredictor's own loader. The embeddings are taken at one of two points: `post_conv`,
+after the mask decoder's conv_s0 and conv_s1, which `SAM2Base.forward_image` applies, or `pre_conv`, before them.
+Position encodings are not stored, because they follow from the size. The reader must add `no_mem_embed`.
 """
 
 from collections.abc import Sequence
@@ -30,18 +29,18 @@ from samlove.model.sam2_build import (
 from stores.codec import encode
 from stores.fingerprint import sha256_file
 
-LEVELS = ("sam2_high_res_0", "sam2_high_res_1", "sam2_image_embed")  # strides 4, 8, 16, in SAM2's order
+LEVELS = ("sam2_high_res_0", "sam2_high_res_1", "sam2_image_embed")  # strides 4, 8, 16, in SAM 2's order
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in sam2.utils.misc.load_video_frames
 
 
 class Sam2ImageEncoder(OnDevice):
     """Frames -> sam2_image_embed (F,C,h,w), sam2_high_res_0 (F,C0,4h,4w), sam2_high_res_1 (F,C1,2h,2w).
 
-    post_conv: C0 = C/8, C1 = C/4; pre_conv: both C. F is 1 in the train split, whose later frames nothing reads.
+    post_conv: C0 = C/8, C1 = C/4; pre_conv: C0 = C1 = C. F is 1 in the train split: nothing reads its later frames.
     """
 
     def __init__(self, config: Sam2Config, device: torch.device):
-        """Raises RequestError where configuration or checkpoint are missing, or SAM2's decoder takes one level only."""
+        """Raises RequestError if the configuration or checkpoint is missing, or the decoder takes only one level."""
         self.config, self.device = config, device
         self.model = read_sam2_config(config.config).model
         if not self.model.get("use_high_res_features_in_sam", False):
@@ -56,7 +55,7 @@ class Sam2ImageEncoder(OnDevice):
             "weights_sha256": sha256_file(self.checkpoint),
             "image_encoder": OmegaConf.to_yaml(self.model.image_encoder, sort_keys=True),
             "cache_point": self.config.cache_point,
-            "decoder_convs_sha256": decoder_convs_sha256(self.config.checkpoint) if post_conv else None,
+            "decoder_convs_sha256": decoder_convs_sha256(str(self.checkpoint)) if post_conv else None,
             "image_size": self.image_size,
             "resize": "whole frame to a square, bicubic",
             "mean": list(MEAN),
@@ -69,11 +68,11 @@ class Sam2ImageEncoder(OnDevice):
     @cached_property
     def network(self) -> Any:
         network = instantiate_sam2(self.config.config)
-        load_sam2_weights(network, self.config.checkpoint)
+        load_sam2_weights(network, str(self.checkpoint))
         return network.to(self.device)
 
     def load(self, source: Sequence[Path]) -> Tensor:
-        """F frames -> uint8 (F,3,S,S). Raises SamloveError, naming the path, where one cannot be read."""
+        """F frames -> uint8 (F,3,S,S). Raises SamloveError, naming the path, if a frame cannot be read."""
         return load_square(source, self.image_size)
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Pretrained models in the transformers format: a folder with a configuration, weights and a tokenizer."""
+"""Pretrained models in the transformers format: a folder with configuration, weights and tokenizer."""
 
 import hashlib
 from pathlib import Path
@@ -11,16 +11,16 @@ from samlove.errors import RequestError, SamloveError
 from samlove.model.weights import HUB, from_hub
 from stores.fingerprint import sha256_file
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
 READ = ("*.json", "*.txt", *WEIGHTS)  # configuration, vocabulary, weights
 CLIP = "openai/clip-vit-base-patch16"
 
 
 def resolve_folder(weights: str, what: str, name: str) -> Path:
-    """The local folder that `weights` names; for "hub:NAME" a snapshot of it, which touches the network.
+    """The local folder that `weights` names; "hub:NAME" downloads it from the Hugging Face Hub.
 
-    name: where on the hub the model that the paper uses is, for the message.
-    Raises RequestError, saying what the folder is and how to get it, where there is none.
+    name: the Hub name of the paper's model, for the message.
+    Raises RequestError, saying what the folder is and how to get it, if it or one of its files is missing.
     """
     remedy = f"set weights: hub:{name}, or run: hf download {name} --local-dir FOLDER"
     if weights.startswith(HUB):
@@ -30,12 +30,12 @@ def resolve_folder(weights: str, what: str, name: str) -> Path:
     else:
         folder = Path(weights)
     if not (folder / "config.json").is_file() or not any((folder / file).is_file() for file in WEIGHTS):
-        raise RequestError(f"{folder}: expected config.json and {' or '.join(WEIGHTS)} of {what}, found none; {remedy}")
+        raise RequestError(f"{folder}: config.json or weights ({' or '.join(WEIGHTS)}) of {what} missing; {remedy}")
     return folder
 
 
 def sha256_model(folder: Path) -> str:
-    """Of the names and bytes of all that is read of a model's folder."""
+    """Hash of the names and bytes of all files that are read from a model's folder."""
     weights = next(name for name in WEIGHTS if (folder / name).is_file())
     names = {path.name for pattern in READ for path in folder.glob(pattern)} - set(WEIGHTS) | {weights}
     digest = hashlib.sha256()
@@ -45,9 +45,9 @@ def sha256_model(folder: Path) -> str:
 
 
 def load_network(model: Any, folder: Path, **options: Any) -> Any:
-    """A transformers class from a folder, float32, in evaluation mode, without a look at the network.
+    """A transformers class loaded from a folder, float32, in evaluation mode, without network access.
 
-    Raises SamloveError where the folder lacks a weight, which transformers would leave random with a warning.
+    Raises SamloveError if a weight is missing; transformers would only warn and leave it random.
     """
     from transformers.utils import logging
 
@@ -59,14 +59,16 @@ def load_network(model: Any, folder: Path, **options: Any) -> Any:
         )
     except Exception as error:  # transformers raises a dozen unrelated types for a broken folder
         raise _unreadable(folder, model.__name__, error) from error
-    if lacking := sorted(loaded["missing_keys"]):
-        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-        raise SamloveError(f"{folder}: expected the weights of a {model.__name__}, found none for {lacking[0]}{more}")
+    if missing := sorted(loaded["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise SamloveError(
+            f"{folder}: weights of {model.__name__} missing: {missing[0]}{more}; download the folder again"
+        )
     return network.eval()
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer; raises SamloveError where it has none."""
+    """The folder's tokenizer. Raises SamloveError if it cannot be read."""
     from transformers import AutoTokenizer
 
     try:
@@ -77,4 +79,4 @@ def load_tokenizer(folder: Path) -> Any:
 
 def _unreadable(folder: Path, what: str, error: Exception) -> SamloveError:
     reason = str(error).strip().split("\n")[0]
-    return SamloveError(f"{folder}: not readable as a {what}: {reason}; fetch the folder again")
+    return SamloveError(f"{folder}: not readable as a {what}: {reason}; download the folder again")

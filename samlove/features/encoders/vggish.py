@@ -1,9 +1,9 @@
-"""VGGish (Hershey et al., 2017) through torchvggish: one 128-d vector a second of sound.
+"""VGGish (Hershey et al., 2017) through torchvggish: one 128-d vector per second of audio.
 
-torchvggish's own front-end turns 16 kHz sound into log-mel patches of 0.96 s; its network embeds each. Two choices
-are the user's and recorded: `pre_relu` leaves out the last ReLU, as the TensorFlow original does (torchvggish ends in
-one), and `postprocess` applies AudioSet's PCA and quantisation. Patch n covers 0.96 n to 0.96 (n + 1) s, so that it
-runs up to 0.36 s ahead of frame n in a clip of 10 s; that is VGGish's own step, kept as all its users have it.
+torchvggish's own front-end turns 16 kHz audio into log-mel patches of 0.96 s, and its network embeds each patch. Two
+settings are part of the fingerprint: `pre_relu` omits the last ReLU, as the TensorFlow original does (torchvggish ends
+with one), and `postprocess` applies AudioSet's PCA and quantisation. Patch n covers 0.96 n to 0.96 (n + 1) s, so in a
+video of 10 s it starts up to 0.36 s before frame n. This step is VGGish's own, and its other users keep it too.
 """
 
 from functools import cached_property
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.fft  # else NumPy imports it at first use, which fails where two readers are the first at once
+import numpy.fft  # otherwise NumPy imports it on first use, which fails if two reader threads do so at once
 import torch
 from torch import Tensor, nn
 
@@ -22,11 +22,11 @@ from samlove.features.encoders.base import Arrays, OnDevice, library_versions, t
 from samlove.model.weights import load_into, load_state_dict, resolve_file
 from stores.fingerprint import sha256_file
 
-RATE = 16_000  # samples a second that VGGish takes
-PATCH = 15_360  # samples a patch: 96 frames of 160 samples, 0.96 s
-PATCH_SHAPE = (96, 64)  # frames of 10 ms, mel bands
-CHANNELS, HIDDEN, WIDTH = 64, 4096, 128  # VGGish's own first convolution, fully connected layers, and output
-PCA_FILE = "vggish_pca_params-970ea276.pth"  # beside the weights, as the release names it
+RATE = 16_000  # samples per second in VGGish's input
+PATCH = 15_360  # samples per patch: 96 steps of 160 samples, 0.96 s
+PATCH_SHAPE = (96, 64)  # steps of 10 ms, mel bands
+CHANNELS, HIDDEN, WIDTH = 64, 4096, 128  # original widths: first convolution, fully connected layers, output
+PCA_FILE = "vggish_pca_params-970ea276.pth"  # expected next to the weights, under the release's file name
 RELEASE = "https://github.com/harritaylor/torchvggish/releases/download/v0.1/"
 RESAMPLER = "soxr HQ"
 
@@ -34,13 +34,13 @@ RESAMPLER = "soxr HQ"
 def build_vggish(channels: int = CHANNELS, hidden: int = HIDDEN, pre_relu: bool = False) -> nn.Module:
     """torchvggish's network with fresh weights: log-mel patches (n,1,96,64) float32 -> (n,128).
 
-    channels: of the first convolution, the others in proportion (c, 2c, 4c, 4c, 8c, 8c); hidden: width of the two
-    fully connected layers. At 64 and 4096 the state dict is that of vggish-10086976.pth.
-    pre_relu: leave out the final ReLU.
+    channels: of the first convolution; the others are in proportion (c, 2c, 4c, 4c, 8c, 8c). hidden: width of the two
+    fully connected layers. With 64 and 4096, the state dict has the names and shapes of vggish-10086976.pth.
+    pre_relu: omit the final ReLU.
     """
     from torchvggish.torchvggish import VGG, make_layers
 
-    with torch.device("meta"):  # its sizes are fixed, 72 M parameters: take its structure, not its memory
+    with torch.device("meta"):  # its size is fixed at 72 M parameters: take the structure without the memory
         network = VGG(make_layers(), postprocess=False)
     layers: list[nn.Module] = []
     for layer in network.features:
@@ -49,7 +49,7 @@ def build_vggish(channels: int = CHANNELS, hidden: int = HIDDEN, pre_relu: bool 
             layer = nn.Conv2d(inputs, layer.out_channels * channels // CHANNELS, kernel_size=3, padding=1)
         layers.append(layer)
     network.features = nn.Sequential(*layers)
-    flat = 8 * channels * 6 * 4  # the last convolution's channels on 96 x 64 halved four times
+    flat = 8 * channels * 6 * 4  # the last convolution's channels, on 96 x 64 halved four times
     widths = [flat, hidden, hidden, WIDTH]
     dense = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU(inplace=True))]
     network.embeddings = nn.Sequential(*(dense[:-1] if pre_relu else dense))
@@ -57,9 +57,9 @@ def build_vggish(channels: int = CHANNELS, hidden: int = HIDDEN, pre_relu: bool 
 
 
 def log_mel(samples: np.ndarray) -> Tensor:
-    """Sound (S,) in -1..1 at 16 kHz, S whole seconds -> one log-mel patch a second, (S / 16000, 1, 96, 64) float32.
+    """Audio (S,) in -1..1 at 16 kHz, whole seconds -> one log-mel patch per second, (S / 16000, 1, 96, 64) float32.
 
-    torchvggish's own front-end.
+    Uses torchvggish's own front-end.
     """
     from torchvggish.vggish_input import waveform_to_examples
 
@@ -68,9 +68,9 @@ def log_mel(samples: np.ndarray) -> Tensor:
 
 
 def pad_or_trim(samples: np.ndarray, seconds: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sound (S,) at 16 kHz -> exactly (seconds * 16000,), zeros at the end, and which patches it really has.
+    """Audio (S,) at 16 kHz -> exactly (seconds * 16000,), padded with zeros at the end, and which patches are valid.
 
-    The second array is bool (seconds,): False where less than half of the patch is sound of the file.
+    The second array is bool (seconds,): False if less than half of the patch comes from the file.
     """
     wanted = seconds * RATE
     valid = np.arange(seconds) * PATCH + PATCH // 2 <= len(samples)
@@ -78,17 +78,17 @@ def pad_or_trim(samples: np.ndarray, seconds: int) -> tuple[np.ndarray, np.ndarr
 
 
 class VggishEncoder(OnDevice):
-    """A clip's sound -> audio (N,128), audio_valid (N,) bool, N seconds."""
+    """A video's audio -> audio (N,128), audio_valid (N,) bool, N seconds."""
 
     def __init__(self, config: AudioConfig, seconds: int, device: torch.device):
-        """Raises RequestError, saying how to get them, where weights are missing."""
+        """Raises RequestError, saying how to get them, if weights are missing."""
         self.config, self.seconds, self.device = config, seconds, device
         name = "vggish-10086976.pth"
-        self.weights = resolve_file(config.weights, "VGGish's weights", f"the official ones: {RELEASE}{name}")
+        self.weights = resolve_file(config.weights, "VGGish's weights", f"download {RELEASE}{name}")
         self.pca: Path | None = None
         if config.postprocess:
             path = str(self.weights.with_name(PCA_FILE))
-            self.pca = resolve_file(path, "VGGish's PCA, which postprocess needs", f"get it from {RELEASE}{PCA_FILE}")
+            self.pca = resolve_file(path, "VGGish's PCA, which postprocess needs", f"download {RELEASE}{PCA_FILE}")
 
     def fingerprint(self) -> dict:
         return {
@@ -119,14 +119,14 @@ class VggishEncoder(OnDevice):
         from torchvggish.torchvggish import Postprocessor
 
         assert self.pca is not None
-        postprocessor = Postprocessor.__new__(Postprocessor)  # its __init__ would download what lies here
+        postprocessor = Postprocessor.__new__(Postprocessor)  # its __init__ would download the file again
         postprocessor._pca_matrix, postprocessor._pca_means = load_pca(self.pca)
         return postprocessor
 
     def load(self, source: Path) -> tuple[Tensor, np.ndarray]:
         """A wav of any rate and length -> patches (N,1,96,64) and their validity (N,) bool.
 
-        Raises SamloveError, naming the path, where it cannot be read.
+        Raises SamloveError, naming the path, if it cannot be read.
         """
         import soxr
 
@@ -138,7 +138,7 @@ class VggishEncoder(OnDevice):
 
     @torch.inference_mode()
     def encode(self, items: list[tuple[Tensor, np.ndarray]]) -> list[Arrays]:
-        """One {audio (N,128) of the configured dtype, audio_valid (N,) bool} an item."""
+        """One {audio (N,128) of the configured dtype, audio_valid (N,) bool} per item."""
         patches = torch.cat([patches for patches, _ in items]).to(self.device)  # (items * N, 1, 96, 64)
         embeddings = self.network(patches).cpu()  # (items * N, 128)
         if self.config.postprocess:
@@ -148,10 +148,10 @@ class VggishEncoder(OnDevice):
 
 
 def load_pca(path: Path) -> tuple[Tensor, Tensor]:
-    """The matrix (128,128) and the means (128,1), float32, of AudioSet's PCA file, which holds NumPy arrays."""
+    """The matrix (128,128) and means (128,1), float32, from AudioSet's PCA file, which holds NumPy arrays."""
     from numpy._core.multiarray import _reconstruct
 
-    old_name = "numpy.core.multiarray._reconstruct"  # where NumPy kept it when the file was written
+    old_name = "numpy.core.multiarray._reconstruct"  # its place in NumPy when the file was written
     kinds: list[Any] = [np.ndarray, np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType, _reconstruct]
     try:
         with torch.serialization.safe_globals([*kinds, (_reconstruct, old_name)]):
@@ -160,7 +160,7 @@ def load_pca(path: Path) -> tuple[Tensor, Tensor]:
         means = torch.as_tensor(values["pca_means"]).float().reshape(-1, 1)
     except Exception as error:  # torch raises a dozen unrelated types for a broken file
         reason = str(error).strip().split("\n")[0]
-        raise SamloveError(f"{path}: not readable as VGGish's PCA: {reason}; fetch {RELEASE}{PCA_FILE}") from error
+        raise SamloveError(f"{path}: not readable as VGGish's PCA: {reason}; download {RELEASE}{PCA_FILE}") from error
     if matrix.shape != (WIDTH, WIDTH) or means.shape != (WIDTH, 1):
         raise SamloveError(f"{path}: expected a PCA of {WIDTH} values, found {tuple(matrix.shape)}")
     return matrix, means

@@ -18,10 +18,10 @@ from stores.fingerprint import sha256_file
 
 
 def build_vit(model: str, model_args: Mapping[str, Any], image_size: int) -> nn.Module:
-    """timm's ViT with fresh weights and no classifier: (n,3,S,S) -> `forward_features` -> (n,1+P,d), S = image_size.
+    """timm's ViT with random weights and no classifier: `forward_features` (n,3,S,S) -> (n,1+P,d), S = image_size.
 
     model: timm's name. model_args: overrides of its architecture.
-    Raises RequestError where timm has no such model, or it is no ViT with a class token.
+    Raises RequestError if timm has no such model, or it is not a ViT with a class token that normalises its tokens.
     """
     import timm
     from timm.models.vision_transformer import VisionTransformer
@@ -35,19 +35,21 @@ def build_vit(model: str, model_args: Mapping[str, Any], image_size: int) -> nn.
     if not isinstance(network, VisionTransformer) or network.cls_token is None:
         raise RequestError(f"{model}: expected a ViT with a class token, found {type(network).__name__}; see {where}")
     if isinstance(network.norm, nn.Identity):
-        raise RequestError(f"{model}: expected a ViT that normalises its tokens, found one that does after pooling")
+        raise RequestError(
+            f"{model}: expected a ViT that normalises its tokens, found one that normalises after pooling; see {where}"
+        )
     return network
 
 
 class VitEncoder(OnDevice):
-    """A clip's frames -> visual (N,1+P,d): tokens after the final norm, row 0 of axis 1 the class token.
+    """A video's frames -> visual (N,1+P,d): tokens after the final norm, with the class token in row 0 of axis 1.
 
-    Frames are resized to image_size x image_size, whole, without the centre crop of ImageNet's evaluation: what is to
-    be segmented may lie anywhere. A checkpoint made at another size has its position embeddings resampled.
+    Whole frames are resized to image_size x image_size, without the centre crop of ImageNet's evaluation, because the
+    object may be anywhere. If the checkpoint was trained at a different size, position embeddings are resampled.
     """
 
     def __init__(self, config: VisualConfig, device: torch.device):
-        """Raises RequestError, saying how to get them, where the weights are missing."""
+        """Raises RequestError, saying how to get them, if the weights are missing."""
         import timm
 
         self.config, self.device = config, device
@@ -55,7 +57,7 @@ class VitEncoder(OnDevice):
         self.mean = tuple(pretrained.mean) if pretrained else CENTRE
         self.std = tuple(pretrained.std) if pretrained else CENTRE
         source = pretrained.hf_hub_id if pretrained and pretrained.hf_hub_id else "timm/NAME"
-        remedy = f"set weights: hub:{source}, or fetch model.safetensors from https://huggingface.co/{source}"
+        remedy = f"set weights: hub:{source}, or download model.safetensors from https://huggingface.co/{source}"
         what = f"timm's weights of {config.model}"
         self.weights = resolve_file(config.weights, what, remedy, hub_file="model.safetensors")
 
@@ -80,21 +82,21 @@ class VitEncoder(OnDevice):
         network: Any = build_vit(self.config.model, self.config.model_args, self.config.image_size)
         tensors = load_state_dict(self.weights)
         tensors = {name: value for name, value in tensors.items() if not name.startswith("head.")}  # the classifier
-        tensors = checkpoint_filter_fn(tensors, network)  # resamples the position embeddings where the sizes differ
+        tensors = checkpoint_filter_fn(tensors, network)  # resamples the position embeddings if the sizes differ
         load_into(network, tensors, self.weights, f"timm's {self.config.model}")
         return network.to(self.device).eval()
 
     def load(self, source: Sequence[Path]) -> Tensor:
-        """N frames -> uint8 (N,3,S,S). Raises SamloveError, naming the path, where one cannot be read."""
+        """N frames -> uint8 (N,3,S,S). Raises SamloveError, naming the path, if a frame cannot be read."""
         return load_square(source, self.config.image_size)
 
     @torch.inference_mode()
     def encode(self, items: list[Tensor]) -> list[Arrays]:
-        """One {visual (N,1+P,d) of the configured dtype} an item."""
+        """One {visual (N,1+P,d) of the configured dtype} per item."""
         return encode_frames(items, self._tokens, self.device, self.config.dtype)
 
     def _tokens(self, frames: Tensor) -> Tensor:
         tokens = self.network.forward_features(normalise(frames, self.mean, self.std))  # (n, prefix + P, d)
-        if self.network.num_prefix_tokens > 1:  # register or distillation tokens stand for no place
+        if self.network.num_prefix_tokens > 1:  # register and distillation tokens have no position
             tokens = torch.cat([tokens[:, :1], tokens[:, self.network.num_prefix_tokens :]], dim=1)
         return tokens  # (n, 1 + P, d)

@@ -1,4 +1,4 @@
-"""The report of a run: `build_report` makes the page, the other modules its parts."""
+"""The report of a run: `build_report` makes the page, and the other modules make its parts."""
 
 from samlove.scoring.report.page import build_report
 

@@ -1,4 +1,4 @@
-"""The clips that the report shows: which, and each with its frames, masks and loudness (after Figure 5)."""
+"""The examples in the report: their choice, and their frames, masks and loudness (modelled on Figure 5)."""
 
 import base64
 import io
@@ -14,26 +14,26 @@ from samlove.scoring.evaluate import CONTROLS, CUES
 from samlove.scoring.metrics import JACCARD_BIN, histogram, jaccard_of
 from stores import PredictionReader
 
-FRAME_WIDTH = 256  # pixels of an embedded frame: twice what a ten-column strip shows, for a sharp zoom
+FRAME_WIDTH = 256  # pixels of an embedded frame: twice its width in a ten-column strip, so that the zoom is sharp
 FILL = (255, 30, 130)  # predicted mask
 FILL_ALPHA = 0.5
-OUTLINE = 4  # pixels around the true mask
-DASHES = ((255, 230, 0), (0, 0, 0))  # of the outline: no object and no background is striped so
+OUTLINE = 4  # pixels around the ground-truth mask
+DASHES = ((255, 230, 0), (0, 0, 0))  # of the outline: no object or background has such stripes
 DASH = 12  # pixels
-FLOOR_DB = -60.0  # what counts as silence
-NULL_SHARE = 4  # one clip in 4 is a null expression
+FLOOR_DB = -60.0  # counts as silence
+NULL_SHARE = 4  # one example in 4 is a null expression
 
 
 class Frame(NamedTuple):
     time: int  # seconds
     image: str  # data URI
     jaccard: float | None  # J of this frame; None for a null expression
-    loudness: float  # dBFS of this second, FLOOR_DB where silent
-    height: float  # of the loudness bar: amplitude in percent of the clip's loudest second
+    loudness: float  # dBFS of this second, FLOOR_DB if silent
+    height: float  # of the loudness bar: amplitude in percent of the video's loudest second
 
 
 class Clip(NamedTuple):
-    row: dict  # of rows.parquet
+    row: dict  # a row of rows.parquet
     rank: str  # such as "median of 80"
     cues: str
     controls: dict[str, float]  # {control: its J&F, or J for true_mask}, fractions
@@ -41,9 +41,9 @@ class Clip(NamedTuple):
 
 
 def choose(rows: pd.DataFrame, clips: int) -> list[tuple[dict, str]]:
-    """Rows from best to worst of seen, unseen and null, evenly spaced by rank, each with the name of its rank.
+    """Rows of each test split from best to worst, evenly spaced by rank, each with its rank in words.
 
-    rows: of rows.parquet. A quarter is null expressions, the rest shared by seen and unseen.
+    rows: from rows.parquet. A quarter are null expressions; seen and unseen share the rest.
     """
     null = max(clips // NULL_SHARE, 1)
     shares = {"test_s": (clips - null + 1) // 2, "test_u": (clips - null) // 2, "test_n": null}
@@ -65,7 +65,7 @@ def _rank(place: int, count: int) -> str:
 
 
 def draw_clip(row: dict, rank: str, folder: RefAvsFolder, reader: PredictionReader) -> Clip:
-    """A row with its frames drawn: predicted mask filled, true mask outlined, loudness by second."""
+    """A row with its frames drawn: predicted mask filled, ground-truth mask outlined, loudness per second."""
     bins = reader.read(row["row_id"])  # (T, H, W)
     frames, _, size = bins.shape
     images = [load_frame(path) for path in folder.frame_paths(row["media_id"], frames)]
@@ -85,7 +85,7 @@ def draw_clip(row: dict, rank: str, folder: RefAvsFolder, reader: PredictionRead
 
 
 def second_loudness(samples: np.ndarray, rate: int, seconds: int) -> list[float]:
-    """Root mean square of each second in dBFS, at least FLOOR_DB; silence where the sound has ended."""
+    """Root mean square of each second in dBFS, at least FLOOR_DB; silence after the end of the audio."""
     padded = np.zeros(seconds * rate, dtype=np.float64)
     padded[: len(samples)] = samples[: len(padded)]
     power = (padded.reshape(seconds, rate) ** 2).mean(1)  # (seconds,)
@@ -93,7 +93,7 @@ def second_loudness(samples: np.ndarray, rate: int, seconds: int) -> list[float]
 
 
 def draw_frame(frame: np.ndarray, bins: np.ndarray, truth: np.ndarray | None) -> Image.Image:
-    """A frame uint8 (H, W, 3), its predicted bins uint8 (h, w) filled, its true mask bool (H', W') outlined."""
+    """Draw on a frame uint8 (H, W, 3): predicted bins uint8 (h, w) filled, ground-truth mask bool (H', W') outlined."""
     size = (FRAME_WIDTH, round(frame.shape[0] * FRAME_WIDTH / frame.shape[1]))
     canvas = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)).astype(np.float32)
     smooth = Image.fromarray(bins).resize(size, Image.Resampling.BILINEAR)

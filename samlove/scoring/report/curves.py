@@ -1,4 +1,4 @@
-"""Learning curves, as DVCLive keeps them, drawn as one inline SVG."""
+"""Learning curves, recorded by DVCLive, drawn as one inline SVG."""
 
 import io
 from pathlib import Path
@@ -10,16 +10,16 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 COLUMNS = 3
-FIRST = ("loss", "J&F", "J", "F")  # of the charts; the others follow by name
-FEW = 40  # points up to which each is marked
+FIRST = ("loss", "J&F", "J", "F")  # charts that come first; the others follow by name
+FEW = 40  # up to this many points, each gets a marker
 COLOURS = ("#2b62c4", "#c8571b", "#1f8a70", "#7a4fb5")
 
 
 def read_curves(dvclive: Path) -> dict[str, dict[str, pd.DataFrame]]:
-    """{metric: {series: columns epoch (from 1) and value}} of `dvclive`/plots/metrics; {} where there is none.
+    """{metric: {series: columns epoch (from 1) and value}} of `dvclive`/plots/metrics; {} if there are none.
 
-    A metric is a file's name, a series the folder it lies in: train/loss.tsv and val/loss.tsv share one chart. The
-    trainer makes one step of DVCLive an epoch.
+    A metric is a file name, and a series is its folder: train/loss.tsv and val/loss.tsv share one chart. One DVCLive
+    step is one epoch.
     """
     root = dvclive / "plots" / "metrics"
     found: dict[str, dict[str, pd.DataFrame]] = {}
@@ -32,11 +32,11 @@ def read_curves(dvclive: Path) -> dict[str, dict[str, pd.DataFrame]]:
 
 
 def draw_curves(curves: dict[str, dict[str, pd.DataFrame]]) -> str:
-    """The charts as one <svg> element; an empty string where there are no curves."""
+    """The charts as one <svg> element; an empty string if there are no curves."""
     if not curves:
         return ""
     rows = -(-len(curves) // COLUMNS)
-    # Text stays text in the page's own font; no date and a fixed salt, so that equal runs give equal bytes.
+    # Text stays text, in the page's font. No date and a fixed salt, so that equal runs give equal bytes.
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "samlove", "font.size": 9}):
         figure, axes = plt.subplots(rows, COLUMNS, figsize=(11.6, 2.7 * rows), squeeze=False, layout="constrained")
         for axis, (metric, series) in zip(axes.flat, curves.items(), strict=False):

@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page, no script, nothing fetched."""
+"""The report: one self-contained HTML page, without scripts or external files."""
 
 import json
 from pathlib import Path
@@ -19,13 +19,12 @@ from samlove.scoring.report.provenance import checkpoint_header, fingerprints, s
 from stores import PredictionReader
 
 TEMPLATE = "template.html.j2"
-DATASETS = {"micro": "LAVS-synth", "refavs": "Ref-AVS Bench"}  # by profile
 
 
 def build_report(data: Path, folder: RefAvsFolder, clips: int, profile: str, config: dict[str, dict]) -> str:
-    """The page, from what evaluate left under `data`; curves, controls and cues appear where they are there.
+    """The page, from the outputs below `data` (data/<profile>); curves, controls and cues appear if they exist.
 
-    config: {section: its values}, shown as they are. Raises RequestError where evaluate has not run.
+    config: {section: its settings}, shown unchanged. Raises RequestError if evaluate has not run.
     """
     metrics = _read_json(data / "metrics.json")
     details = _read_json(data / "evaluation" / "details.json")
@@ -35,7 +34,7 @@ def build_report(data: Path, folder: RefAvsFolder, clips: int, profile: str, con
     )
     environment.filters |= {"number": number, "yaml": _as_yaml}
     return environment.get_template(TEMPLATE).render(
-        dataset=DATASETS.get(profile, profile),
+        dataset=config["dataset"]["name"],
         profile=profile,
         metrics=metrics,
         details=details,
@@ -54,7 +53,7 @@ def build_report(data: Path, folder: RefAvsFolder, clips: int, profile: str, con
 
 def _draw_clips(rows: pd.DataFrame, clips: int, folder: RefAvsFolder, predictions: Path) -> list[Clip]:
     drawn = []
-    for row, rank in tqdm(choose(rows, clips), desc="report: clips", unit="clip", mininterval=2):
+    for row, rank in tqdm(choose(rows, clips), desc="report: examples", unit="video", mininterval=2):
         reader = PredictionReader(predictions / row["split"] / "predictions.h5")
         drawn.append(draw_clip(row, rank, folder, reader))
     return drawn
@@ -62,7 +61,7 @@ def _draw_clips(rows: pd.DataFrame, clips: int, folder: RefAvsFolder, prediction
 
 def _read_json(path: Path) -> dict:
     if not path.exists():
-        raise RequestError(f"{path}: no such file; make it with: dvc repro evaluate")
+        raise RequestError(f"{path}: no such file; run: dvc repro evaluate")
     return json.loads(path.read_text())
 
 

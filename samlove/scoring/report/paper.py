@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class PaperRow(NamedTuple):
-    """J, F, J&F in percent for seen, unseen and their mix; S of the null split where the paper gives one."""
+    """J, F, J&F in percent for seen, unseen and their mix; S of the null split if the paper gives it."""
 
     method: str
     seen: tuple[float, float, float]

@@ -1,4 +1,4 @@
-"""What made the result: source revision, library versions, configuration, fingerprints of what was read."""
+"""The provenance of a result: source revision, library versions, fingerprints of the inputs."""
 
 import json
 import platform
@@ -12,7 +12,7 @@ PACKAGES = tuple("samlove torch sam2 timm transformers torchvggish zarr h5py dvc
 
 
 def source_revision() -> str:
-    """The git commit of the working folder, with `+ changes` where tracked files differ from it."""
+    """The git commit of the working folder, with `+ changes` if tracked files differ from it."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
         return commit + (" + changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
@@ -25,7 +25,7 @@ def _git(*arguments: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that matter to the numbers."""
+    """Versions of Python and of the libraries that affect the numbers."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -42,7 +42,7 @@ def fingerprints(data: Path) -> dict[str, dict]:
 
 
 def checkpoint_header(path: Path) -> dict:
-    """What a safetensors file says of itself, JSON values decoded; {} where there is no such file."""
+    """The metadata of a safetensors file, with JSON values decoded; {} if there is no such file."""
     if not path.exists():
         return {}
     with safe_open(str(path), framework="numpy") as file:

@@ -1,0 +1,27 @@
+"""Stage `dataset`: write LAVS-synth if the profile has `synth` set, otherwise check that the user's dataset is there.
+
+The output, data/dataset/<profile>, is one that DVC neither deletes nor caches: it may be a link to the user's folder.
+"""
+
+from pathlib import Path
+
+from samlove.config import DatasetConfig, load
+from samlove.data.dataset import RefAvsFolder
+from samlove.errors import RequestError, one_line_errors
+from samlove.synth.write import rewrite_dataset
+
+
+@one_line_errors
+def main() -> None:
+    config = load(DatasetConfig)
+    root = Path(config.root)
+    if config.synth is None:
+        if not root.is_dir():
+            raise RequestError(f"{root}: no dataset; link yours: ln -s /path/to/Ref-AVS {root}")
+        RefAvsFolder(root).metadata()
+    else:
+        rewrite_dataset(root, config.synth.seed, config.synth.scale)
+
+
+if __name__ == "__main__":
+    main()
