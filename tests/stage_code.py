@@ -1,4 +1,4 @@
-"""What a stage's script really uses, read from its source: the project's files it imports, the parameters it loads."""
+"""What a stage's script uses, read from its source: the files that it imports and the settings that it loads."""
 
 import ast
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ SECTION_OF = {cls.__name__: name for name, cls in SECTIONS.items()}
 
 
 def imported_files(script: Path) -> set[str]:
-    """The project's files that run when `script` does, itself among them, as paths from the root.
+    """The project's files that `script` executes, including itself, as paths relative to the root.
 
-    Imports within functions count. An `__init__.py` without a statement is left out.
+    Imports within functions count. An `__init__.py` without statements does not.
     """
     found: set[Path] = set()
     todo = [script]
@@ -41,7 +41,7 @@ def _imports(path: Path) -> list[str]:
 
 
 def _files(module: str) -> Iterator[Path]:
-    """The files that importing `module` runs: its own and those of the packages it is in."""
+    """The files that importing `module` executes: its own, and the `__init__.py` of its packages."""
     parts = module.split(".")
     if parts[0] in PACKAGES:
         for n in range(1, len(parts) + 1):
@@ -51,16 +51,16 @@ def _files(module: str) -> Iterator[Path]:
 
 @cache
 def has_code(path: Path) -> bool:
-    """Whether a module is more than an `__init__.py` with at most a docstring."""
+    """Whether a module is anything but an `__init__.py` with at most a docstring."""
     body = ast.parse(path.read_text()).body
     return path.name != "__init__.py" or any(not isinstance(node, ast.Expr) for node in body)
 
 
 def loaded_parameters(script: Path) -> dict[str, set[str] | None]:
-    """Section -> the keys of it that `script` reads, None for all of them.
+    """Section -> the keys that `script` reads, None for all of them.
 
-    All, where `load(...)`'s result is handed on whole; only those keys, where nothing but attributes of it are taken.
-    A script that names SECTIONS reads all sections. `root` is no key: it is in no file.
+    All keys, if the script passes on the result of `load(...)`; otherwise the attributes that it uses. A script that
+    uses SECTIONS reads all sections. `root` does not count, because it is in no file.
     """
     tree = ast.parse(script.read_text())
     if any(isinstance(node, ast.Name) and node.id == "SECTIONS" for node in ast.walk(tree)):

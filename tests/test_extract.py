@@ -1,12 +1,15 @@
 """The runner of the feature stages with a one-line encoder, and the four stages with small real encoders."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import soundfile
 import torch
+import yaml
 
 from pipelines import audio, sam2, text, visual
 from samlove.data.dataset import RefAvsFolder
@@ -204,3 +207,35 @@ def test_sam2_takes_one_group(
         sam2.main()
     assert ended.value.code == 2
     assert "expected one of train, eval" in capsys.readouterr().err
+
+
+def test_a_further_profile_computes_only_what_no_other_profile_has(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_stages() -> dict[str, str]:
+        """Store name -> what its stage printed."""
+        for main in (audio.main, visual.main, text.main):
+            main()
+        for group in ("train", "eval"):
+            monkeypatch.setattr("sys.argv", ["sam2", group])
+            sam2.main()
+        return dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if "dashboard" not in line)
+
+    run_stages()
+    before = {path: path.read_bytes() for path in Path("data/small").rglob("*") if path.is_file()}
+    shutil.copytree("configs/small", "configs/other")
+    section = Path("configs/other/text.yaml")
+    section.write_text(yaml.safe_dump({**yaml.safe_load(section.read_text()), "max_tokens": 7}))
+    Path("data/dataset/other").symlink_to("small")
+    shutil.copytree("data/small/index", "data/other/index")
+    Path("configs/profile.yaml").write_text("profile: other\n")
+    printed = run_stages()
+    assert "items computed" in printed.pop("text")
+    assert len(printed) == 4 and all(report.startswith("nothing to compute") for report in printed.values())
+    for name in printed:
+        shards = [path for path in Path("data/other/features", name).rglob("shard-*/**/*") if path.is_file()]
+        assert shards and all(path.samefile(str(path).replace("other", "small")) for path in shards)
+    soundfile.write("data/dataset/small/media/a/audio.wav", np.zeros(16_000), 16_000)
+    audio.main()
+    assert "1 of 3 items computed" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before  # the first profile is untouched

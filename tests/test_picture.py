@@ -97,12 +97,12 @@ def test_a_picture_shows_the_frames_with_their_masks(rows: pd.DataFrame) -> None
     assert (picture[0] == 255).all() and (picture[:, 0] == 255).all()  # white margins suit light and dark pages
 
 
-def test_the_default_row_is_a_seen_expression_that_needs_sound(rows: pd.DataFrame) -> None:
+def test_the_default_row_is_a_seen_expression_that_needs_sound_but_not_sight(rows: pd.DataFrame) -> None:
     folder = RefAvsFolder("data/dataset/micro")
     row = choose_row(rows, folder, FRAMES)
     masks = folder.load_masks(row["media_id"], row["fid"], FRAMES)
-    assert row["split"] == "test_s" and row["sound"] and AREA[0] <= masks.mean() <= AREA[1]
-    better = rows[(rows["split"] == "test_s") & rows["sound"] & (rows["JF"] > row["JF"])]
+    assert row["split"] == "test_s" and row["sound"] and not row["sight"] and AREA[0] <= masks.mean() <= AREA[1]
+    better = rows[(rows["split"] == "test_s") & rows["sound"] & ~rows["sight"] & (rows["JF"] > row["JF"])]
     for other in better.to_dict("records"):
         area = folder.load_masks(other["media_id"], other["fid"], FRAMES).mean()
         assert not AREA[0] <= area <= AREA[1]

@@ -1,7 +1,7 @@
-"""Every junction of the pipeline, with one thing out of place: the stage stops with one line that names the field, both
-values and the command that mends it.
+"""Every junction of the pipeline with one mismatch: the stage stops with one line that names the field, both values and
+the command that fixes it.
 
-One small project is made by the real stages once; each case spoils a copy of it and runs the stage that must notice.
+The real stages build one small project once; each case breaks a copy of it and runs the stage that must notice.
 """
 
 import json
@@ -66,7 +66,7 @@ def item(name: str, key: str, frames: int = FRAMES) -> dict[str, np.ndarray]:
 
 
 def write_store(name: str, keys: list[str], frames: int = FRAMES, **changes: object) -> None:
-    """A feature store below data/tiny/features, as its stage would have left it."""
+    """Write a feature store below data/tiny/features, as its stage would."""
     stage = name.split("_")[0]
     fingerprint = {**FINGERPRINTS[stage], **changes}
     if stage == "sam2":
@@ -114,7 +114,7 @@ def evaluate_all() -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The project as it should be, every stage run."""
+    """The project after all stages have run."""
     root = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -145,7 +145,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def project(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy to be spoiled."""
+    """A copy of the project, to be broken by a test."""
     root = tmp_path / "project"
     shutil.copytree(whole, root)
     monkeypatch.chdir(root)
@@ -153,7 +153,7 @@ def project(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return root
 
 
-# --- what spoils it --------------------------------------------------------------------------------------------------
+# --- ways to break it -------------------------------------------------------------------------------------------------
 
 
 def all_keys(name: str) -> list[str]:
@@ -169,7 +169,7 @@ def another_sam2() -> None:
 
 
 def repack(split: str, change: Callable[[dict], object]) -> None:
-    """The shards of a split with another fingerprint."""
+    """Write the shards of a split again, with a changed fingerprint."""
     root = Path("data/tiny/shards", split)
     reader = ShardReader(root)
     fingerprint = json.loads(json.dumps(reader.manifest["fingerprint"]))
@@ -187,7 +187,7 @@ def reword(row_id: str) -> None:
 
 
 def infer_again(split: str) -> None:
-    """With masks of another precision, which nothing else of the run has."""
+    """Predict a split again, in a precision that the other predictions do not have."""
     configure("infer", precision="bfloat16")
     run(infer.main, split)
 
@@ -208,12 +208,13 @@ class Case(NamedTuple):
     found: str
     remedy: str
     argument: tuple[str, ...] = ()
+    words: tuple[str, ...] = ("expected", "found")  # empty if the message says both in other words
 
 
 POST, PRE = "'post_conv'", "'pre_conv'"
 DVC = "dvc repro"
 CASES = {
-    # pack: a store against what the configuration asks for, and against the other store of SAM2
+    # pack compares stores with the configuration, and the two stores of SAM 2 with each other
     "pack_audio": Case(pack.main, lambda: configure("audio", dtype="float32"),
                        "dtype", "'float32'", "'float16'", f"{DVC} audio"),
     "pack_visual": Case(pack.main, lambda: configure("visual", image_size=384),
@@ -225,8 +226,8 @@ CASES = {
     "pack_sam2_eval": Case(pack.main, lambda: remake("sam2_eval", dtype="float32"),
                            "dtype", "'float16'", "'float32'", f"{DVC} sam2"),
     "pack_index": Case(pack.main, lambda: write_store("text", ["the a", "the b"]),
-                       "text", "'the c'", "neither there nor among its failures", f"{DVC} text"),
-    # train: shards against the configured SAM2, and against the other split's
+                       "text", "'the c' is in the index", "neither in the store", f"{DVC} text", words=()),
+    # train compares shards with the configured SAM 2, and the splits with each other
     "train_sam2": Case(train.main, another_sam2, "weights_sha256", "", "", f"{DVC} pack"),
     "train_cache_point": Case(train.main, lambda: configure("sam2", cache_point="pre_conv"),
                               "cache_point", PRE, POST, f"{DVC} pack"),
@@ -235,8 +236,8 @@ CASES = {
     "train_mask_size": Case(train.main, lambda: repack("val", lambda made: made.update(mask_size=64)),
                             "mask_size", "32", "64", f"{DVC} pack"),
     "train_foreign": Case(train.main, lambda: Path("data/tiny/shards/train/manifest.json").unlink(),
-                          "audio, visual, text, sam2", "say what they were packed from", "nothing", f"{DVC} pack"),
-    # infer: stores, index and SAM2 against the checkpoint
+                          "audio, visual, text, sam2", "manifest", "no fingerprint", f"{DVC} pack", words=()),
+    # infer compares stores, index and SAM 2 with the checkpoint
     "infer_audio": Case(infer.main, lambda: remake("audio", dtype="float32"),
                         "dtype", "'float16'", "'float32'", f"{DVC} audio pack train", ("test_s",)),
     "infer_visual": Case(infer.main, lambda: remake("visual", image_size=384),
@@ -250,7 +251,7 @@ CASES = {
                          "frames of sam2", "3", "2", f"{DVC} pack train", ("test_s",)),
     "infer_index": Case(infer.main, lambda: write_store("text", ["the a"]),
                         "text", "'the d'", "from a different index", f"{DVC} -f -s text", ("test_s",)),
-    # evaluate: predictions against the index, the split they lie in, and each other
+    # evaluate compares predictions with the index, with their split and with each other
     "evaluate_rows": Case(evaluate.main, lambda: reword("d"), "rows_sha256", "", "", f"{DVC} -f -s infer"),
     "evaluate_split": Case(evaluate.main, lambda: copy_split("test_s", "test_u"),
                            "split", "'test_u'", "'test_s'", f"{DVC} -f -s infer"),
@@ -273,23 +274,23 @@ def test_a_mismatch_is_refused_by_name_with_both_values_and_the_remedy(
     assert ended.value.code == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(("error: data/tiny/", "error: sam2.safetensors"))
-    for part in (case.field, case.expected, case.found, case.remedy, "expected", "found"):
+    for part in (case.field, case.expected, case.found, case.remedy, *case.words):
         assert part in error
     if "sha256" in case.field and "sam2" in case.spoil.__name__:
         assert all(digest in error for digest in digests)
-    assert published() == before  # nothing was touched
+    assert published() == before  # nothing was changed
 
 
 @pytest.mark.parametrize("stage", [pack.main, train.main, evaluate_all], ids=["pack", "train", "infer_evaluate"])
-def test_what_belongs_together_passes(stage: Callable[[], None], project: Path) -> None:
+def test_matching_artefacts_pass(stage: Callable[[], None], project: Path) -> None:
     stage()
 
 
-# --- a run that was interrupted --------------------------------------------------------------------------------------
+# --- an interrupted run --------------------------------------------------------------------------------------
 
 
 def interrupted() -> Path:
-    """The folder that a run of today's choices left when it was stopped."""
+    """Interrupt a training run. Returns the folder with its state."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("samlove.train.Trainer.validate", stop)
         with pytest.raises(SystemExit):
@@ -338,10 +339,10 @@ def test_a_damaged_state_is_refused(project: Path, capsys: pytest.CaptureFixture
     assert f"{state}: damaged: expected crc32c" in error and "dvc repro train" in error
 
 
-# --- what each says that it came from --------------------------------------------------------------------------------
+# --- provenance --------------------------------------------------------------------------------
 
 
-def test_each_artefact_says_what_it_came_from(project: Path) -> None:
+def test_each_artefact_records_its_origin(project: Path) -> None:
     store, shards, checkpoint, predictions = (
         open_artefact(Path("data/tiny") / path).fingerprint
         for path in ("features/audio", "shards/train", "model/best.safetensors", "predictions/test_s/predictions.h5")

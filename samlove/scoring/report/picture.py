@@ -30,16 +30,17 @@ INK, GREY, WAVE, PAPER = "#1b1f24", "#59636e", "#2b62c4", "#f3f5f8"
 def choose_row(rows: pd.DataFrame, folder: RefAvsFolder, frames: int) -> dict:
     """The expression that the picture shows by default; the same run gives the same one.
 
-    rows: of rows.parquet. Of all seen expressions that need sound (all seen ones if cues are not known), in landscape
-    videos with at least two objects, the one with the highest J&F whose mask covers AREA of the frame on average;
-    if there is none, the best scored expression. Raises RequestError if no expression has a J&F.
+    rows: of rows.parquet. Of the seen expressions that need sound but not sight (all seen ones if cues are not known),
+    in landscape videos with at least two objects, the one with the highest J&F whose ground-truth mask covers AREA of
+    the frame on average. If there is none, the expression with the highest J&F. Raises RequestError if no expression
+    has a J&F.
     """
     scored = rows[rows["JF"].notna()].sort_values(["JF", "row_id"], ascending=[False, True])
     if scored.empty:
         raise RequestError("no expression of this run has a J&F: the test splits have no objects")
     wanted = scored[(scored["split"] == "test_s") & (scored.groupby("media_id")["fid"].transform("nunique") > 1)]
     if "sound" in wanted:
-        wanted = wanted[wanted["sound"].astype(bool)]
+        wanted = wanted[wanted["sound"].astype(bool) & ~wanted["sight"].astype(bool)]
     for row in wanted.to_dict("records"):
         masks = folder.load_masks(row["media_id"], int(row["fid"]), frames)  # (T, H, W)
         if AREA[0] <= masks.mean() <= AREA[1] and masks.shape[2] > masks.shape[1]:
