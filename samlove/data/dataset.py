@@ -43,9 +43,7 @@ class RefAvsFolder:
         """
         path = self.root / "metadata.csv"
         if not path.is_file():
-            raise RequestError(
-                f"{path}: no such file; expected a folder in the Ref-AVS layout (see samlove.data.dataset)"
-            )
+            raise RequestError(f"{path}: no such file; expected a folder in the layout of Ref-AVS (README.md shows it)")
         return read_table(path, COLUMNS)
 
     def cues(self) -> pd.DataFrame | None:
