@@ -38,7 +38,7 @@ def test_bundled_vit_recognises_what_it_sees() -> None:
     batch = batch_of(list(islice(Examples(patches, FRESH, 0), 96)))
     vit = build_vit(config.model, config.model_args, config.image_size).eval()
     vit.load_state_dict(load_state_dict(Path(config.weights)))
-    pictures = batch["picture"].permute(0, 3, 1, 2).float() / 127.5 - 1  # (48, 3, 128, 128)
+    pictures = batch["picture"].permute(0, 3, 1, 2).float() / 127.5 - 1  # (96, 3, 128, 128)
     _, scores = sight_loss(vit.forward_features(pictures), batch)
     assert scores["category"] > 0.8 and scores["colour"] > 0.9 and scores["pulse"] > 0.9 and scores["centre"] < 0.07
 

@@ -117,9 +117,7 @@ def stages(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return project
 
 
-def test_every_store_verifies_and_covers_its_splits(
-    samlove: Callable[..., Done], stages: Path
-) -> None:
+def test_every_store_verifies_and_covers_its_splits(samlove: Callable[..., Done], stages: Path) -> None:
     for name in ("audio", "visual", "text", "sam2_train", "sam2_eval"):
         done = samlove("store", "verify", "--deep", "--live", f"data/small/features/{name}")
         assert (done.returncode, done.stderr) == (0, ""), done.stdout

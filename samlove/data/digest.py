@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def rows_digest(rows: pd.DataFrame) -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
+@cache  # of the code that this process has imported, whatever becomes of the files
 def code_digest(cls: type) -> str:
     """32 hex digits that change with the source of the module of `cls` and of the samlove modules that it imports.
 
