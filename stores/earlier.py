@@ -61,11 +61,11 @@ class Shard:
             return None
         return shard if attributes["chunk_rows"] == chunk_rows and sizes == expected else None
 
-    def whole(self) -> bool:
+    def intact(self) -> bool:
         """Whether every file matches its checksum; reads all bytes."""
         return all(crc32c_file(self.folder / name) == entry["crc32c"] for name, entry in self.files.items())
 
-    def good(self, planned: Iterable[str], ids: Mapping[str, str]) -> list[str]:
+    def reusable(self, planned: Iterable[str], ids: Mapping[str, str]) -> list[str]:
         """The `planned` keys whose rows can be reused: they have the ids in `ids`."""
         return [key for key in planned if key in self.ids and self.ids[key] == ids.get(key, "")]
 
@@ -107,7 +107,7 @@ def published_shards(
             files = {path.removeprefix(f"{name}/"): e for path, e in listed.items() if path.startswith(f"{name}/")}
             if shard := Shard.read(store / name, files, chunk_rows):
                 shards[number] = shard
-        reusable = sum(len(shard.good(shard.planned, ids)) for shard in shards.values())
+        reusable = sum(len(shard.reusable(shard.planned, ids)) for shard in shards.values())
         if reusable > most:
             found, most = shards, reusable
     return found

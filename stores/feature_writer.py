@@ -77,7 +77,7 @@ class FeatureStoreWriter:
         shutil.rmtree(self.scratch / "partial", ignore_errors=True)
         for folder in self.staging.glob("shard-*.zarr"):
             shard = self._staged(folder.name)
-            if shard is None or not shard.whole():
+            if shard is None or not shard.intact():
                 shutil.rmtree(folder)
 
     @cached_property
@@ -96,9 +96,9 @@ class FeatureStoreWriter:
         """The existing shard of this number: the finished one in scratch or, if there is none, the published one."""
         return self._staged(shard_name(number)) or self._published.get(number)
 
-    def _good(self, shard: Shard | None, planned: Sequence[str]) -> list[str]:
+    def _reusable(self, shard: Shard | None, planned: Sequence[str]) -> list[str]:
         """The planned keys whose rows in `shard` can be reused."""
-        return shard.good(planned, self.ids) if shard else []
+        return shard.reusable(planned, self.ids) if shard else []
 
     @cached_property
     def _plan(self) -> dict[int, list[str]]:
@@ -125,12 +125,12 @@ class FeatureStoreWriter:
                 todo.append((number, missing))
         return todo
 
-    def lacking(self, number: int) -> list[str]:
+    def missing(self, number: int) -> list[str]:
         """The keys of a shard that are still missing: another process may have written it since `todo`."""
         return self._missing(self._shard(number), self._plan[number])
 
     def _missing(self, shard: Shard | None, planned: Sequence[str]) -> list[str]:
-        kept = set(self._good(shard, planned))
+        kept = set(self._reusable(shard, planned))
         return [key for key in planned if key not in kept]
 
     def write_shard(self, number: int, items: Mapping[str, Mapping[str, np.ndarray]]) -> bool:
@@ -146,12 +146,12 @@ class FeatureStoreWriter:
         if unknown := [key for key in items if key not in planned]:
             raise SamloveError(f"{self.path}: keys not planned for shard {number}: {unknown[:5]}")
         shard = self._shard(number)
-        good = self._good(shard, planned)
-        if shard and not items and len(good) == len(shard.ids):
+        reusable = self._reusable(shard, planned)
+        if shard and not items and len(reusable) == len(shard.ids):
             return False  # already staged, or linked on publishing
         rows: dict[str, Mapping[str, np.ndarray]] = {**items}
         if shard:
-            rows |= shard.rows([key for key in good if key not in items])
+            rows |= shard.rows([key for key in reusable if key not in items])
         keys = [key for key in planned if key in rows]
         for key in keys:
             self._check_item(key, rows[key], rows[keys[0]])
@@ -233,16 +233,16 @@ class FeatureStoreWriter:
         files: Files = {}
         for number, planned in self._plan.items():
             shard = self._shard(number)
-            good = self._good(shard, planned)
-            lost = [key for key in planned if key not in good and key not in excused]
-            if shard is None or lost or len(good) < len(shard.ids):
+            reusable = self._reusable(shard, planned)
+            lost = [key for key in planned if key not in reusable and key not in excused]
+            if shard is None or lost or len(reusable) < len(shard.ids):
                 lost = lost or [*shard.ids] if shard else planned
                 raise SamloveError(
                     f"{self.path}: shard {number}: {len(lost)} items missing without a recorded failure, "
                     f"first {lost[0]!r}; run the stage again"
                 )
             name = shard_name(number)
-            if not good:
+            if not reusable:
                 continue  # all items failed: the shard is empty
             if shard.folder != self.staging / name:
                 self._adopt(shard)
@@ -251,7 +251,7 @@ class FeatureStoreWriter:
             arrays = arrays or found
             if found != arrays:
                 raise SamloveError(f"{self.path}: shard {number} holds {found}, earlier shards hold {arrays}")
-            shards.append({"name": name, "keys": len(good)})
+            shards.append({"name": name, "keys": len(reusable)})
             files |= {f"{name}/{path}": entry for path, entry in shard.files.items()}
         self.staging.mkdir(parents=True, exist_ok=True)
         names = [shard["name"] for shard in shards]

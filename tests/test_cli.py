@@ -14,7 +14,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from samlove.cli import doctor, main
-from samlove.data.sizes import read_choices
+from samlove.data.sizes import read_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -174,13 +174,13 @@ def test_doctor_accepts_what_is_there(checkout: Path, monkeypatch: pytest.Monkey
         "vid,uid,split,fid,exp\na_0_10000,a_0_10000_dog_1,train,1,the dog\n"
     )
     monkeypatch.chdir(checkout)
-    missing = {finding.what for finding in doctor.examine(read_choices()) if finding.missing}
+    missing = {finding.what for finding in doctor.examine(read_settings()) if finding.missing}
     assert missing <= {"GPU memory"}
 
 
 def test_doctor_finds_nothing_missing_for_the_bundled_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    findings = doctor.examine(read_choices())
+    findings = doctor.examine(read_settings())
     assert not [finding for finding in findings if finding.missing]
     assert "dvc repro" in doctor.render(findings)
 

@@ -12,9 +12,9 @@ B, N, P, L, D = 3, 4, 6, 5, 32
 DIMS = {"audio": 7, "visual": 9, "text": 11, "frames": N}
 
 
-def make(seed: int = 0, **choices: Any) -> Fusion:
+def make(seed: int = 0, **settings: Any) -> Fusion:
     torch.manual_seed(seed)
-    fusion = Fusion(FusionConfig(**{"dim": D, "blocks": 2, "heads": 4, **choices}), DIMS, prompt_dim=16)
+    fusion = Fusion(FusionConfig(**{"dim": D, "blocks": 2, "heads": 4, **settings}), DIMS, prompt_dim=16)
     for parameter in fusion.parameters():  # no bias is 0 and no norm is 1, so that omitting one shows
         nn.init.normal_(parameter, std=0.3)
     return fusion

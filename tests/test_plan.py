@@ -10,7 +10,7 @@ from samlove.cli.plan import PER_SHARD, measured, run, seconds_an_item
 from samlove.config import SECTIONS, DatasetConfig, SynthConfig
 from samlove.data.index import audit_folder, write_index
 from samlove.data.layout import Layout
-from samlove.data.sizes import REF_AVS, Choices, count, item_bytes, planned, read_choices
+from samlove.data.sizes import REF_AVS, Settings, count, item_bytes, planned, read_settings
 from samlove.features.encoders.roberta import RobertaEncoder
 from samlove.synth.write import write_dataset
 from tests.small_encoders import roberta_config
@@ -26,40 +26,40 @@ def checkout(tmp_path: Path) -> Path:
 def test_sizes_at_the_papers_scale(checkout: Path) -> None:
     """Per item, and in all, in fp16."""
     select(checkout, "refavs")
-    choices = read_choices(checkout / "configs")
-    assert item_bytes(choices) == {
+    settings = read_settings(checkout / "configs")
+    assert item_bytes(settings) == {
         "audio": 10 * (128 * 2 + 1),
         "visual": 10 * 197 * 768 * 2,
         "text": 25 * (768 * 2 + 1),
         "sam2": 2 * (256 * 64**2 + 64 * 128**2 + 32 * 256**2),
         "sam2 packed": 2 * (256 * 64**2 + 64 * 128**2 + 32 * 256**2),
     }
-    made = {entry.path: entry for entry in planned(choices, REF_AVS)}
+    made = {entry.path: entry for entry in planned(settings, REF_AVS)}
     gigabytes = {path: round(sum(entry.bytes.values()) / 1e9, 1) for path, entry in made.items()}
     assert gigabytes["features/visual"] == 12.1
     assert gigabytes["features/sam2_train"] == 24.5
     assert gigabytes["features/sam2_eval"] == 90.1
     assert made["features/sam2_eval"].items == {"val": 275, "test_s": 273, "test_u": 269, "test_n": 257}
-    before_convs = choices._replace(sam2=choices.sam2.model_copy(update={"cache_point": "pre_conv"}))
+    before_convs = settings._replace(sam2=settings.sam2.model_copy(update={"cache_point": "pre_conv"}))
     assert item_bytes(before_convs)["sam2"] == 2 * 256 * (64**2 + 128**2 + 256**2)
     assert set(PER_SHARD) == {path.split("/")[1] for path in made if path.startswith("features/")}
 
 
 def test_choices_are_sections() -> None:
-    assert set(Choices._fields) < set(SECTIONS)
+    assert set(Settings._fields) < set(SECTIONS)
 
 
 def test_counts_are_the_same_before_the_dataset_from_its_table_and_from_the_index(checkout: Path) -> None:
     folder, paths = checkout / "set", Layout(checkout / "data" / "micro")
     dataset = DatasetConfig(root=str(folder), synth=SynthConfig(seed=3, scale="small"))
-    choices = read_choices(checkout / "configs")._replace(dataset=dataset)
-    promised, source = count(choices, paths)
+    settings = read_settings(checkout / "configs")._replace(dataset=dataset)
+    promised, source = count(settings, paths)
     assert "dataset stage" in source
     write_dataset(folder, 3, "small")
-    table, source = count(choices, paths)
+    table, source = count(settings, paths)
     assert source == str(folder / "metadata.csv")
     write_index(audit_folder(folder, check_media=False), paths.index)
-    index, source = count(choices, paths)
+    index, source = count(settings, paths)
     assert source == str(paths.expressions)
     assert promised == table == index
     assert sum(n.folders for n in index.values()) == sum(1 for _ in (folder / "media").iterdir())
@@ -70,9 +70,9 @@ def test_what_cannot_be_measured_says_why_and_the_rest_is_measured(
 ) -> None:
     select(checkout, "refavs")
     monkeypatch.chdir(checkout)
-    choices = read_choices()._replace(text=roberta_config(checkout / "text"))
-    write_dataset(Path(choices.dataset.root), 3, "small")
-    times = measured(choices, planned(choices, REF_AVS))
+    settings = read_settings()._replace(text=roberta_config(checkout / "text"))
+    write_dataset(Path(settings.dataset.root), 3, "small")
+    times = measured(settings, planned(settings, REF_AVS))
     assert set(times) == set(PER_SHARD)
     assert isinstance(times["text"], float) and times["text"] > 0
     for name in ("audio", "visual", "sam2_train", "sam2_eval"):

@@ -310,7 +310,7 @@ def stop(*_: object) -> None:
         (lambda: configure("fusion", blocks=2), ["fusion.blocks: 1 stored, 2 now"]),
         (lambda: repack("train", lambda made: made.update(rows_sha256="x")), ["shards.train: '"]),
     ],
-    ids=["choices", "model", "shards"],
+    ids=["settings", "model", "shards"],
 )  # fmt: skip
 def test_a_state_of_another_run_is_told_and_not_gone_on_with(
     spoil: Callable[[], object], fields: list[str], project: Path, capsys: pytest.CaptureFixture[str]

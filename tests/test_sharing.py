@@ -17,7 +17,7 @@ import yaml
 
 from samlove.cli.plan import PER_SHARD
 from samlove.data.layout import layout
-from samlove.data.sizes import count, planned, read_choices
+from samlove.data.sizes import count, planned, read_settings
 from tests.s3_service import s3_service
 from tests.stage_code import ROOT
 from tests.test_graph import without_profile
@@ -179,10 +179,10 @@ def test_no_stage_edits_a_file_that_is_linked_to_the_cache(first: Clone, team: P
 
 def test_the_plan_predicts_the_sizes(first: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(first.root)
-    choices, paths = read_choices(), layout()
-    counts, source = count(choices, paths)
+    settings, paths = read_settings(), layout()
+    counts, source = count(settings, paths)
     assert source == "data/micro/index/expressions.parquet"
-    for entry in planned(choices, counts):
+    for entry in planned(settings, counts):
         if entry.path.split("/")[1] in PER_SHARD:
             arrays = sum(p.stat().st_size for p in (paths.root / entry.path).rglob("c/**/*") if p.is_file())
             assert arrays == pytest.approx(sum(entry.bytes.values()), rel=0.02)

@@ -23,10 +23,10 @@ def write_sam2(path: Path, seed: int = 0) -> Path:
     return path
 
 
-def origin(sam2: Path, fusion: dict | None = None, **choices: Any) -> Origin:
+def origin(sam2: Path, fusion: dict | None = None, **settings: Any) -> Origin:
     return Origin(
         fusion=FusionConfig(**{"dim": 16, "blocks": 2, "heads": 2, **(fusion or {})}),
-        train=TrainConfig(**{"epochs": 2, "batch_size": 3, "accumulate": 2, "warmup_steps": 2, "lr": 1e-3, **choices}),
+        train=TrainConfig(**{"epochs": 2, "batch_size": 3, "accumulate": 2, "warmup_steps": 2, "lr": 1e-3, **settings}),
         sam2=Sam2Config(config=CONFIG, checkpoint=str(sam2)),
         sam2_sha256=sha256_file(sam2),
         dims=DIMS,

@@ -63,9 +63,9 @@ def doctor() -> None:
     Checks dataset, weights, disk and GPU memory. Exits with status 1 if anything is missing.
     """
     from samlove.cli.doctor import examine, render
-    from samlove.data.sizes import read_choices
+    from samlove.data.sizes import read_settings
 
-    findings = examine(read_choices())
+    findings = examine(read_settings())
     print(render(findings))
     if any(finding.missing for finding in findings):
         raise typer.Exit(1)

@@ -13,14 +13,14 @@ from samlove.config import CONTROLLED_SPLITS, active_profile
 from samlove.data.dataset import RefAvsFolder
 from samlove.data.layout import layout
 from samlove.data.sizes import (
-    Choices,
     Counts,
     Planned,
+    Settings,
     bytes_there,
     count,
     free_bytes,
     planned,
-    read_choices,
+    read_settings,
 )
 from samlove.device import default_device
 from samlove.errors import SamloveError
@@ -44,12 +44,12 @@ SAMPLE = 64  # items at most that one calibration takes
 
 def run(calibrate: bool) -> bool:
     """Print the plan of the active profile. Returns whether the disk has enough free space for it."""
-    choices, paths = read_choices(), layout()
-    counts, source = count(choices, paths)
-    made = planned(choices, counts)
+    settings, paths = read_settings(), layout()
+    counts, source = count(settings, paths)
+    made = planned(settings, counts)
     print(f"profile {active_profile()}, below {paths.root}/; counted from: {source}\n")
-    times = measured(choices, made) if calibrate else {}
-    print(render(made, {entry.path: _files(entry, choices, counts) for entry in made}, times))
+    times = measured(settings, made) if calibrate else {}
+    print(render(made, {entry.path: _files(entry, settings, counts) for entry in made}, times))
     free, there = free_bytes(paths), bytes_there(paths)
     needed = sum(sum(entry.bytes.values()) for entry in made)
     missing = needed - there - free
@@ -61,14 +61,14 @@ def run(calibrate: bool) -> bool:
     return missing <= 0
 
 
-def _files(entry: Planned, choices: Choices, counts: Counts) -> int:
+def _files(entry: Planned, settings: Settings, counts: Counts) -> int:
     kind, name = entry.path.split("/")
     if kind == "features":  # manifest, failure log; per shard one zarr.json, and per array zarr.json and data
-        arrays = ARRAYS[name] * (2 if name.startswith("sam2") and choices.sam2.dtype == "int8" else 1)  # and scales
+        arrays = ARRAYS[name] * (2 if name.startswith("sam2") and settings.sam2.dtype == "int8" else 1)  # and scales
         return 2 + -(-sum(entry.items.values()) // PER_SHARD[name]) * (1 + 2 * arrays)
     if kind == "shards":  # manifest, index
-        return 2 + -(-counts[name].folders // choices.pack.videos_per_shard)
-    return 1 + len(choices.infer.controls) * (name in CONTROLLED_SPLITS)
+        return 2 + -(-counts[name].folders // settings.pack.videos_per_shard)
+    return 1 + len(settings.infer.controls) * (name in CONTROLLED_SPLITS)
 
 
 def render(made: list[Planned], files: dict[str, int], times: dict[str, float | str]) -> str:
@@ -101,26 +101,26 @@ def _gib(size: int) -> str:
 # --- time ------------------------------------------------------------------------------------------------------------
 
 
-def measured(choices: Choices, made: list[Planned]) -> dict[str, float | str]:
+def measured(settings: Settings, made: list[Planned]) -> dict[str, float | str]:
     """Seconds per feature store, estimated here from a few items of the dataset, or why they are unknown."""
-    device, folder, frames = default_device(), RefAvsFolder(choices.dataset.root), choices.dataset.frames
+    device, folder, frames = default_device(), RefAvsFolder(settings.dataset.root), settings.dataset.frames
     media_ids = sorted(p.name for p in (folder.root / "media").glob("*") if p.is_dir())[:SAMPLE]
     texts = _sample_texts(folder)
     clips = frame_sources(folder, media_ids, frames)
     makers: dict[str, tuple[Callable[[], Encoder], list[Any], int]] = {
         "audio": (
-            lambda: VggishEncoder(choices.audio, frames, device),
+            lambda: VggishEncoder(settings.audio, frames, device),
             [folder.audio_path(media_id) for media_id in media_ids],
             audio.BATCH,
         ),
         "visual": (
-            lambda: visual.ENCODERS[choices.visual.encoder](choices.visual, device),
+            lambda: visual.ENCODERS[settings.visual.encoder](settings.visual, device),
             list(clips.values()),
             visual.BATCH,
         ),
-        "text": (lambda: text.ENCODERS[choices.text.encoder](choices.text, device), texts, text.BATCH),
+        "text": (lambda: text.ENCODERS[settings.text.encoder](settings.text, device), texts, text.BATCH),
         "sam2": (
-            lambda: Sam2ImageEncoder(choices.sam2, device),
+            lambda: Sam2ImageEncoder(settings.sam2, device),
             [[path] for paths in clips.values() for path in paths][:SAMPLE],
             sam2.SIZES["train"].batch,
         ),

@@ -34,7 +34,7 @@ PACKED_BYTES = {"int8": 2, "float16": 2, "bfloat16": 4, "float32": 4}  # per val
 TEXT_WIDTH = 768  # DistilRoBERTa's width, used until its folder is there; CLIP's 512 needs less
 
 
-class Choices(NamedTuple):
+class Settings(NamedTuple):
     """The sections of a profile that determine its sizes."""
 
     dataset: DatasetConfig
@@ -48,9 +48,9 @@ class Choices(NamedTuple):
     pack: PackConfig
 
 
-def read_choices(configs: Path = Path("configs")) -> Choices:
+def read_settings(configs: Path = Path("configs")) -> Settings:
     """The active profile's settings. Raises RequestError if one of its files is invalid."""
-    return Choices(
+    return Settings(
         load(DatasetConfig, configs),
         load(AudioConfig, configs),
         load(VisualConfig, configs),
@@ -84,20 +84,20 @@ REF_AVS: Counts = {  # of Ref-AVS Bench's metadata.csv
 }
 
 
-def count(choices: Choices, paths: Layout) -> tuple[Counts, str]:
+def count(settings: Settings, paths: Layout) -> tuple[Counts, str]:
     """The content of the dataset, and its source: the index, else metadata.csv, else what the dataset will be."""
-    index, folder = paths.expressions, Path(choices.dataset.root)
+    index, folder = paths.expressions, Path(settings.dataset.root)
     if index.is_file():
         return count_rows(pd.read_parquet(index)), str(index)
     if (folder / "metadata.csv").is_file():
         from samlove.data.audit import parse_rows
 
         return count_rows(parse_rows(RefAvsFolder(folder).metadata())), str(folder / "metadata.csv")
-    if choices.dataset.synth is None:
+    if settings.dataset.synth is None:
         return REF_AVS, "Ref-AVS as published, because there is no dataset here yet"
     from samlove.synth.write import SCALES, plan
 
-    clips = plan(choices.dataset.synth.seed, SCALES[choices.dataset.synth.scale])
+    clips = plan(settings.dataset.synth.seed, SCALES[settings.dataset.synth.scale])
     rows = [(clip.split, clip.media_id, row.text) for clip in clips for row in clip.rows]
     return count_rows(pd.DataFrame(rows, columns=["split", "media_id", "exp"])), "what the dataset stage will write"
 
@@ -128,10 +128,10 @@ class Planned(NamedTuple):
     bytes: dict[str, int]
 
 
-def planned(choices: Choices, counts: Counts) -> list[Planned]:
+def planned(settings: Settings, counts: Counts) -> list[Planned]:
     """All large outputs of the pipeline."""
-    item, frames = item_bytes(choices), choices.dataset.frames
-    mask = choices.dataset.mask_size**2
+    item, frames = item_bytes(settings), settings.dataset.frames
+    mask = settings.dataset.mask_size**2
     folders = {split: n.folders for split, n in counts.items()}
     stores = {
         "audio": (folders, item["audio"]),
@@ -151,17 +151,17 @@ def planned(choices: Choices, counts: Counts) -> list[Planned]:
         made.append(Planned(f"shards/{split}", {split: n.rows}, {split: size}))
     for split in SPLITS[1:]:
         n = counts[split]
-        variants = 1 + len(choices.infer.controls) * (split in CONTROLLED_SPLITS)
+        variants = 1 + len(settings.infer.controls) * (split in CONTROLLED_SPLITS)
         made.append(Planned(f"predictions/{split}", {split: n.rows}, {split: n.rows * frames * mask * variants}))
     return made
 
 
-def item_bytes(choices: Choices) -> dict[str, int]:
+def item_bytes(settings: Settings) -> dict[str, int]:
     """Bytes per item in each store: per video for audio and visual, per expression for text, per frame for sam2.
 
     "sam2 packed": bytes per frame in a training shard. Compression is ignored.
     """
-    dataset, audio, visual, text, sam2, *_ = choices
+    dataset, audio, visual, text, sam2, *_ = settings
     tokens, width = vit_shape(visual)
     image_size, channels = sam2_shape(sam2)
     grid = image_size // 16  # of the coarsest of the three levels; the others are 2 and 4 times finer

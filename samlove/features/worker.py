@@ -157,7 +157,7 @@ class Extraction(WorkerPlugin):
         the run's files or a value does not fit the store, OSError if the shard cannot be written.
         """
         self._check_place()
-        missing = {key: sources[key] for key in self.writer.lacking(number)}  # a lost worker may have written it
+        missing = {key: sources[key] for key in self.writer.missing(number)}  # a lost worker may have written it
         done = Shard(number, [], Timing())
         ahead = max(2 * self.batch_size, self.batch_size + READERS)
         with ReadAhead(self.encoder, missing, ahead) as reading, self.turn:
