@@ -2,11 +2,11 @@
 
 import pandas as pd
 
+from pipelines import stage
 from samlove.config import AudioConfig, DatasetConfig, load
 from samlove.data.dataset import RefAvsFolder
 from samlove.data.layout import layout
 from samlove.device import default_device
-from samlove.errors import one_line_errors
 from samlove.features.cluster import chosen_cluster
 from samlove.features.encoders.vggish import VggishEncoder
 from samlove.features.extract import Job, extract
@@ -25,7 +25,7 @@ def job() -> Job:
     return Job(encoder, sources, out, scratch, SHARD, BATCH, elsewhere=paths.other_stores(NAME))
 
 
-@one_line_errors
+@stage
 def main() -> None:
     print(f"{NAME}: {extract(job(), chosen_cluster())}")
 

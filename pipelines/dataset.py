@@ -5,13 +5,14 @@ The output, data/dataset/<profile>, is one that DVC neither deletes nor caches: 
 
 from pathlib import Path
 
+from pipelines import stage
 from samlove.config import DatasetConfig, load
 from samlove.data.dataset import RefAvsFolder
-from samlove.errors import RequestError, one_line_errors
+from samlove.errors import RequestError
 from samlove.synth.write import rewrite_dataset
 
 
-@one_line_errors
+@stage
 def main() -> None:
     config = load(DatasetConfig)
     root = Path(config.root)

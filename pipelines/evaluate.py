@@ -2,14 +2,15 @@
 
 import pandas as pd
 
+from pipelines import stage
 from samlove.config import DatasetConfig, EvaluateConfig, load
 from samlove.data.dataset import RefAvsFolder
 from samlove.data.layout import layout
-from samlove.errors import RequestError, one_line_errors
+from samlove.errors import RequestError
 from samlove.scoring.evaluate import evaluate, render_table, write
 
 
-@one_line_errors
+@stage
 def main() -> None:
     paths = layout()
     if not paths.expressions.exists():

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
+from pipelines import stage
 from samlove.config import DatasetConfig, load
 from samlove.data.digest import folder_digest
 from samlove.data.index import audit_folder, write_index
 from samlove.data.layout import layout
-from samlove.errors import one_line_errors
 
 
-@one_line_errors
+@stage
 def main() -> None:
     out, config = layout().index, load(DatasetConfig)
     audit = audit_folder(Path(config.root), config.check_media, dict(config.policy), config.frames)

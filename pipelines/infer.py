@@ -4,17 +4,18 @@ import sys
 
 import pandas as pd
 
+from pipelines import stage
 from samlove.config import SPLITS, DatasetConfig, InferConfig, load
 from samlove.data.dataset import RefAvsFolder
 from samlove.data.layout import layout
 from samlove.device import default_device
-from samlove.errors import RequestError, one_line_errors
+from samlove.errors import RequestError
 from samlove.infer import infer
 
 EVALUATED = SPLITS[1:]  # train has embeddings of frame 0 only
 
 
-@one_line_errors
+@stage
 def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1] not in EVALUATED:
         raise RequestError(f"expected one split of {', '.join(EVALUATED)}, found {' '.join(sys.argv[1:]) or 'none'}")

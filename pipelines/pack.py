@@ -2,18 +2,18 @@
 
 import pandas as pd
 
+from pipelines import stage
 from samlove.config import AudioConfig, DatasetConfig, PackConfig, Sam2Config, TextConfig, VisualConfig, load
 from samlove.data.dataset import RefAvsFolder
 from samlove.data.layout import layout
 from samlove.data.pack import check_asked, pack
-from samlove.errors import one_line_errors
 from stores import FeatureStore
 from stores.fingerprint import check_fingerprint
 
 SAM2 = {"train": "sam2_train", "val": "sam2_eval"}  # the feature store with a split's embeddings
 
 
-@one_line_errors
+@stage
 def main() -> None:
     paths, dataset, config = layout(), load(DatasetConfig), load(PackConfig)
     rows = pd.read_parquet(paths.expressions)

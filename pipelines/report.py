@@ -1,13 +1,13 @@
 """Stage `report`: one self-contained page about a run -> data/<profile>/report/index.html."""
 
+from pipelines import stage
 from samlove.config import SECTIONS, DatasetConfig, ReportConfig, active_profile, load
 from samlove.data.dataset import RefAvsFolder
 from samlove.data.layout import layout
-from samlove.errors import one_line_errors
 from samlove.scoring.report import build_report
 
 
-@one_line_errors
+@stage
 def main() -> None:
     profile, paths = active_profile(), layout()
     config = {name: load(cls).model_dump() for name, cls in SECTIONS.items()}

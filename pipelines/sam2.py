@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from pipelines import stage
 from samlove.config import DatasetConfig, Sam2Config, load
 from samlove.data.dataset import RefAvsFolder
 from samlove.data.layout import layout
 from samlove.device import default_device
-from samlove.errors import RequestError, one_line_errors
+from samlove.errors import RequestError
 from samlove.features.cluster import chosen_cluster
 from samlove.features.encoders.frames import frame_sources
 from samlove.features.encoders.sam2_image import Sam2ImageEncoder
@@ -53,7 +54,7 @@ def job(group: str) -> Job:
     )
 
 
-@one_line_errors
+@stage
 def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1] not in SIZES:
         raise RequestError(f"expected one of {', '.join(SIZES)}, found {' '.join(sys.argv[1:]) or 'none'}")

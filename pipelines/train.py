@@ -1,17 +1,17 @@
 """Stage `train`: train on the shards -> data/<profile>/model and data/<profile>/dvclive; resumes an interrupted run."""
 
+from pipelines import stage
 from samlove.config import FusionConfig, Sam2Config, TrainConfig, load
 from samlove.data.layout import layout
 from samlove.data.loader import ExpressionDataset, PoolSampler, collate, make_resident
 from samlove.device import default_device
-from samlove.errors import one_line_errors
 from samlove.model.checkpoint import Origin
 from samlove.model.sam2_build import checkpoint_path
 from samlove.train import Samples, train
 from stores.fingerprint import check_fingerprint, sha256_file
 
 
-@one_line_errors
+@stage
 def main() -> None:
     paths, config, sam2 = layout(), load(TrainConfig), load(Sam2Config)
     shards = {split: paths.shards / split for split in ("train", "val")}

@@ -52,7 +52,7 @@ def test_the_dataset_is_where_dvc_watches_it(configs: Path) -> None:
         ("blocks: 0\n", r"blocks: .*greater than 0, found 0"),
         ("blocks: many\n", r"blocks: .*integer.*found 'many'"),
         ("prompt: average\n", r"prompt: .*'seg' or 'mean', found 'average'"),
-        ("- blocks\n", r"expected keys and values, found list"),
+        ("- blocks\n", r"expected keys and values, found a list"),
         ("blocks: [\n", r"not YAML"),
     ],
 )

@@ -87,6 +87,9 @@ def test_listed_keys_are_in_the_files(profile: str) -> None:
 # content, except a dataset that is there already.
 STAND_IN = """#!{python}
 import json, os, pathlib, sys, uuid
+sys.path.insert(0, os.getcwd())
+from pipelines import keep_other_profiles
+keep_other_profiles()
 here = pathlib.Path(__file__).parent
 command = " ".join(["python", *sys.argv[1:]])
 stage, outs = json.loads((here / "outs.json").read_text())[command]
@@ -263,6 +266,24 @@ def test_switching_profiles_back_and_forth_reruns_and_deletes_nothing(project: P
         assert project.reproduce() == []
     assert files(project.root / "data" / "micro") == micro
     assert files(project.root / "data" / "refavs") == refavs
+
+
+def test_dvc_commands_keep_the_results_of_other_profiles(project: Project) -> None:
+    """Except those of the last stage that ran, which DVC restores from its cache."""
+    for profile in ("refavs", "micro"):
+        project.edit("configs/profile.yaml", profile=profile)
+        project.reproduce()
+        project.commit()
+    refavs = project.root / "data" / "refavs"
+    before = files(refavs)
+    project.run("dvc", "exp", "run", "-S", "configs/micro/fusion.yaml:heads=1")
+    project.run("dvc", "checkout", "--force")
+    shutil.rmtree(refavs / "report", ignore_errors=True)
+    assert files(refavs) == {path: content for path, content in before.items() if refavs / "report" not in path.parents}
+    project.edit("configs/profile.yaml", profile="refavs")
+    assert project.reproduce() == []
+    assert project.changed() == set()
+    assert files(refavs) == before
 
 
 def test_metrics_of_two_profiles_are_shown_together(project: Project) -> None:

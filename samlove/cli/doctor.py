@@ -74,7 +74,7 @@ def _examine_weights(settings: Settings) -> list[Finding]:
 
 
 def _audio_remedy(audio: AudioConfig) -> str:
-    path = "weights/refavs/audio/vggish.pth" if audio.weights.startswith("hub:") else audio.weights
+    path = "weights/refavs/audio/vggish-10086976.pth" if audio.weights.startswith("hub:") else audio.weights
     return f"curl -L {VGGISH_AT}vggish-10086976.pth -o {path}"
 
 
