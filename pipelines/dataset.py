@@ -18,7 +18,9 @@ def main() -> None:
     root = Path(config.root)
     if config.synth is None:
         if not root.is_dir():
-            raise RequestError(f"{root}: no dataset; link yours: ln -s /path/to/Ref-AVS {root}")
+            raise RequestError(
+                f"{root}: no dataset; link yours: mkdir -p {root.parent} && ln -s /path/to/Ref-AVS {root}"
+            )
         RefAvsFolder(root).metadata()
     else:
         rewrite_dataset(root, config.synth.seed, config.synth.scale)

@@ -1,4 +1,4 @@
-"""The benchmark's metrics under their public name; the code is in samlove.scoring.metrics."""
+"""The metrics of Ref-AVS Bench under their public name; the code is in samlove.scoring.metrics."""
 
 from samlove.scoring.metrics import f_score, jaccard, null_score
 

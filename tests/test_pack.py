@@ -54,7 +54,7 @@ def test_rows_with_failed_features_are_left_out_and_reported(tmp_path):
     packed = make_shards(tmp_path, failed=failed)
     assert (packed.videos, packed.rows) == (2, 2)
     assert [line.split(":")[0] for line in packed.left_out] == ["r1", "r2", "r3", "r4"]
-    assert "r3: audio failed: torn file" in packed.left_out
+    assert "r3: audio failed: truncated file" in packed.left_out
     assert "4 rows left out" in str(packed)
     reader = ShardReader(tmp_path / "shards")
     assert [[row["row_id"] for row in reader[i]["rows"]] for i in range(2)] == [["r0"], ["r5"]]

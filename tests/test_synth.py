@@ -7,8 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+import yaml
 from PIL import Image
 
+from pipelines import dataset as stage
 from samlove.errors import RequestError
 from samlove.synth.expressions import expressions
 from samlove.synth.scene import COLOURS, SECONDS, SEEN, UNSEEN, render, sample_scene
@@ -144,3 +146,59 @@ def test_nothing_is_overwritten(folder: Path) -> None:
     with pytest.raises(RequestError, match="expected one of"):
         write_dataset(folder.parent / "new", seed=0, scale="huge")
     assert tree(folder) == before and not (folder.parent / "new").exists()
+
+
+# --- the stage `dataset` ---------------------------------------------------------------------------------------------
+
+
+def select(**settings: object) -> Path:
+    """Make a profile with these settings in dataset.yaml the active one. Returns the place of its dataset."""
+    Path("configs/mine").mkdir(parents=True, exist_ok=True)
+    Path("configs/profile.yaml").write_text("profile: mine\n")
+    Path("configs/mine/dataset.yaml").write_text(yaml.safe_dump(settings))
+    Path("data/dataset").mkdir(parents=True, exist_ok=True)
+    return Path("data/dataset/mine")
+
+
+def test_the_stage_replaces_a_generated_dataset(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = select(synth={"seed": 4, "scale": "small"})
+    stage.main()
+    select(synth={"seed": 3, "scale": "small"})
+    stage.main()
+    assert tree(place) == tree(folder)
+    assert [path.name for path in place.parent.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("kind", ["link", "other files"])
+def test_the_stage_never_replaces_the_users_files(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = select(synth={"seed": 3, "scale": "small"})
+    users = tmp_path / "users" if kind == "link" else place
+    users.mkdir()
+    (users / "metadata.csv").write_text("vid,uid,split,fid,exp\n")
+    if kind == "link":
+        place.symlink_to(users)
+    before = tree(users)
+    with pytest.raises(SystemExit, match="2"):
+        stage.main()
+    assert "synth: null" in capsys.readouterr().err
+    assert tree(users) == before and place.is_symlink() == (kind == "link")
+
+
+def test_the_stage_checks_that_the_users_dataset_is_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = select()
+    with pytest.raises(SystemExit, match="2"):
+        stage.main()
+    assert f"ln -s /path/to/Ref-AVS {place}" in capsys.readouterr().err
+    place.symlink_to(folder)
+    before = tree(folder)
+    stage.main()
+    assert tree(folder) == before

@@ -60,7 +60,7 @@ def make_store(
     writer = FeatureStoreWriter(root / name, root / "scratch" / name, fingerprint, keys, 2, chunk_rows=1)
     for number, planned in writer.todo():
         writer.write_shard(number, {key: item(key) for key in planned if key not in failed})
-    writer.publish([Failure(key, name, "torn file") for key in failed])
+    writer.publish([Failure(key, name, "truncated file") for key in failed])
     return FeatureStore.open(root / name)
 
 

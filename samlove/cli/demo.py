@@ -23,18 +23,18 @@ class Part(NamedTuple):
 
 # Times of `make demo` on the reference machine, 2 cores of an AMD EPYC (Zen 4): docs/benchmarks.md.
 PARTS = (
-    Part("dataset", "generate LAVS-synth, audit and index it", {"dataset": 36, "index": 24}),
+    Part("dataset", "generate LAVS-synth, audit and index it", {"dataset": 41, "index": 29}),
     Part(
         "features",
         "run the frozen encoders once: audio, visual, text, SAM 2",
-        {"audio": 34, "visual": 68, "text": 10, "sam2": 20},
+        {"audio": 34, "visual": 44, "text": 8, "sam2": 20},
     ),
     Part("packing", "write training shards", {"pack": 6}),
-    Part("training", "fusion transformer, SAM 2's prompt encoder and mask decoder", {"train": 372}),
-    Part("inference", "masks of all frames, also with swapped audio and text", {"infer": 80}),
-    Part("report", "scores and one HTML page", {"evaluate": 20, "report": 8}),
+    Part("training", "fusion transformer, SAM 2's prompt encoder and mask decoder", {"train": 380}),
+    Part("inference", "masks of all frames, also with swapped audio and text", {"infer": 59}),
+    Part("report", "scores and one HTML page", {"evaluate": 6, "report": 6}),
 )
-REFERENCE_S = 0.0024  # the fastest round of `machine_speed` on the reference machine
+REFERENCE_S = 0.0012  # the fastest round of `machine_speed` on the reference machine, idle; the best of five tests
 
 NEXT = """Worth trying next (first: . .venv/bin/activate):
 

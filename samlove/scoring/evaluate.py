@@ -25,7 +25,7 @@ from samlove.scoring.metrics import EDGES, Scores, histogram, scores_of
 from stores import PredictionReader
 from stores.fingerprint import check_fingerprint, flat
 
-BATCH = 4  # expressions per batch in the benchmark's script
+BATCH = 4  # expressions per batch in Ref-AVS Bench's script
 SPLITS = ("val", "test_s", "test_u", "test_n")
 CONTROLS = ("swapped_audio", "permuted_text", "true_mask")
 CUES = ("sight", "sound", "time")
@@ -84,7 +84,7 @@ def evaluate(expressions: pd.DataFrame, folder: RefAvsFolder, predictions: Path,
 
 
 def _score_split(rows: pd.DataFrame, folder: RefAvsFolder, source: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Scores of each expression, also under every available control, and of each of the benchmark's batches."""
+    """Scores of each expression, also under every available control, and of each of Ref-AVS Bench's batches."""
     readers = {name: _open(source / f"{name}.h5") for name in CONTROLS if (source / f"{name}.h5").exists()}
     main = _open(source / "predictions.h5")
     absent = [row_id for row_id in rows["row_id"] if row_id not in main]

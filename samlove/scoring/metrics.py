@@ -100,7 +100,7 @@ def f_curve_of(counts: np.ndarray) -> np.ndarray:
     precision = hits / (at_or_above.sum(1) + 1e-20)  # (T, 255)
     recall = hits / (counts[:, 1].sum(-1, keepdims=True) + 1e-20)  # (T, 255)
     weighted = BETA_SQUARED * precision + recall
-    # 0/0 (no pixel hit) is NaN in the benchmark's code, which replaces it by 0.
+    # 0/0 (no pixel hit) is NaN in Ref-AVS Bench's code, which replaces it by 0.
     f = np.divide((1 + BETA_SQUARED) * precision * recall, weighted, out=np.zeros_like(recall), where=weighted > 0)
     return f.mean(0)
 
