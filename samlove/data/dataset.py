@@ -11,8 +11,11 @@ accepted as complete.
 """
 
 import csv
+import io
+import os
 import struct
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -218,3 +221,18 @@ def _unreadable(path: Path, what: str, error: BaseException) -> SamloveError:
         return SamloveError(f"{path}: no such file; expected {what}")
     reason = " ".join(str(error).split()).replace(str(path), "").replace("''", "it")
     return SamloveError(f"{path}: {what} cannot be decoded, possibly truncated: {reason}")
+
+
+def _call_libsndfile_once() -> None:
+    """Call the functions that `load_audio` uses, with a file that opens and one that does not.
+
+    cffi 2.1 builds the type of a C function on its first call, and aborts the process if two threads do so at once.
+    """
+    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 38, b"WAVE", b"fmt ", 16, 1, 1, 8000, 16000, 2, 16, b"data", 2)
+    with soundfile.SoundFile(io.BytesIO(header + bytes(2))) as file:
+        file.read(dtype="float32", always_2d=True)
+    with suppress(soundfile.SoundFileError):
+        soundfile.SoundFile(os.devnull)
+
+
+_call_libsndfile_once()
