@@ -8,7 +8,6 @@ from pathlib import Path
 from pipelines import stage
 from samlove.config import DatasetConfig, load
 from samlove.data.dataset import RefAvsFolder
-from samlove.errors import RequestError
 from samlove.synth.write import rewrite_dataset
 
 
@@ -17,11 +16,9 @@ def main() -> None:
     config = load(DatasetConfig)
     root = Path(config.root)
     if config.synth is None:
-        if not root.is_dir():
-            raise RequestError(
-                f"{root}: no dataset; link yours: mkdir -p {root.parent} && ln -s /path/to/Ref-AVS {root}"
-            )
-        RefAvsFolder(root).metadata()
+        folder = RefAvsFolder(root)
+        folder.check_exists()
+        folder.metadata()
     else:
         rewrite_dataset(root, config.synth.seed, config.synth.scale)
 

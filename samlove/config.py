@@ -210,11 +210,14 @@ def _read_yaml(path: Path) -> dict:
     try:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise RequestError(f"{path}: no such configuration file; run from the root of the repository") from None
+        in_profile = path.name != "profile.yaml" and path.parent.is_dir()
+        remedy = "copy it from another profile" if in_profile else "run from the root of the repository"
+        raise RequestError(f"{path}: no such configuration file; {remedy}") from None
     except yaml.YAMLError as error:
         raise RequestError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise RequestError(f"{path}: expected keys and values, found a {type(values).__name__}")
+        found = "an empty file" if values is None else f"a {type(values).__name__}"
+        raise RequestError(f"{path}: expected keys and values, found {found}")
     return values
 
 
@@ -290,5 +293,8 @@ def _check(make: Callable[[], T], path: Path) -> T:
     try:
         return make()
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, found {e['input']!r}" for e in error.errors())
-        raise RequestError(f"{path}: {faults}") from None
+        faults = []
+        for fault in error.errors():
+            reason = "no such setting" if fault["type"] == "extra_forbidden" else fault["msg"]
+            faults.append(f"{'.'.join(map(str, fault['loc']))}: {reason}, found {fault['input']!r}")
+        raise RequestError(f"{path}: {'; '.join(faults)}") from None

@@ -28,6 +28,7 @@ from samlove.config import CONTROLLED_SPLITS, InferConfig
 from samlove.data.dataset import RefAvsFolder, load_mask
 from samlove.data.digest import rows_digest, source_digests
 from samlove.errors import RequestError, SamloveError
+from samlove.features.lock import only_run
 from samlove.model.checkpoint import Header, load_model, read_header
 from samlove.model.sam2 import LEVELS
 from samlove.model.sam2_love import SamLove
@@ -126,46 +127,48 @@ def infer(
     rows: those of expressions.parquet for this split. features: as in `Sources.open`. out: the folder to write, with
     predictions.h5 and, for splits with controls, {control}.h5; each row is (T, S, S) uint8, bins of
     samlove.scoring.metrics. scratch: a folder for this split only, outside every DVC output, on the file system of
-    `out`. Raises RequestError if an input is missing, SamloveError if the inputs do not match each other.
+    `out`. Raises RequestError if an input is missing, SamloveError if the inputs do not match each other or another
+    run is predicting the same split.
     """
-    header, sources = read_header(checkpoint), Sources.open(features)
-    sources.check(header, checkpoint, rows)
-    controls = config.controls if split in CONTROLLED_SPLITS else []
-    videos = plan(rows, controls)
-    made_by = {
-        "split": split,
-        "rows_sha256": rows_digest(rows),
-        "checkpoint_sha256": sha256_file(checkpoint),
-        "sam2_sha256": header.sam2_sha256,
-        "features": sources.fingerprints,
-        "precision": config.precision,
-        "absent": config.absent,
-        "mask_size": mask_size,
-    }
-    finished = scratch / fingerprint_id({**made_by, "videos": videos, "code": source_digests(CODE)})
-    todo = {media_id: left for media_id, jobs in videos.items() if (left := _unfinished(jobs, finished / media_id))}
-    frames = sources.frames
-    with tqdm(total=len(videos), initial=len(videos) - len(todo), desc=split, unit="video", mininterval=2) as bar:
-        model = load_model(checkpoint).to(device) if todo else None
-        for media_id, embeds, inputs in _read_ahead(todo, sources, folder):
-            assert model is not None
-            for variant, given in inputs.items():
-                bins = quantise(predict(model, embeds, given, mask_size, config))
-                with PredictionWriter(finished / media_id / f"{variant}.h5", frames, mask_size, EDGES) as writer:
-                    writer.write(given.row_ids, bins)
-            bar.update()
-    counts = {}
-    for variant in (PREDICTIONS, *controls):
-        path = finished / "published" / f"{variant}.h5"
-        with PredictionWriter(path, frames, mask_size, EDGES, {**made_by, "variant": variant}) as writer:
-            for media_id, jobs in videos.items():
-                if variant in jobs:
-                    part = PredictionReader(finished / media_id / f"{variant}.h5")
-                    writer.write(part.row_ids, np.stack([part.read(row_id) for row_id in part.row_ids]))
-        counts[variant] = sum(len(jobs[variant].row_ids) for jobs in videos.values() if variant in jobs)
-    replace_folder(finished / "published", out)
-    shutil.rmtree(scratch)
-    return counts
+    with only_run(scratch.with_name(f"{scratch.name}.lock"), out):
+        header, sources = read_header(checkpoint), Sources.open(features)
+        sources.check(header, checkpoint, rows)
+        controls = config.controls if split in CONTROLLED_SPLITS else []
+        videos = plan(rows, controls)
+        made_by = {
+            "split": split,
+            "rows_sha256": rows_digest(rows),
+            "checkpoint_sha256": sha256_file(checkpoint),
+            "sam2_sha256": header.sam2_sha256,
+            "features": sources.fingerprints,
+            "precision": config.precision,
+            "absent": config.absent,
+            "mask_size": mask_size,
+        }
+        finished = scratch / fingerprint_id({**made_by, "videos": videos, "code": source_digests(CODE)})
+        todo = {media_id: left for media_id, jobs in videos.items() if (left := _unfinished(jobs, finished / media_id))}
+        frames = sources.frames
+        with tqdm(total=len(videos), initial=len(videos) - len(todo), desc=split, unit="video", mininterval=2) as bar:
+            model = load_model(checkpoint).to(device) if todo else None
+            for media_id, embeds, inputs in _read_ahead(todo, sources, folder):
+                assert model is not None
+                for variant, given in inputs.items():
+                    bins = quantise(predict(model, embeds, given, mask_size, config))
+                    with PredictionWriter(finished / media_id / f"{variant}.h5", frames, mask_size, EDGES) as writer:
+                        writer.write(given.row_ids, bins)
+                bar.update()
+        counts = {}
+        for variant in (PREDICTIONS, *controls):
+            path = finished / "published" / f"{variant}.h5"
+            with PredictionWriter(path, frames, mask_size, EDGES, {**made_by, "variant": variant}) as writer:
+                for media_id, jobs in videos.items():
+                    if variant in jobs:
+                        part = PredictionReader(finished / media_id / f"{variant}.h5")
+                        writer.write(part.row_ids, np.stack([part.read(row_id) for row_id in part.row_ids]))
+            counts[variant] = sum(len(jobs[variant].row_ids) for jobs in videos.values() if variant in jobs)
+        replace_folder(finished / "published", out)
+        shutil.rmtree(scratch)
+        return counts
 
 
 @torch.no_grad()

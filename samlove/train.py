@@ -26,6 +26,7 @@ from tqdm import tqdm
 from samlove.config import TrainConfig
 from samlove.data.digest import source_digests
 from samlove.errors import RequestError, SamloveError
+from samlove.features.lock import only_run
 from samlove.model.checkpoint import Header, Origin, save_checkpoint
 from samlove.model.loss import Losses, mask_loss, upsample
 from samlove.model.optimizer import build_optimizer, set_learning_rate, warmup_decay
@@ -278,11 +279,19 @@ def train(
     """Train a model to the end and write the checkpoint of its best epoch. Resumes the same run if it was interrupted.
 
     checkpoint: the file to write at the end. live_folder: DVCLive's folder. scratch: holds one folder per unfinished
-    run, which is removed when the run ends. Raises RequestError if a split has no samples; else see `Trainer.run`.
+    run, which is removed when the run ends. Raises RequestError if a split has no samples, SamloveError if another run
+    is training the same checkpoint; else see `Trainer.run`.
     """
     for split, items in (("train", samples.train), ("val", samples.val)):
         if not len(items):
             raise RequestError(f"the {split} shard set has no samples; check the dataset; run: samlove audit DIR")
+    with only_run(scratch.with_name(f"{scratch.name}.lock"), checkpoint):
+        _train(origin, samples, device, checkpoint, live_folder, scratch)
+
+
+def _train(
+    origin: Origin, samples: Samples, device: torch.device, checkpoint: Path, live_folder: Path, scratch: Path
+) -> None:
     torch.manual_seed(origin.train.seed)
     trainer = Trainer(origin.build(), origin, samples, device, scratch)
     report_other_runs(trainer.folder, trainer.fingerprint)

@@ -57,7 +57,7 @@ class FeatureStore:
             total, _ = self.manifest["keys"], self.manifest["fingerprint"]
         except (KeyError, TypeError) as error:
             raise SamloveError(
-                f"{self.path / NAME}: not a feature store's manifest ({error!r}); recompute the store"
+                f"{self.path / NAME}: not a feature store's manifest ({error!r}); if it should be one, recompute it"
             ) from None
         for name in names:
             check_part(name, self.path / NAME)

@@ -57,7 +57,9 @@ def open_artefact(path: str | Path) -> Artefact:
         if is_tensors(path):
             return _open_tensors(path)
         return _open_export(path) if _is_export(path) else _open_predictions(path)
-    raise RequestError(f"{path}: expected {ARTEFACTS}, found none")
+    if not path.exists():
+        raise RequestError(f"{path}: no such file or folder")
+    raise RequestError(f"{path}: expected {ARTEFACTS}, found none; name a file or folder inside it")
 
 
 def _open_features(path: Path) -> Artefact:

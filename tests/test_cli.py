@@ -190,3 +190,18 @@ def test_doctor_refuses_a_wrong_configuration(checkout: Path) -> None:
     done = samlove("doctor", cwd=checkout)
     assert done.returncode == 2
     assert "train.yaml: epochs" in done.stderr
+
+
+def test_doctor_finds_a_link_where_a_dataset_would_be_generated(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    select(checkout, "refavs")
+    dataset_yaml = checkout / "configs" / "refavs" / "dataset.yaml"
+    dataset_yaml.write_text(dataset_yaml.read_text().replace("synth: null", "synth: {seed: 0}"))
+    monkeypatch.chdir(checkout)
+    place = checkout / "data" / "dataset" / "refavs"
+    place.parent.mkdir(parents=True)
+    place.symlink_to("elsewhere")
+    dataset = doctor.examine(read_settings())[0]
+    assert dataset.missing and "is a link" in dataset.found
+    assert "synth: null in configs/refavs/dataset.yaml" in dataset.remedy

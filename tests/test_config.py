@@ -48,11 +48,12 @@ def test_the_dataset_is_where_dvc_watches_it(configs: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("block: 6\n", r"block: .*not permitted, found 6"),
+        ("block: 6\n", r"block: no such setting, found 6"),
         ("blocks: 0\n", r"blocks: .*greater than 0, found 0"),
         ("blocks: many\n", r"blocks: .*integer.*found 'many'"),
         ("prompt: average\n", r"prompt: .*'seg' or 'mean', found 'average'"),
         ("- blocks\n", r"expected keys and values, found a list"),
+        ("", r"expected keys and values, found an empty file"),
         ("blocks: [\n", r"not YAML"),
     ],
 )
@@ -76,6 +77,14 @@ def test_unknown_profile_is_an_error_that_lists_the_profiles(configs: Path) -> N
 def test_error_for_a_missing_file_says_where_to_run(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no such configuration file; run from the root of the repository"):
         load(FusionConfig, tmp_path)
+
+
+def test_error_for_a_missing_section_says_where_to_get_it(configs: Path) -> None:
+    (configs / "micro" / "fusion.yaml").unlink()
+    with pytest.raises(
+        RequestError, match="micro/fusion.yaml: no such configuration file; copy it from another profile"
+    ):
+        load(FusionConfig, configs)
 
 
 def test_values_cannot_be_changed_afterwards() -> None:

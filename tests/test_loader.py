@@ -79,7 +79,8 @@ def test_samples_in_memory_give_the_same_batches(dataset):
 def test_residency_prints_one_line(dataset, capsys, asked, place):
     assert make_resident([dataset, dataset], asked, torch.device("cpu")) == place
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"resident: {place} (") and f"{2 * dataset.reader.nbytes / 1e9:.3g} GB of shards" in line
+    where = "held in RAM" if place == "ram" else "read from disk"
+    assert line.startswith(f"shards are {where}: {2 * dataset.reader.nbytes / 1e9:.3g} GB; usable: 0 GB on the GPU, ")
 
 
 def test_residency_without_enough_memory_is_refused(dataset):

@@ -19,6 +19,7 @@ from PIL import Image
 
 from pipelines import evaluate, infer, pack, train
 from samlove.data.dataset import RefAvsFolder
+from samlove.features.lock import only_run
 from samlove.model.sam2 import LEVELS
 from samlove.model.training_state import MADE_BY, STATE
 from stores import FeatureStore, FeatureStoreWriter, ShardReader, ShardWriter
@@ -337,6 +338,26 @@ def test_a_damaged_state_is_refused(project: Path, capsys: pytest.CaptureFixture
     assert ended.value.code == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"{state}: damaged: expected crc32c" in error and "dvc repro train" in error
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "lock"),
+    [(train.main, (), "train.lock"), (infer.main, ("test_s",), "infer/test_s.lock")],
+    ids=["train", "infer"],
+)
+def test_a_second_run_at_the_same_time_is_refused(
+    stage: Callable[[], None],
+    arguments: tuple[str, ...],
+    lock: str,
+    project: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = published()
+    with only_run(Path("data/tiny/.scratch", lock), "the first run"), pytest.raises(SystemExit) as ended:
+        run(stage, *arguments)
+    assert ended.value.code == 1
+    assert "in use by another run" in capsys.readouterr().err.splitlines()[-1]
+    assert published() == before
 
 
 # --- provenance --------------------------------------------------------------------------------

@@ -172,22 +172,25 @@ def test_the_stage_replaces_a_generated_dataset(
     assert [path.name for path in place.parent.iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize("kind", ["link", "other files"])
+@pytest.mark.parametrize("kind", ["link", "other files", "file"])
 def test_the_stage_never_replaces_the_users_files(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     place = select(synth={"seed": 3, "scale": "small"})
     users = tmp_path / "users" if kind == "link" else place
-    users.mkdir()
-    (users / "metadata.csv").write_text("vid,uid,split,fid,exp\n")
+    if kind == "file":
+        place.write_text("not a folder")
+    else:
+        users.mkdir()
+        (users / "metadata.csv").write_text("vid,uid,split,fid,exp\n")
     if kind == "link":
         place.symlink_to(users)
-    before = tree(users)
+    before = tree(tmp_path)
     with pytest.raises(SystemExit, match="2"):
         stage.main()
-    assert "synth: null" in capsys.readouterr().err
-    assert tree(users) == before and place.is_symlink() == (kind == "link")
+    assert "synth: null in configs/mine/dataset.yaml" in capsys.readouterr().err
+    assert tree(tmp_path) == before and place.is_symlink() == (kind == "link")
 
 
 def test_the_stage_checks_that_the_users_dataset_is_there(
@@ -198,6 +201,11 @@ def test_the_stage_checks_that_the_users_dataset_is_there(
     with pytest.raises(SystemExit, match="2"):
         stage.main()
     assert f"ln -s /path/to/Ref-AVS {place}" in capsys.readouterr().err
+    place.symlink_to("nowhere")
+    with pytest.raises(SystemExit, match="2"):
+        stage.main()
+    assert f"link to nowhere, which is no folder; run: ln -sfn /path/to/Ref-AVS {place}" in capsys.readouterr().err
+    place.unlink()
     place.symlink_to(folder)
     before = tree(folder)
     stage.main()

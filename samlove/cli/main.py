@@ -77,7 +77,8 @@ def plan(
 ) -> None:
     """Estimate items, files, disk space and time of a run.
 
-    Can be run before any stage: it uses the configuration and the index or, if there is none yet, metadata.csv.
+    Can be run before any stage: it counts from the index or, if there is none yet, from metadata.csv or Ref-AVS's
+    published numbers.
     The time covers the feature stages. Exits with status 1 if the disk has too little space.
     """
     from samlove.cli.plan import run

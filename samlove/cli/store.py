@@ -84,7 +84,7 @@ def _verify_live(path: Path) -> list[str]:
     return bad
 
 
-@store.command(epilog=examples("samlove store diff data/micro/features/audio audio.h5"))
+@store.command(epilog=examples("samlove store diff data/refavs/features/visual data/clip/features/visual"))
 def diff(first: Place, second: Place) -> None:
     """Compare two artefacts: fingerprints, keys and every value. Exits with status 1 if they differ."""
     from stores.inspect import diff as difference_of
@@ -144,7 +144,7 @@ def export_(
     path: Annotated[Path, typer.Argument(help="A feature store, such as data/micro/features/audio.")],
     file: Annotated[Path, typer.Argument(help="The HDF5 file to write; must not exist.")],
 ) -> None:
-    """Export a feature store to one HDF5 file; `samlove store import` restores it bit by bit."""
+    """Export a feature store to one HDF5 file; `samlove store import` restores it bit for bit."""
     from stores import export_store
 
     print(f"{file}: {export_store(path, file):,} items of {path}")

@@ -39,6 +39,20 @@ class RefAvsFolder:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
 
+    def check_exists(self) -> None:
+        """Raise RequestError, with the remedy, if the folder does not exist, or is a link to one that does not."""
+        if self.root.is_dir():
+            return
+        if self.root.is_symlink():
+            target = os.readlink(self.root)
+            raise RequestError(
+                f"{self.root}: link to {target}, which is no folder; run: ln -sfn /path/to/Ref-AVS {self.root}"
+            )
+        if self.root.exists():
+            raise RequestError(f"{self.root}: expected a folder or a link to one, found a file; remove it")
+        link = f"mkdir -p {self.root.parent} && ln -s /path/to/Ref-AVS {self.root}"
+        raise RequestError(f"{self.root}: no dataset; link yours: {link}")
+
     def metadata(self) -> pd.DataFrame:
         """metadata.csv unchanged: the columns in COLUMNS and any others, all str; the index is the line in the file.
 

@@ -160,12 +160,15 @@ def make_resident(sets: Sequence[ExpressionDataset], asked: Resident, device: to
     }
     fitting: list[Resident] = [place for place in ("gpu", "ram") if size <= room[place]]
     place = (fitting or ["off"])[0] if asked == "auto" else asked
-    found = (
-        f"{size / 1e9:.3g} GB of shards; room for {room['gpu'] / 1e9:.3g} GB on the GPU, {room['ram'] / 1e9:.3g} in RAM"
-    )
+    needed = f"{size / 1e9:.3g} GB"
+    usable = f"usable: {room['gpu'] / 1e9:.3g} GB on the GPU, {room['ram'] / 1e9:.3g} GB in RAM"
     if place not in (*fitting, "off"):
-        raise RequestError(f"train.yaml: resident: {asked} needs more memory ({found}); set resident to auto or off")
-    print(f"resident: {place} ({found})", flush=True)
+        raise RequestError(
+            f"train.yaml: resident: {asked} needs more memory ({needed} of shards; {usable}); set resident to auto "
+            "or off"
+        )
+    where = {"off": "read from disk", "ram": "held in RAM", "gpu": "held on the GPU"}[place]
+    print(f"shards are {where}: {needed}; {usable}", flush=True)
     for each in sets:
         if place == "gpu":
             each.to(device)

@@ -90,18 +90,24 @@ def write_dataset(out: Path, seed: int, scale: str) -> None:
 def rewrite_dataset(out: Path, seed: int, scale: str) -> None:
     """Write LAVS-synth to `out` as `write_dataset` does, and remove the LAVS-synth that was there.
 
-    Raises RequestError, with nothing removed, if `out` is a link or holds anything but LAVS-synth.
+    Raises RequestError, with nothing removed, as `check_replaceable` does.
     """
-    if out.is_symlink():
-        raise RequestError(f"{out}: is a link, so no dataset is generated there; remove the link, or set synth: null")
-    if out.exists() and any(out.iterdir()) and not (out / "cues.csv").is_file():
-        raise RequestError(f"{out}: expected LAVS-synth or nothing, found other files; remove them, or set synth: null")
+    check_replaceable(out)
     replaced = out.with_name(out.name + ".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if out.exists():
         out.rename(replaced)
     write_dataset(out, seed, scale)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def check_replaceable(out: Path) -> None:
+    """Raise RequestError if `out` is a link, or is anything but an empty folder or LAVS-synth."""
+    remedy = f"remove it, or set synth: null in configs/{out.name}/dataset.yaml to use it"
+    if out.is_symlink():
+        raise RequestError(f"{out}: is a link, so no dataset is generated there; {remedy}")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "cues.csv").is_file()):
+        raise RequestError(f"{out}: expected LAVS-synth or nothing, found other files; {remedy}")
 
 
 def plan(seed: int, scale: Scale) -> list[Clip]:
