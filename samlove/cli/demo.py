@@ -41,7 +41,7 @@ NEXT = """Worth trying next (first: . .venv/bin/activate):
   samlove picture data/micro/picture.png
       draw a test video with its predicted mask, ground truth and loudness
   dvc exp run -S configs/micro/fusion.yaml:accumulate_cls=false
-      an ablation: without [cls] accumulation; runs training and the stages after it (undo: git restore configs)
+      an ablation: without [cls] accumulation; runs training and the stages after it (undo: git restore -SW configs)
   echo "profile: refavs" > configs/profile.yaml; samlove doctor
       what is missing for a run of the paper's configuration on your Ref-AVS folder"""
 
