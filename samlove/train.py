@@ -286,25 +286,19 @@ def train(
         if not len(items):
             raise RequestError(f"the {split} shard set has no samples; check the dataset; run: samlove audit DIR")
     with only_run(scratch.with_name(f"{scratch.name}.lock"), checkpoint):
-        _train(origin, samples, device, checkpoint, live_folder, scratch)
-
-
-def _train(
-    origin: Origin, samples: Samples, device: torch.device, checkpoint: Path, live_folder: Path, scratch: Path
-) -> None:
-    torch.manual_seed(origin.train.seed)
-    trainer = Trainer(origin.build(), origin, samples, device, scratch)
-    report_other_runs(trainer.folder, trainer.fingerprint)
-    trainer.folder.mkdir(parents=True, exist_ok=True)
-    write_json(trainer.folder / MADE_BY, trainer.fingerprint)
-    with Live(str(live_folder), save_dvc_exp=False, dvcyaml=None) as live:
-        trainer.run(live)
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    partial = checkpoint.with_name(checkpoint.name + ".partial")
-    shutil.copyfile(trainer.best_file, partial)
-    partial.replace(checkpoint)
-    trainer.state_file.unlink()  # first: without its state, the folder is not taken for a run to resume
-    shutil.rmtree(trainer.folder)
+        torch.manual_seed(origin.train.seed)
+        trainer = Trainer(origin.build(), origin, samples, device, scratch)
+        report_other_runs(trainer.folder, trainer.fingerprint)
+        trainer.folder.mkdir(parents=True, exist_ok=True)
+        write_json(trainer.folder / MADE_BY, trainer.fingerprint)
+        with Live(str(live_folder), save_dvc_exp=False, dvcyaml=None) as live:
+            trainer.run(live)
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        partial = checkpoint.with_name(checkpoint.name + ".partial")
+        shutil.copyfile(trainer.best_file, partial)
+        partial.replace(checkpoint)
+        trainer.state_file.unlink()  # first: without its state, the folder is not taken for a run to resume
+        shutil.rmtree(trainer.folder)
 
 
 def run_fingerprint(origin: Origin) -> dict[str, Any]:

@@ -110,6 +110,8 @@ def published_shards(
         reusable = sum(len(shard.reusable(shard.planned, ids)) for shard in shards.values())
         if reusable > most:
             found, most = shards, reusable
+        if found and most == len(ids):
+            break  # no other store can have more
     return found
 
 
