@@ -202,7 +202,7 @@ SECTIONS: dict[str, type[Section]] = {
 }
 S = TypeVar("S", bound=Section)
 T = TypeVar("T")
-CLUSTER = "cluster"  # the folder of configs/ that is no profile
+CLUSTER = "cluster"  # the folder of configs/ that is not a profile
 NO_PROFILES = (CLUSTER, "dataset")  # data/dataset holds the datasets of all profiles
 
 

@@ -204,7 +204,7 @@ def test_the_stage_checks_that_the_users_dataset_is_there(
     place.symlink_to("nowhere")
     with pytest.raises(SystemExit, match="2"):
         stage.main()
-    assert f"link to nowhere, which is no folder; run: ln -sfn /path/to/Ref-AVS {place}" in capsys.readouterr().err
+    assert f"link to nowhere, which is not a folder; run: ln -sfn /path/to/Ref-AVS {place}" in capsys.readouterr().err
     place.unlink()
     place.symlink_to(folder)
     before = tree(folder)

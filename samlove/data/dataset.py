@@ -46,7 +46,7 @@ class RefAvsFolder:
         if self.root.is_symlink():
             target = os.readlink(self.root)
             raise RequestError(
-                f"{self.root}: link to {target}, which is no folder; run: ln -sfn /path/to/Ref-AVS {self.root}"
+                f"{self.root}: link to {target}, which is not a folder; run: ln -sfn /path/to/Ref-AVS {self.root}"
             )
         if self.root.exists():
             raise RequestError(f"{self.root}: expected a folder or a link to one, found a file; remove it")
