@@ -59,8 +59,28 @@ def test_load_masks_pads_trims_and_resizes(folder: RefAvsFolder) -> None:
     masks = folder.load_masks("v", 0, 5, size=8)
     assert masks.shape == (5, 8, 8) and masks.dtype == bool
     assert [list(np.flatnonzero(m[0])) for m in masks] == [[0, 1], [2, 3], [4, 5], [4, 5], [4, 5]]
-    assert folder.load_masks("v", 0, 2).shape == (2, 30, 40)
     assert (folder.load_masks("v", 0, 1, size=8) == masks[:1]).all()
+
+
+def test_masks_of_one_object_may_differ_in_size(folder: RefAvsFolder) -> None:
+    path = folder.mask_path("v", 0, 1)
+    Image.open(path).resize((20, 15), Image.Resampling.NEAREST).save(path)
+    assert [load_mask(path).shape for path in folder.mask_paths("v", 0, 4)] == [(30, 40), (15, 20), (30, 40), (30, 40)]
+    masks = folder.load_masks("v", 0, 3, size=8)
+    assert [list(np.flatnonzero(m[0])) for m in masks] == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_only_the_names_of_the_layout_count_as_frames(folder: RefAvsFolder) -> None:
+    for name in ("03.jpg", "4.JPG", "5.jpeg", "6.png", "٧.jpg", "-8.jpg", "9 (1).jpg", "Thumbs.db"):
+        (folder.frame_path("v", 0).parent / name).write_bytes(b"")
+    assert folder.frame_count("v") == 3
+
+
+def test_a_file_in_place_of_a_folder_is_named(folder: RefAvsFolder) -> None:
+    folder.frame_path("w", 0).parent.parent.mkdir()
+    folder.frame_path("w", 0).parent.write_bytes(b"")
+    with pytest.raises(SamloveError, match="media/w/frames: expected a folder, found a file in its place"):
+        folder.frame_count("w")
 
 
 def test_load_masks_names_the_mask_that_is_missing(folder: RefAvsFolder) -> None:
@@ -79,15 +99,11 @@ def test_any_mode_of_mask_reads_the_same(tmp_path: Path, mode: str) -> None:
     assert (load_mask(tmp_path / "m.png") == expected).all()
 
 
-def test_a_faint_colour_and_a_black_palette_entry(tmp_path: Path) -> None:
+def test_a_faint_colour_belongs_to_the_object(tmp_path: Path) -> None:
     faint = np.zeros((2, 2, 3), np.uint8)
     faint[0, 1, 2] = 1
     Image.fromarray(faint).save(tmp_path / "faint.png")
     assert load_mask(tmp_path / "faint.png").tolist() == [[False, True], [False, False]]
-    palette = Image.fromarray(np.array([[0, 1], [2, 0]], np.uint8), mode="P")
-    palette.putpalette([0, 0, 0, 0, 0, 0, 9, 9, 9])
-    palette.save(tmp_path / "palette.png")
-    assert load_mask(tmp_path / "palette.png").tolist() == [[False, False], [True, False]]
 
 
 def test_resize_mask_of_the_same_size_changes_nothing() -> None:
@@ -95,8 +111,10 @@ def test_resize_mask_of_the_same_size_changes_nothing() -> None:
     assert (resize_mask(mask, 16) == mask).all()
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-@pytest.mark.parametrize("read", [load_frame, image_size, load_mask])
+@pytest.mark.parametrize(
+    ("kind", "read"),
+    [("JPEG", load_frame), ("JPEG", image_size), ("PNG", load_frame), ("PNG", image_size), ("PNG", load_mask)],
+)
 def test_truncated_images_raise_wherever_they_are_cut(
     tmp_path: Path, kind: str, read: Callable[[Path], np.ndarray | tuple[int, int]]
 ) -> None:

@@ -46,10 +46,13 @@ def write_media(root: Path, media_id: str) -> None:
 
 
 def write_masks(root: Path, media_id: str, fid: int, size: tuple[int, int] = SIZE, colour: int = 255) -> None:
+    """Masks of an object that is the left half of the frame; 0 as `colour`: empty masks."""
     for t in range(FRAMES):
         path = RefAvsFolder(root).mask_path(media_id, fid, t)
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", size, colour).save(path)
+        mask = Image.new("L", size)
+        mask.paste(colour, (0, 0, size[0] // 2, size[1]))
+        mask.save(path)
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +88,8 @@ def test_a_faultless_folder_becomes_two_tables(sound_folder: Path, tmp_path: Pat
     found = audit_folder(sound_folder, True, {}, FRAMES)
     assert found.faults == [] and not found.failed and "no faults" in found.render()
     write_index(found, tmp_path / "index")
-    tables = {"audit.json", "expressions.parquet", "videos.parquet"}
-    assert {p.name for p in (tmp_path / "index").iterdir()} == tables
+    files = {"audit.json", "expressions.parquet", "videos.parquet", "media.sha256", "gt_mask.sha256"}
+    assert {p.name for p in (tmp_path / "index").iterdir()} == files
     rows = pd.read_parquet(tmp_path / "index" / "expressions.parquet")
     assert list(rows) == ["row_id", "uid", "vid", "media_id", "split", "fid", "object", "exp", "null"]
     assert list(rows["row_id"]) == [uid for _, uid, *_ in ROWS]
@@ -247,24 +250,83 @@ def audio(folder: RefAvsFolder) -> Path:
     return folder.audio_path("c")
 
 
+def replaced_by(what: str) -> Callable[[Path], None]:
+    """A function that puts a file or a folder in the place of the other."""
+
+    def replace(path: Path) -> None:
+        if what == "file":
+            shutil.rmtree(path)
+            path.write_bytes(b"")
+        else:
+            path.unlink()
+            path.mkdir()
+
+    return replace
+
+
+def stray(name: str, beside: Callable[[RefAvsFolder], Path]) -> Callable[[RefAvsFolder], Path]:
+    def spoiled(folder: RefAvsFolder) -> Path:
+        (beside(folder).parent / name).write_bytes(b"")
+        return beside(folder).parent / name
+
+    return spoiled
+
+
+def turn_frames(folder: RefAvsFolder) -> Path:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for t in range(FRAMES):
+        Image.open(folder.frame_path("c", t)).save(folder.frame_path("c", t), exif=exif)
+    return folder.frame_path("c", 0)
+
+
+def white_background(path: Path) -> None:
+    mask = Image.new("L", SIZE, 255)
+    mask.paste(0, (3, 3, 9, 9))
+    mask.save(path)
+
+
+def levels(path: Path) -> None:
+    Image.fromarray(np.arange(SIZE[0] * SIZE[1], dtype=np.uint8).reshape(SIZE[::-1]) % 3).save(path)
+
+
 MEDIA_FAULTS = [  # kind, a function that damages the folder and returns the path that the audit must name
     ("missing_media", at(lambda f: f.audio_path("c").parent, shutil.rmtree)),
+    ("bad_folder", at(lambda f: audio(f).parent, replaced_by("file"))),
+    ("bad_folder", at(lambda f: mask(f).parent, replaced_by("file"))),
+    ("bad_folder", at(lambda f: mask(f).parent.parent, replaced_by("file"))),
     ("missing_frame", at(frame(1), Path.unlink)),
     ("missing_frame", at(frame(2), Path.unlink)),  # the last one: its mask implies that it existed
     ("missing_frame", unlink_frames),
     ("bad_frame", at(frame(1), truncate)),
     ("bad_frame", at(frame(1), lambda path: path.write_bytes(b""))),
+    ("bad_frame", at(frame(1), replaced_by("folder"))),
+    ("turned_frame", turn_frames),
     ("frame_count", unlink_last_frame_with_its_mask),
     ("frame_count", add_frame),
     ("missing_audio", at(audio, Path.unlink)),
     ("bad_audio", at(audio, truncate)),
+    ("bad_audio", at(audio, replaced_by("folder"))),
     ("short_audio", at(audio, lambda path: soundfile.write(path, np.zeros(2000), 800))),
     ("long_audio", at(audio, lambda path: soundfile.write(path, np.zeros(2800), 800))),
     ("missing_mask", at(mask, Path.unlink)),
     ("missing_mask", at(lambda f: mask(f).parent, shutil.rmtree)),
     ("bad_mask", at(mask, truncate)),
-    ("mask_size", masks((16, 24), 255)),
+    ("bad_mask", at(mask, replaced_by("folder"))),
+    ("unclear_mask", at(mask, lambda path: Image.open(path).save(path, "JPEG"))),
+    ("mask_values", at(mask, levels)),
+    ("whole_mask", at(mask, lambda path: Image.new("L", SIZE, 255).save(path))),
+    ("whole_mask", at(mask, white_background)),
+    ("turned_mask", masks((16, 24), 255)),
+    ("mask_size", masks((12, 8), 255)),
     ("empty_mask", masks(SIZE, 0)),
+    ("stray_file", stray("Thumbs.db", audio)),
+    ("stray_file", stray("2.JPG", frame(0))),
+    ("stray_file", stray("02.jpg", frame(0))),
+    ("stray_file", stray("2.jpeg", frame(0))),
+    ("stray_file", stray(".DS_Store", mask)),
+    ("stray_file", stray("0.png", mask)),
+    ("stray_file", stray("fid_00", lambda f: mask(f).parent)),
 ]
 
 
@@ -350,7 +412,7 @@ def test_a_failing_audit_leaves_the_old_index_alone(folder: RefAvsFolder, tmp_pa
     assert "\n" not in str(error.value)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     write_index(audit(folder, {"bad_frame": "drop"}), out)
-    assert len(list(out.iterdir())) == 3
+    assert len(list(out.iterdir())) == 5
     assert "c" not in set(pd.read_parquet(out / "videos.parquet")["media_id"])
 
 

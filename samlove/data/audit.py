@@ -1,22 +1,18 @@
-"""Finds the faults of a Ref-AVS folder: in the rows of its table, then in the media that they refer to.
+"""The kinds of faults of a Ref-AVS folder, and those that the rows of its table have.
 
-This module only reports faults; samlove.data.index applies a policy to each kind.
+samlove.data.audit_media finds the faults of the media that the rows refer to. Both modules only report faults;
+samlove.data.index applies a policy to each kind.
 """
 
 import itertools
-import os
 import re
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
 from samlove.config import SPLITS, Policy
-from samlove.data.dataset import RefAvsFolder, image_size, load_audio, load_mask
-from samlove.errors import SamloveError
 
 KINDS: dict[str, tuple[Policy, str]] = {  # kind -> default policy, meaning
     "bad_row": ("fail", "uid, vid or fid that does not name a video and an object"),
@@ -36,22 +32,31 @@ KINDS: dict[str, tuple[Policy, str]] = {  # kind -> default policy, meaning
         "video in more than one of train, val and test, or in several test splits; drop keeps it only in the last one",
     ),
     "missing_cues": ("fail", "row without an entry in cues.csv"),
+    "stray_file": ("keep", "file or folder that the layout of Ref-AVS does not have; ignored"),
+    "bad_folder": ("fail", "folder that cannot be read, or a file in its place"),
     "missing_media": ("fail", "media folder missing"),
     "missing_frame": ("fail", "frame missing although a later frame or a mask exists, or no frames at all"),
-    "bad_frame": ("fail", "frame that cannot be decoded"),
+    "bad_frame": ("fail", "frame that cannot be read or decoded"),
     "frame_count": ("keep", "fewer or more frames than configured; the last is repeated, extra frames are ignored"),
     "frame_size": ("keep", "frames of different sizes in one video"),
+    "turned_frame": (
+        "keep",
+        "frame whose EXIF orientation is not upright; it is turned, and its masks must match",
+    ),
     "missing_audio": ("fail", "audio.wav missing"),
-    "bad_audio": ("fail", "audio.wav that cannot be decoded completely"),
+    "bad_audio": ("fail", "audio.wav that cannot be read or decoded completely"),
     "short_audio": ("keep", "audio shorter than the video; padded"),
     "long_audio": ("keep", "audio longer than the video; trimmed"),
     "missing_mask": ("fail", "mask missing"),
-    "bad_mask": ("fail", "mask that cannot be decoded"),
+    "bad_mask": ("fail", "mask that cannot be read or decoded"),
+    "unclear_mask": ("fail", "mask that can be read as different masks, or is in a lossy format; no stage reads it"),
+    "mask_values": ("fail", "mask with several values > 0: grey levels, colours or labels; all are read as the object"),
+    "whole_mask": ("fail", "mask that covers the whole frame or all of its edges; its background may be white"),
+    "turned_mask": ("fail", "mask with the width and height of its frame swapped; resized anyway"),
     "mask_size": ("keep", "mask and frame of different sizes; both are resized to the same square"),
     "empty_mask": ("keep", "object whose masks are all empty"),
 }
 UNUSABLE = ("bad_row", "empty_expression")  # never kept: no stage can use such rows
-AUDIO_TOLERANCE = 0.1  # seconds; ffmpeg cuts videos a few hundredths too short or too long
 
 _UID = re.compile(r"(?P<media_id>(?:(?P<kind>null_[mc])-)?(?P<vid>[^/\\]+))_(?P<object>[^_/\\]+)_\d+")
 _TEST = ("test_s", "test_u", "test_n")
@@ -63,18 +68,6 @@ class Fault:
     where: str  # a path, or file:line
     found: str
     rows: tuple[int, ...]  # affected lines of metadata.csv
-
-
-@dataclass(frozen=True)
-class MediaInfo:
-    """Properties of a video's files; None if they were not checked or cannot be read."""
-
-    media_id: str
-    frames: int | None = None
-    width: int | None = None
-    height: int | None = None
-    audio_seconds: float | None = None
-    audio_rate: int | None = None
 
 
 def normalise(text: str) -> str:
@@ -175,129 +168,3 @@ def _in_several(keys: pd.Series, groups: pd.Series) -> list[str]:
 
 def _in_splits(rows: pd.DataFrame) -> str:
     return "in " + " and ".join(s for s in SPLITS if s in set(rows["split"]))
-
-
-@dataclass
-class _Media:
-    """A video that is being checked."""
-
-    media_id: str
-    lines: tuple[int, ...]
-    objects: dict[int, tuple[int, ...]]  # fid -> lines of the rows that refer to it
-    info: MediaInfo = field(init=False)
-    faults: list[Fault] = field(default_factory=list)
-
-    def fault(self, kind: str, where: Path, found: object, lines: tuple[int, ...] | None = None) -> None:
-        text = str(found).removeprefix(f"{where}: ")
-        self.faults.append(Fault(kind, str(where), text, self.lines if lines is None else lines))
-
-
-def media_faults(rows: pd.DataFrame, folder: RefAvsFolder, frames: int) -> tuple[list[MediaInfo], list[Fault]]:
-    """Decode the frames, audio files and masks that `rows` refer to, in threads, with a progress bar.
-
-    Only the first `frames` frames and masks of a video are checked. Masks of null expressions are skipped, because
-    nothing reads them.
-    """
-    checks = []
-    for media_id, group in rows.groupby("media_id", sort=False):
-        objects = {int(str(f)): tuple(map(int, g.index)) for f, g in group[~group["null"]].groupby("fid")}
-        checks.append(_Media(str(media_id), tuple(map(int, group.index)), objects))
-    with ThreadPoolExecutor((os.cpu_count() or 1) + 2) as pool:  # decoding releases the GIL; reading waits for the disk
-        jobs = pool.map(lambda media: _check_one(media, folder, frames), checks)
-        for _ in tqdm(jobs, total=len(checks), desc="check media", unit="video", mininterval=2):
-            pass
-    return [media.info for media in checks], [fault for media in checks for fault in media.faults]
-
-
-def _check_one(media: _Media, folder: RefAvsFolder, frames: int) -> None:
-    place = folder.audio_path(media.media_id).parent
-    if not place.is_dir():
-        media.fault("missing_media", place, "no such folder")
-        media.info = MediaInfo(media.media_id)
-        return
-    sizes = _check_frames(media, folder, frames)
-    seconds, rate = _check_audio(media, folder, frames)
-    for fid, lines in media.objects.items():
-        _check_masks(media, folder, fid, lines, sizes)
-    width, height = next((s for s in sizes if s), (None, None))
-    media.info = MediaInfo(media.media_id, folder.frame_count(media.media_id), width, height, seconds, rate)
-
-
-def _check_frames(media: _Media, folder: RefAvsFolder, frames: int) -> list[tuple[int, int] | None]:
-    """(width, height) of each of the first `frames` frames; None for a frame that cannot be read."""
-    count = max(folder.frame_count(media.media_id), _mask_count(media, folder))
-    if folder.frame_count(media.media_id) == 0:
-        media.fault("missing_frame", folder.frame_path(media.media_id, 0), "no such file; the video has no frames")
-        return []
-    if count != frames:
-        end = folder.frame_path(media.media_id, min(count, frames))
-        which = "the first extra one" if count > frames else "the first missing one"
-        media.fault("frame_count", end, f"{count} frames, expected {frames}; this is {which}")
-    sizes: list[tuple[int, int] | None] = []
-    for t in range(min(count, frames)):
-        path = folder.frame_path(media.media_id, t)
-        size = None
-        if not path.exists():
-            media.fault("missing_frame", path, f"no such file, but frame or mask {count - 1} exists")
-        else:
-            try:
-                size = image_size(path)
-            except SamloveError as error:
-                media.fault("bad_frame", path, error)
-        first = next((s for s in sizes if s), size)
-        if size and first and size != first:
-            media.fault("frame_size", path, f"{size[0]}x{size[1]}, but an earlier frame is {first[0]}x{first[1]}")
-        sizes.append(size)
-    return sizes
-
-
-def _mask_count(media: _Media, folder: RefAvsFolder) -> int:
-    """The highest mask number plus 1, or 0 without masks: a mask implies that there was a frame."""
-    places = (folder.mask_path(media.media_id, fid, 0).parent for fid in media.objects)
-    return max((int(p.stem) for place in places for p in place.glob("*.png") if p.stem.isdecimal()), default=-1) + 1
-
-
-def _check_audio(media: _Media, folder: RefAvsFolder, seconds: int) -> tuple[float | None, int | None]:
-    path = folder.audio_path(media.media_id)
-    if not path.exists():
-        media.fault("missing_audio", path, "no such file")
-        return None, None
-    try:
-        samples, rate = load_audio(path)
-    except SamloveError as error:
-        media.fault("bad_audio", path, error)
-        return None, None
-    length = len(samples) / rate
-    if length < seconds - AUDIO_TOLERANCE:
-        media.fault("short_audio", path, f"{length:.3f} s, expected {seconds} s")
-    elif length > seconds + AUDIO_TOLERANCE:
-        media.fault("long_audio", path, f"{length:.3f} s, expected {seconds} s")
-    return length, rate
-
-
-def _check_masks(
-    media: _Media, folder: RefAvsFolder, fid: int, lines: tuple[int, ...], sizes: list[tuple[int, int] | None]
-) -> None:
-    place = folder.mask_path(media.media_id, fid, 0).parent
-    if not place.is_dir():
-        media.fault("missing_mask", place, "no such folder", lines)
-        return
-    read, seen, odd = 0, False, []
-    for t, size in enumerate(sizes):
-        path = folder.mask_path(media.media_id, fid, t)
-        if not path.exists():
-            media.fault("missing_mask", path, "no such file", lines)
-            continue
-        try:
-            mask = load_mask(path)
-        except SamloveError as error:
-            media.fault("bad_mask", path, error, lines)
-            continue
-        read, seen = read + 1, seen or bool(mask.any())
-        if size and mask.shape != size[::-1]:
-            odd.append((path, f"{mask.shape[1]}x{mask.shape[0]}, but the frame is {size[0]}x{size[1]}"))
-    if odd:  # one fault per object: its masks usually all have the same size
-        path, found = odd[0]
-        media.fault("mask_size", path, found + (f"; {len(odd)} such masks in this folder" if odd[1:] else ""), lines)
-    if read and not seen:
-        media.fault("empty_mask", place, f"all {read} masks are empty", lines)

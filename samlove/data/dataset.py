@@ -7,30 +7,29 @@
     gt_mask/{media_id}/fid_{fid}/{t:05d}.png  every pixel > 0 belongs to the object
 
 A file that cannot be read raises SamloveError with its path: nothing is skipped, and a truncated file is never
-accepted as complete.
+accepted as complete. samlove.data.images and samlove.data.audio say which files are refused.
 """
 
 import csv
-import io
 import os
-import struct
-import zlib
-from contextlib import suppress
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import soundfile
 from PIL import Image
 
+from samlove.data.audio import open_audio
+from samlove.data.images import open_checked, orientation, to_labels, to_rgb, turned_upright
+from samlove.data.links import unwatched
 from samlove.errors import RequestError, SamloveError
 
 COLUMNS = ("vid", "uid", "split", "fid", "exp")
 CUE_COLUMNS = ("uid", "fid", "exp", "template", "sight", "sound", "time")
-
-# Pillow raises these for files that are truncated or not images; not all of them are OSError.
-_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-_UNKNOWN_SIZE = (0, 0xFFFFFFFF)  # data sizes in the header of a wav that was written to a pipe
+FRAME_NAME = re.compile(r"(0|[1-9][0-9]{0,8})\.jpg")
+MASK_NAME = re.compile(r"([0-9]{5})\.png")
 
 
 class RefAvsFolder:
@@ -41,17 +40,27 @@ class RefAvsFolder:
 
     def check_exists(self) -> None:
         """Raise RequestError, with the remedy, if the folder does not exist, or is a link to one that does not."""
-        if self.root.is_dir():
+        if os.path.isdir(self.root):
             return
         if self.root.is_symlink():
             target = os.readlink(self.root)
             raise RequestError(
                 f"{self.root}: link to {target}, which is not a folder; run: ln -sfn /path/to/Ref-AVS {self.root}"
             )
-        if self.root.exists():
+        if os.path.lexists(self.root):
             raise RequestError(f"{self.root}: expected a folder or a link to one, found a file; remove it")
         link = f"mkdir -p {self.root.parent} && ln -s /path/to/Ref-AVS {self.root}"
         raise RequestError(f"{self.root}: no dataset; link yours: {link}")
+
+    def check_links(self) -> None:
+        """Raise RequestError, with the remedy, for a link to a folder below this one, which DVC would not follow.
+
+        Also for everything else that samlove.data.links finds: DVC could not watch the dataset.
+        """
+        problems = unwatched(self.root)
+        if first := next(problems, None):
+            more = sum(1 for _ in problems)
+            raise RequestError(first + (f" ({more:,} more such)" if more else ""))
 
     def metadata(self) -> pd.DataFrame:
         """metadata.csv unchanged: the columns in COLUMNS and any others, all str; the index is the line in the file.
@@ -59,14 +68,14 @@ class RefAvsFolder:
         Raises RequestError if there is no metadata.csv, SamloveError if it is not such a table.
         """
         path = self.root / "metadata.csv"
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise RequestError(f"{path}: no such file; expected a folder in the layout of Ref-AVS (README.md shows it)")
         return read_table(path, COLUMNS)
 
     def cues(self) -> pd.DataFrame | None:
         """cues.csv, all str; None if there is no such file."""
         path = self.root / "cues.csv"
-        return read_table(path, CUE_COLUMNS) if path.is_file() else None
+        return read_table(path, CUE_COLUMNS) if os.path.lexists(path) else None
 
     def frame_path(self, media_id: str, t: int) -> Path:
         return self.root / "media" / media_id / "frames" / f"{t}.jpg"
@@ -78,9 +87,11 @@ class RefAvsFolder:
         return self.root / "gt_mask" / media_id / f"fid_{fid}" / f"{t:05d}.png"
 
     def frame_count(self, media_id: str) -> int:
-        """The highest frame number plus 1, or 0 without frames; a gap counts as a frame."""
-        numbers = [int(p.stem) for p in self.frame_path(media_id, 0).parent.glob("*.jpg") if p.stem.isdecimal()]
-        return max(numbers, default=-1) + 1
+        """The highest frame number plus 1, or 0 without frames; a gap counts as a frame.
+
+        Raises SamloveError if the folder of the frames cannot be read.
+        """
+        return highest(names_in(self.frame_path(media_id, 0).parent) or [], FRAME_NAME) + 1
 
     def frame_paths(self, media_id: str, frames: int) -> list[Path]:
         """Exactly `frames` paths: a longer video is cut, a shorter one repeats its last frame.
@@ -92,24 +103,41 @@ class RefAvsFolder:
             raise SamloveError(f"{self.frame_path(media_id, 0).parent}: expected frames 0.jpg, 1.jpg, ..., found none")
         return [self.frame_path(media_id, min(t, found - 1)) for t in range(frames)]
 
-    def load_masks(self, media_id: str, fid: int, frames: int, size: int | None = None) -> np.ndarray:
+    def mask_paths(self, media_id: str, fid: int, frames: int) -> list[Path]:
+        """The paths of the object's masks for the frames that `frame_paths` returns."""
+        last = max(self.frame_count(media_id), 1) - 1
+        return [self.mask_path(media_id, fid, min(t, last)) for t in range(frames)]
+
+    def load_masks(self, media_id: str, fid: int, frames: int, size: int) -> np.ndarray:
         """The object's masks for the frames that `frame_paths` returns: bool (frames, size, size).
 
-        Resized by nearest neighbour to `size` x `size`; with `size=None` they keep their own (H, W).
+        Each is resized by nearest neighbour, whatever its own size.
         Raises SamloveError with the path of the first mask that is missing or cannot be read.
         """
-        last = max(self.frame_count(media_id), 1) - 1
-        masks: list[np.ndarray] = []
-        for t in range(min(frames, last + 1)):
-            path = self.mask_path(media_id, fid, t)
-            mask = load_mask(path)
-            if size is not None:
-                mask = resize_mask(mask, size)
-            elif masks and mask.shape != masks[0].shape:
-                raise SamloveError(f"{path}: expected a mask of {masks[0].shape} as in frame 0, found {mask.shape}")
-            masks.append(mask)
-        masks += [masks[-1]] * (frames - len(masks))
-        return np.stack(masks)  # (frames, H, W)
+        masks: dict[Path, np.ndarray] = {}
+        paths = self.mask_paths(media_id, fid, frames)
+        for path in paths:
+            if path not in masks:  # a short video repeats its last frame
+                masks[path] = resize_mask(load_mask(path), size)
+        return np.stack([masks[path] for path in paths])  # (frames, size, size)
+
+
+def names_in(folder: Path) -> list[str] | None:
+    """The names in a folder, sorted; None if there is no such folder. Raises SamloveError if it cannot be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:
+        raise SamloveError(f"{folder}: expected a folder, found a file in its place") from None
+    except OSError as error:
+        raise SamloveError(f"{folder}: cannot be read: {error.strerror}") from None
+
+
+def highest(names: list[str], pattern: re.Pattern[str]) -> int:
+    """The highest number in the names that match FRAME_NAME or MASK_NAME; -1 if none does."""
+    matches = (pattern.fullmatch(name) for name in names)
+    return max((int(match[1]) for match in matches if match), default=-1)
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
@@ -143,30 +171,47 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
 
 
 def load_frame(path: Path) -> np.ndarray:
-    """A frame: uint8 (H, W, 3), RGB. Raises SamloveError with the path if it is missing or truncated."""
-    return np.asarray(_open_image(path)[0].convert("RGB"))
+    """A frame: uint8 (H, W, 3), RGB, upright according to its EXIF orientation; 16 bits per channel become 8.
 
-
-def load_mask(path: Path) -> np.ndarray:
-    """A mask: bool (H, W), True where any colour channel is > 0.
-
-    Raises SamloveError with the path if it is missing or truncated.
+    Raises SamloveError with the path if it is missing or truncated, or not a single image of 8 or 16 bits per channel.
     """
-    image, _ = _open_image(path)
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGB")  # the colour counts, not the palette index
-    elif image.mode in ("LA", "RGBA"):
-        image = image.convert(image.mode[:-1])  # an opaque pixel need not belong to the object
-    pixels = np.atleast_3d(np.asarray(image) > 0)  # (H, W, channels)
-    return np.asarray(pixels.any(axis=-1))  # (H, W)
+    with _decoding(path, "image"), open_checked(path) as image:
+        image.load()
+        return np.asarray(to_rgb(turned_upright(image)))
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) of an image, after decoding all of it; JPEGs at an eighth of their size, for speed.
+    """(width, height) of the frame that `load_frame` returns, after decoding all of it.
 
-    Raises SamloveError with the path if it is missing or truncated.
+    JPEGs are decoded at an eighth of their size, for speed. Raises SamloveError as `load_frame` does.
     """
-    return _open_image(path, quick=True)[1]
+    with _decoding(path, "image"), open_checked(path) as image:
+        width, height = image.size
+        image.draft(None, (1, 1))
+        image.load()
+        to_rgb(image)
+        return (height, width) if orientation(image) >= 5 else (width, height)
+
+
+def is_turned(path: Path) -> bool:
+    """Whether the header of an image states an EXIF orientation other than upright."""
+    with _decoding(path, "image"), Image.open(path) as image:
+        return orientation(image) != 1
+
+
+def load_mask(path: Path) -> np.ndarray:
+    """A mask: bool (H, W), True where `load_labels` is > 0. Raises SamloveError as `load_labels` does."""
+    return load_labels(path) > 0
+
+
+def load_labels(path: Path) -> np.ndarray:
+    """The labels of a mask: (H, W), int or float. Pixels > 0 belong to the object; usually they all have one value.
+
+    samlove.data.images.to_labels says which values of an image are its labels. Like a frame, a mask is turned upright.
+    Raises SamloveError with the path if it is missing or truncated, UnclearMask if it can be read as different masks.
+    """
+    with _decoding(path, "image"), open_checked(path) as image:
+        return to_labels(image)
 
 
 def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
@@ -178,75 +223,32 @@ def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
 def load_audio(path: Path) -> tuple[np.ndarray, int]:
     """Audio: float32 (samples,) in -1..1, averaged over all channels, and its sample rate in Hz.
 
-    May be shorter or longer than the video; the encoder pads or trims it. Raises SamloveError with the path if the
-    file is missing, truncated (libsndfile itself would return the remaining samples) or has non-finite samples.
+    May be shorter or longer than the video; the encoder pads or trims it. Raises SamloveError with the path if the file
+    is missing, if samlove.data.audio refuses it (a truncated file, for example), or if it has non-finite samples.
     """
+    with _decoding(path, "audio"), open_audio(path) as file:
+        expected, rate = file.frames, file.samplerate
+        samples = file.read(expected, dtype="float32", always_2d=True)  # (samples, channels)
+        if len(samples) != expected:
+            raise SamloveError(f"truncated audio: expected {expected:,} samples, found {len(samples):,}")
+        if not np.isfinite(samples).all():
+            raise SamloveError("expected finite samples, found NaN or infinity")
+        return samples.mean(axis=1, dtype=np.float32), rate  # (samples,)
+
+
+@contextmanager
+def _decoding(path: Path, what: str) -> Iterator[None]:
+    """Turn every error into a SamloveError with the path: Pillow and soundfile raise all kinds for damaged files."""
     try:
-        _check_wav_length(path)
-        with soundfile.SoundFile(path) as file:
-            expected, rate = file.frames, file.samplerate
-            samples = file.read(dtype="float32", always_2d=True)  # (samples, channels)
-    except (OSError, soundfile.SoundFileError) as error:
-        raise _unreadable(path, "audio", error) from None
-    if len(samples) != expected:
-        raise SamloveError(f"{path}: truncated audio: expected {expected} samples, found {len(samples)}")
-    if not np.isfinite(samples).all():
-        raise SamloveError(f"{path}: expected finite samples, found NaN or infinity")
-    return samples.mean(axis=1, dtype=np.float32), rate  # (samples,)
-
-
-def _check_wav_length(path: Path) -> None:
-    """Raises SamloveError if a RIFF file is shorter than its data chunk says."""
-    length = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(12)
-        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-            return  # another format, left to libsndfile
-        while len(chunk := file.read(8)) == 8:
-            name, size = chunk[:4], int.from_bytes(chunk[4:], "little")
-            if name == b"data" and size in _UNKNOWN_SIZE:
-                return
-            end = file.tell() + size
-            if end > length:
-                raise SamloveError(f"{path}: truncated audio: expected {end} bytes, found {length}")
-            if name == b"data":
-                return
-            file.seek(end + size % 2)  # chunks begin at even offsets
-    raise SamloveError(f"{path}: truncated audio: no samples in a wav file of {length} bytes")
-
-
-def _open_image(path: Path, quick: bool = False) -> tuple[Image.Image, tuple[int, int]]:
-    """A fully decoded image (`quick`: JPEGs at an eighth of their size), and its (width, height)."""
-    try:
-        with Image.open(path) as image:
-            image.verify()  # checks a PNG's checksums, which decoding ignores
-        with Image.open(path) as image:
-            size = image.size
-            if quick:
-                image.draft(None, (1, 1))
-            image.load()
-            return image, size
-    except _IMAGE_ERRORS as error:
-        raise _unreadable(path, "image", error) from None
-
-
-def _unreadable(path: Path, what: str, error: BaseException) -> SamloveError:
-    if isinstance(error, FileNotFoundError):
-        return SamloveError(f"{path}: no such file; expected {what}")
-    reason = " ".join(str(error).split()).replace(str(path), "").replace("''", "it")
-    return SamloveError(f"{path}: {what} cannot be decoded, possibly truncated: {reason}")
-
-
-def _call_libsndfile_once() -> None:
-    """Call the functions that `load_audio` uses, with a file that opens and one that does not.
-
-    cffi 2.1 builds the type of a C function on its first call, and aborts the process if two threads do so at once.
-    """
-    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 38, b"WAVE", b"fmt ", 16, 1, 1, 8000, 16000, 2, 16, b"data", 2)
-    with soundfile.SoundFile(io.BytesIO(header + bytes(2))) as file:
-        file.read(dtype="float32", always_2d=True)
-    with suppress(soundfile.SoundFileError):
-        soundfile.SoundFile(os.devnull)
-
-
-_call_libsndfile_once()
+        yield
+    except SamloveError as error:
+        raise type(error)(f"{path}: {error}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise SamloveError(f"{path}: no such file; expected {what}") from None
+    except IsADirectoryError:
+        raise SamloveError(f"{path}: expected a file, found a folder") from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise SamloveError(f"{path}: cannot be read: {error.strerror}") from None
+        reason = " ".join(str(error).split()).replace(str(path), "").replace("''", "it") or type(error).__name__
+        raise SamloveError(f"{path}: {what} cannot be decoded, possibly truncated: {reason}") from None
