@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
-from samlove.errors import RequestError
-from stores.features import Failure, FeatureStore
+from samlove.errors import RequestError, SamloveError, absence
+from stores.features import FAILURES, Failure, FeatureStore
 from stores.fingerprint import differing, flat
 from stores.hdf5 import ExportReader
 from stores.manifest import NAME, files_below
 from stores.predictions import PredictionReader
-from stores.sealed import BROKEN
-from stores.shards import INDEX, ShardReader
+from stores.sealed import BROKEN, is_hdf5, open_checked
+from stores.shard_index import INDEX
+from stores.shards import ShardReader
 from stores.tensors import TensorReader, is_tensors
 
 ARTEFACTS = "a feature store, an exported store, a shard set, a predictions file or a checkpoint"
@@ -49,6 +49,8 @@ class Artefact:
 def open_artefact(path: str | Path) -> Artefact:
     """The artefact at `path`. Raises RequestError if there is none, SamloveError if it cannot be opened."""
     path = Path(path)
+    if (path / FAILURES).is_file():
+        return _open_features(path)
     if path.is_dir() and ((path / INDEX).is_file() or any(path.glob("*.tar"))):
         return _open_shards(path)
     if (path / NAME).is_file():
@@ -56,32 +58,35 @@ def open_artefact(path: str | Path) -> Artefact:
     if path.is_file():
         if is_tensors(path):
             return _open_tensors(path)
-        return _open_export(path) if _is_export(path) else _open_predictions(path)
-    if not path.exists():
-        raise RequestError(f"{path}: no such file or folder")
+        if is_hdf5(path):
+            return _open_export(path) if _is_export(path) else _open_predictions(path)
+        raise RequestError(f"{path}: a different kind of file; expected {ARTEFACTS}")
+    if not path.is_dir():
+        raise RequestError(f"{path}: {absence(path)}; expected {ARTEFACTS}")
     raise RequestError(f"{path}: expected {ARTEFACTS}, found none; name a file or folder inside it")
 
 
 def _open_features(path: Path) -> Artefact:
     store = FeatureStore.open(path)
-    fingerprint, arrays, shards = (store.manifest[name] for name in ("fingerprint", "arrays", "shards"))
-    size = _size(path)
+    fingerprint, arrays = (store.manifest[name] for name in ("fingerprint", "arrays"))
+    shards, size = len(store.shards), _size(path)
     return Artefact(
-        "feature store", path, fingerprint, store.keys(), arrays, store.failures, len(shards), *size, read=store.read
+        "feature store", path, fingerprint, store.keys(), arrays, store.failures, shards, *size, read=store.read
     )
 
 
 def _open_shards(path: Path) -> Artefact:
     reader = ShardReader(path)
-    keys = reader.keys()
-    numbers = {key: i for i, key in enumerate(keys)}
-    arrays = _arrays(_sample(reader, 0)) if keys else {}
+    arrays = _arrays(_sample(reader, 0)) if len(reader) else {}
     fingerprint, shards, size = reader.manifest.get("fingerprint", {}), len(list(path.glob("*.tar"))), _size(path)
 
     def read(key: str) -> Item:
-        return _sample(reader, numbers[key])
+        number = reader.index.find(key)
+        if number is None:
+            raise SamloveError(f"{path}: no sample {key!r}")
+        return _sample(reader, number)
 
-    return Artefact("shard set", path, fingerprint, keys, arrays, [], shards, *size, read=read)
+    return Artefact("shard set", path, fingerprint, reader.keys(), arrays, [], shards, *size, read=read)
 
 
 def _open_predictions(path: Path) -> Artefact:
@@ -97,7 +102,7 @@ def _open_predictions(path: Path) -> Artefact:
 
 def _is_export(path: Path) -> bool:
     try:
-        with h5py.File(path) as file:
+        with open_checked(path) as file:
             return "files" in file
     except BROKEN:
         return False
@@ -106,6 +111,7 @@ def _is_export(path: Path) -> bool:
 def _open_export(path: Path) -> Artefact:
     reader = ExportReader(path)
     fingerprint, arrays, shards = (reader.manifest[name] for name in ("fingerprint", "arrays", "shards"))
+    shards = shards if isinstance(shards, int) else len(shards)  # schema 1 lists them
     size, kind = path.stat().st_size, "exported feature store"
     return Artefact(
         kind,
@@ -114,7 +120,7 @@ def _open_export(path: Path) -> Artefact:
         reader.keys(),
         arrays,
         reader.failures,
-        len(shards),
+        shards,
         1,
         size,
         read=lambda key: {**reader.read(key)},

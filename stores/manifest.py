@@ -1,11 +1,12 @@
-"""The manifest: a small JSON file in every feature store and shard set, with its fingerprint and list of files.
+"""The manifest: a small JSON file in every feature store and shard set, with its fingerprint.
 
-`files` maps the path of each file in the folder to its size and crc32c. `crc32c` is the checksum of the manifest's
-other fields. stores.verify compares them with the files on disk.
+`files` maps the name of each file next to it to its size and crc32c; one of them, files.arrow, lists the files of the
+shards (stores.listing). `crc32c` is the checksum of the manifest's other fields.
 """
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Any
 import google_crc32c
 
 from samlove.errors import RequestError, SamloveError
-from stores.fingerprint import canonical_json
+from stores.fingerprint import canonical_json, parse_json
 from stores.remote import AnyPath
 
-SCHEMA = 1  # version of this package's layouts
+SCHEMA = 2  # of the feature stores and shard sets that this package writes
+READABLE = (1, 2)  # schema 1 lists all files and shards in the manifest
 NAME = "manifest.json"
+_PART = re.compile(r"(?!\.{1,2}\Z)[^/\0\ud800-\udfff]+")  # not . and .., nor anything that UTF-8 cannot encode
 BLOCK = 1 << 20  # bytes per read
 Files = dict[str, dict[str, Any]]  # path in the folder -> {"bytes": int, "crc32c": 8 hex digits}
 
@@ -66,10 +69,9 @@ def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, "crc32c": f"{google_crc32c.value(canonical_json(rest).encode()):08x}"}
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any], files: Files | None = None) -> None:
-    """Write the manifest of a folder that is otherwise complete; without `files`, all files are read and listed."""
-    (folder / NAME).unlink(missing_ok=True)
-    write_json(folder / NAME, seal({"schema": SCHEMA, **manifest, "files": files or list_files(folder)}))
+def write_manifest(folder: Path, manifest: Mapping[str, Any], files: Files) -> None:
+    """Write the manifest of a folder that is otherwise complete. files: the files next to it."""
+    write_json(folder / NAME, seal({"schema": SCHEMA, **manifest, "files": files}))
 
 
 def read_manifest(folder: AnyPath, remedy: str) -> dict[str, Any]:
@@ -79,20 +81,20 @@ def read_manifest(folder: AnyPath, remedy: str) -> dict[str, Any]:
     """
     path = folder / NAME
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file; {remedy}") from None
     except (OSError, ValueError) as error:
         raise SamloveError(f"{path}: cannot be read ({error}); {remedy}") from None
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+    if not isinstance(manifest, dict) or manifest.get("schema") not in READABLE:
         found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
-        raise SamloveError(f"{path}: expected schema {SCHEMA}, found {found}; {remedy}")
+        raise SamloveError(f"{path}: expected schema {' or '.join(map(str, READABLE))}, found {found}; {remedy}")
     return manifest
 
 
 def check_part(name: object, where: object) -> None:
     """Raise SamloveError unless `name` is the plain name of a file or folder, without a path."""
-    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+    if not isinstance(name, str) or not _PART.fullmatch(name):
         raise SamloveError(f"{where}: expected the plain name of a file or folder inside it, found {name!r}")
 
 
@@ -115,8 +117,8 @@ def refuse_replaced(path: AnyPath, opened: object) -> None:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise RequestError if `path` already exists."""
-    if path.exists():
+    """Raise RequestError if `path` already exists, if only as a link to nothing."""
+    if os.path.lexists(path):
         raise RequestError(f"{path}: already exists and will not be overwritten; remove it or choose another path")
 
 

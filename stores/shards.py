@@ -1,37 +1,39 @@
-"""WebDataset training shards: plain tar files, a JSON index, and a reader that memory-maps them without copying.
+"""WebDataset training shards: plain tar files with an index, and a reader that memory-maps them without copying.
 
     ROOT/shard-00000.tar    members KEY.NAME.npy and KEY.NAME.json, uncompressed, data aligned to 64 bytes
-    ROOT/index.json         shards {name, bytes}; samples {key, shard, members {name: place}} (see stores.tar)
-    ROOT/manifest.json      schema, fingerprint, number of keys, files with their sizes and checksums
+    ROOT/index.arrow        the samples (see stores.shard_index)
+    ROOT/files.arrow        the tar files, with their sizes and checksums (see stores.listing)
+    ROOT/manifest.json      schema, fingerprint, number of keys, checksums of the two files above
 
-The tar files alone are enough: webdataset reads them, and the reader rebuilds a missing index in memory.
+The tar files alone are enough: webdataset reads them, and the reader rebuilds a missing index in memory. So it does
+for shard sets of schema 1, whose index was a JSON text.
 """
 
 import io
 import json
 import mmap
+import os
 import shutil
 import tarfile
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from samlove.errors import RequestError, SamloveError
-from stores.manifest import NAME, SCHEMA, identity, read_manifest, refuse_replaced, replace_folder, write_manifest
-from stores.remote import AnyPath, as_path, keep_open
-from stores.tar import ESCAPED, KINDS, check_name, check_place, escape_key, scan_tar
+from stores.listing import FILES, File, check_beside, listed_files, seal_folder
+from stores.manifest import NAME, identity, read_manifest, refuse_replaced, replace_folder
+from stores.remote import AnyPath, RemotePath, as_path, keep_open
+from stores.shard_index import INDEX, ROWS, Member, ShardIndex, ShardIndexWriter, scan_shards
+from stores.tar import BLOCK, ESCAPED, KINDS, check_name, escape_key
 
-INDEX = "index.json"
 REMEDY = "run: dvc repro pack, or: dvc pull"
 # Bytes per write and read. While a file is in the page cache, it reads more slowly if it was written in small pieces
 # (docs/benchmarks.md).
 _BLOCK = 1 << 24
-# Name, dtype, shape, offset and order of an array. A JSON text has dtype None and its length in bytes as shape.
-_Place = tuple[str, np.dtype | None, tuple[int, ...], int, Literal["C", "F"]]
 
 
 class ShardWriter:
@@ -54,6 +56,7 @@ class ShardWriter:
         self._open = ExitStack()  # holds the tar and its file
         shutil.rmtree(self._partial, ignore_errors=True)  # left by a killed run
         self._partial.mkdir(parents=True)
+        self._index = ShardIndexWriter(self._partial)
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -72,16 +75,20 @@ class ShardWriter:
             raise SamloveError(f"{self.root}: {key!r}: expected at least one array or JSON value, found none")
         if len(self._keys) % self._per_shard == 0:
             self._next_shard()
-        self._keys.add(key)
         assert self._tar is not None
-        for name, data in members:
-            info = tarfile.TarInfo(f"{escaped}.{name}")  # time 0, no owner: equal samples give equal bytes
+        places = {}
+        for (name, value), (member, data) in zip(sample.items(), members, strict=True):
+            info = tarfile.TarInfo(f"{escaped}.{member}")  # time 0, no owner: equal samples give equal bytes
             info.size = len(data)
             self._tar.addfile(info, io.BytesIO(data))
+            places[name] = _place(value, self._tar.offset - -(-len(data) // BLOCK) * BLOCK, len(data))
+        rows = dict(zip(sample, members, strict=True))[ROWS][1] if isinstance(sample.get(ROWS), list) else b""
+        self._index.add(key, len(self._keys) // self._per_shard, places, rows)
+        self._keys.add(key)
 
     def _next_shard(self) -> None:
         self._open.close()
-        path = self._partial / f"shard-{len(self._keys) // self._per_shard:05d}.tar"
+        path = self._partial / _shard_name(len(self._keys) // self._per_shard)
         file = self._open.enter_context(open(path, "wb", buffering=_BLOCK))
         tar = tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"comment": ESCAPED})
         self._tar = self._open.enter_context(tar)
@@ -92,14 +99,19 @@ class ShardWriter:
         try:
             if kind is None:
                 self._open.close()
-                index = build_index(self._partial)
-                (self._partial / INDEX).write_text(json.dumps(index, ensure_ascii=False) + "\n", encoding="utf-8")
-                write_manifest(self._partial, {"fingerprint": self._fingerprint, "keys": len(self._keys)})
+                self._index.write(self._partial / INDEX)
+                shards = range(-(-len(self._keys) // self._per_shard))
+                files = (File.read(self._partial, _shard_name(number)) for number in shards)
+                seal_folder(self._partial, {"fingerprint": self._fingerprint, "keys": len(self._keys)}, files)
                 replace_folder(self._partial, self.root)
         finally:
             with suppress(OSError):  # closing fails again if the disk is full
                 self._open.close()
             shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}.tar"
 
 
 def _member(where: str, name: str, value: object) -> tuple[str, bytes]:
@@ -117,107 +129,104 @@ def _member(where: str, name: str, value: object) -> tuple[str, bytes]:
     return f"{name}.npy", stream.getvalue()
 
 
-def build_index(root: str | AnyPath) -> dict[str, Any]:
-    """The index of a folder's tar files, read from their headers.
-
-    Raises SamloveError if a tar is incomplete, holds a member that must not be read, or shares a key with another.
-    """
-    shards, samples, seen = [], [], set()
-    tars: list[AnyPath] = [*as_path(root).glob("*.tar")]
-    for number, path in enumerate(sorted(tars, key=lambda tar: tar.name)):
-        shards.append({"name": path.name, "bytes": path.stat().st_size})
-        for sample in scan_tar(path):
-            if sample["key"] in seen:
-                raise SamloveError(f"{path}: key {sample['key']!r} is also in another shard")
-            seen.add(sample["key"])
-            samples.append({"key": sample["key"], "shard": number, "members": sample["members"]})
-    return {"schema": SCHEMA, "shards": shards, "samples": samples}
+def _place(value: object, offset: int, size: int) -> dict[str, Any]:
+    """The place, as in stores.tar, of a value that `_member` turned into `size` bytes, now at `offset` in the tar."""
+    if not isinstance(value, np.ndarray):
+        return {"offset": offset, "size": size}
+    header = size - value.nbytes
+    return {"offset": offset + header, "dtype": value.dtype.str, "shape": list(value.shape), "order": "C"}
 
 
 class ShardReader:
     """Map-style reader of a folder of tar shards; arrays are read-only views of the mapped files.
 
     root: a folder, or a URL (see stores.remote).
-    Each process maps the files itself, at first use: safe in forked and spawned workers.
+    Opening reads no shard. Each process maps a shard when it first reads from it: safe in forked and spawned workers.
     `manifest` is {} if another tool wrote the shards.
     Raises RequestError if there are no shards, SamloveError if a file is damaged or the index is wrong.
     """
 
     def __init__(self, root: str | AnyPath) -> None:
         self.root = as_path(root)
-        if not any(self.root.glob("*.tar")) and not (self.root / INDEX).is_file():
+        sizes = _sizes_of_tars(self.root)
+        if not sizes and not (self.root / INDEX).is_file():
             raise RequestError(f"{self.root}: expected a folder with .tar shards, found none; {REMEDY}")
         self._identity = identity(self.root / NAME)
         self.manifest: dict[str, Any] = read_manifest(self.root, REMEDY) if (self.root / NAME).is_file() else {}
-        index = self._load_index()
-        self._shards: list[AnyPath] = [self.root / shard["name"] for shard in index["shards"]]
-        self._sizes: list[int] = [shard["bytes"] for shard in index["shards"]]
-        self.nbytes: int = sum(self._sizes)  # of all tar files
+        check_beside(self.root, self.manifest, REMEDY)
+        self.nbytes: int = sum(sizes.values())  # of all tar files
+        self._names = self._listed(sizes)
+        self._sizes = [sizes[name] for name in self._names]
+        indexed = (self.root / INDEX).is_file()
+        self.index = ShardIndex(self.root / INDEX if indexed else scan_shards(self._paths()), REMEDY)
         self._maps: dict[int, mmap.mmap] = {}
-        self._samples: list[tuple[str, int, list[_Place]]] = []
-        for sample in index["samples"]:
-            limit = index["shards"][sample["shard"]]["bytes"]
-            places = []
-            for name, place in sample["members"].items():
-                check_place(place, limit, f"{self.root / INDEX}: {sample['key']!r}: {name}")
-                places.append(_place(name, place))
-            self._samples.append((sample["key"], sample["shard"], places))
 
-    def _load_index(self) -> dict[str, Any]:
-        """The index, after a check that its shards are the files on disk; rebuilt if there is none."""
-        path = self.root / INDEX
-        if not path.is_file():
-            return build_index(self.root)
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-            if index["schema"] != SCHEMA:
-                raise ValueError(f"expected schema {SCHEMA}, found {index['schema']}")
-            expected = {str(shard["name"]): shard["bytes"] for shard in index["shards"]}
-            if any(not 0 <= sample["shard"] < len(index["shards"]) for sample in index["samples"]):
-                raise ValueError("a sample refers to a shard that is not listed")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SamloveError(f"{path}: not a shard index ({type(error).__name__}: {error}); {REMEDY}") from None
-        found = {tar.name: tar.stat().st_size for tar in self.root.glob("*.tar")}
+    def _listed(self, found: Mapping[str, int]) -> list[str]:
+        """The names of the shards, in order.
+
+        Raises SamloveError if the shards listed when the set was written are not the files in the folder, with the
+        same sizes.
+        """
+        if not self.manifest and not (self.root / FILES).is_file():
+            return sorted(found)  # another tool wrote the shards
+        listed = [file for file in listed_files(self.root, self.manifest, REMEDY) if file.path.endswith(".tar")]
+        expected = {file.path: file.bytes for file in listed}
         for name in sorted({*expected, *found}):
             if found.get(name) != expected.get(name):
                 sizes = f"expected {expected.get(name, 'no such file')} bytes, found {found.get(name, 'no such file')}"
                 raise SamloveError(f"{self.root / name}: truncated, missing or not in the index ({sizes}); {REMEDY}")
-        return index
+        return [file.path for file in listed]
+
+    def _paths(self) -> list[AnyPath]:
+        return [self.root / name for name in self._names]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
 
     def keys(self) -> list[str]:
         """All keys, in the order of writing."""
-        return [key for key, _, _ in self._samples]
+        return self.index.keys()
 
     def preload(self) -> None:
         """Read every shard completely, so that it is in the system's page cache for all processes."""
-        for path in self._shards:
+        for path in self._paths():
             with path.open("rb") as file:
                 while file.read(_BLOCK):
                     pass
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self.index)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """Sample i: {"__key__": str, name: array (a read-only view) or decoded JSON value}."""
-        key, shard, places = self._samples[i]
-        if shard not in self._maps:
-            self._maps[shard] = self._map(shard)
-            keep_open(self._maps, self.root)
-        mapped = self._maps[shard]
-        sample: dict[str, Any] = {"__key__": key}
-        for name, dtype, shape, offset, order in places:
-            if dtype is None:
-                sample[name] = json.loads(mapped[offset : offset + shape[0]])
-            else:
-                sample[name] = np.ndarray(shape, dtype, mapped, offset, order=order)
+        """Sample i: {"__key__": str, name: array (a read-only view) or decoded JSON value}.
+
+        Raises IndexError if there is no such sample, SamloveError if the index does not fit the shard.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        mapped = self._mapped(self.index.shard(i))
+        sample: dict[str, Any] = {"__key__": self.index.key(i)}
+        for member in self.index.members(i):
+            name = member[0]
+            try:
+                rows = self.index.rows(i) if name == ROWS else None
+                sample[name] = _view(mapped, member) if rows is None else rows
+            except (ValueError, TypeError, OverflowError, RecursionError) as error:
+                where = f"{self.root / INDEX}: {sample['__key__']!r}: {name}"
+                raise SamloveError(f"{where}: not in its shard of {len(mapped)} bytes ({error}); {REMEDY}") from None
         return sample
 
+    def _mapped(self, shard: int) -> mmap.mmap:
+        mapped = self._maps.get(shard)  # another thread may close any shard at any time
+        if mapped is None:
+            if not 0 <= shard < len(self._names):
+                raise SamloveError(f"{self.root / INDEX}: shard {shard} of {len(self._names)}; {REMEDY}")
+            keep_open(self._maps, self.root)
+            mapped = self._maps[shard] = self._map(shard)
+        return mapped
+
     def _map(self, shard: int) -> mmap.mmap:
-        path = self._shards[shard]
+        path = self.root / self._names[shard]
         try:
             with path.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -229,7 +238,24 @@ class ShardReader:
         return mapped
 
 
-def _place(name: str, place: Mapping[str, Any]) -> _Place:
-    if "size" in place:
-        return name, None, (place["size"],), place["offset"], "C"
-    return name, np.dtype(place["dtype"]), tuple(place["shape"]), place["offset"], place["order"]
+def _view(mapped: mmap.mmap, member: Member) -> Any:
+    """An array as a view of the mapped shard, or a decoded JSON text. Raises ValueError if it is not in the shard."""
+    _, dtype, shape, offset, order = member
+    if offset < 0 or (shape and min(shape) < 0):
+        raise ValueError(f"offset {offset}, shape {shape}")
+    if dtype is not None:
+        return np.ndarray(shape, dtype, mapped, offset, order=order)
+    if offset + shape[0] > len(mapped):
+        raise ValueError(f"ends at {offset + shape[0]}")
+    return json.loads(mapped[offset : offset + shape[0]])
+
+
+def _sizes_of_tars(root: AnyPath) -> dict[str, int]:
+    """{name: bytes} of the tar files in a folder."""
+    if isinstance(root, RemotePath):
+        return {path.name: path.stat().st_size for path in root.glob("*.tar")}
+    try:
+        with os.scandir(root) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.name.endswith(".tar")}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}

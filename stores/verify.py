@@ -4,16 +4,17 @@ Works on feature stores and shard sets, whose manifests list their files, and on
 checkpoints, which are single files that contain their own checksum. Never writes.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from samlove.errors import RequestError, SamloveError
+from samlove.errors import RequestError, SamloveError, absence
 from stores import sealed, tensors
 from stores.features import FeatureStore
+from stores.fingerprint import parse_json
 from stores.inspect import ARTEFACTS, open_artefact
-from stores.manifest import NAME, SCHEMA, crc32c_file, files_below, render_json, seal
+from stores.listing import FILES, File, listed_files
+from stores.manifest import NAME, READABLE, crc32c_file, files_below, render_json, seal
 
 SHOWN = 5  # keys listed per damaged file
 
@@ -27,8 +28,8 @@ def verify(path: str | Path, deep: bool = False) -> list[str]:
     path = Path(path)
     if path.is_dir():
         return _verify_folder(path, deep)
-    if not path.exists():
-        raise RequestError(f"{path}: expected {ARTEFACTS}, found nothing")
+    if not path.is_file():
+        raise RequestError(f"{path}: {absence(path)}; expected {ARTEFACTS}")
     return _verify_file(path, deep)
 
 
@@ -36,20 +37,31 @@ def _verify_folder(folder: Path, deep: bool) -> list[str]:
     manifest, faults = _read_manifest(folder / NAME)
     if manifest is None:
         return faults
-    expected = manifest["files"]
     found = files_below(folder)
     del found[NAME]
-    for name in sorted({*expected, *found}):
-        where, entry = folder / name, expected.get(name)
-        if entry is None:
-            faults.append(f"{where}: extra: the manifest does not list it")
-        elif name not in found or not found[name].is_file():
-            faults.append(f"{where}: missing: expected a file of {entry['bytes']} bytes")
-        elif (size := found[name].stat().st_size) != entry["bytes"]:
-            faults.append(f"{where}: expected {entry['bytes']} bytes, found {size}{_affected(folder, name, manifest)}")
-        elif deep and (crc := _crc(found[name])) != entry["crc32c"]:
-            faults.append(f"{where}: expected crc32c {entry['crc32c']}, found {crc}{_affected(folder, name, manifest)}")
-    return faults
+    try:
+        for file in listed_files(folder, manifest, "regenerate the artefact"):
+            fault = _fault(folder, file, found.pop(file.path, None), manifest, deep)
+            faults += [fault] if fault else []
+            if fault and file.path == FILES:
+                return faults  # the files that it lists cannot be checked
+    except SamloveError as error:
+        return [*faults, str(error)]
+    faults += [f"{folder / name}: extra: the manifest does not list it" for name in found]
+    return sorted(faults)
+
+
+def _fault(folder: Path, file: File, found: Path | None, manifest: dict[str, Any], deep: bool) -> str:
+    """What is wrong with a listed file; empty if nothing is."""
+    where = folder / file.path
+    deep = deep or file.path == FILES  # all others are compared with it
+    if found is None or not found.is_file():
+        return f"{where}: missing: expected a file of {file.bytes} bytes"
+    if (size := found.stat().st_size) != file.bytes:
+        return f"{where}: expected {file.bytes} bytes, found {size}{_affected(folder, file.path, manifest)}"
+    if deep and (crc := _crc(found)) != file.crc32c:
+        return f"{where}: expected crc32c {file.crc32c}, found {crc}{_affected(folder, file.path, manifest)}"
+    return ""
 
 
 def _read_manifest(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -60,15 +72,19 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
         return None, [f"{path}: missing: without it, the other files cannot be checked"]
     try:
         text = path.read_text(encoding="utf-8")
-        manifest = json.loads(text)
+        manifest = parse_json(text)
         expected = seal(manifest)
+        if "schema" not in manifest:
+            raise RequestError(f"{path}: a different program's file; expected the manifest of a store or a shard set")
         files = manifest.get("files")
         listed = {name: (entry["bytes"], entry["crc32c"]) for name, entry in (files or {}).items()}
+    except RequestError:
+        raise
     except (OSError, ValueError, AttributeError, KeyError, TypeError, SamloveError) as error:
         return None, [f"{path}: truncated or damaged: {' '.join(str(error).split())}"]
     if "crc32c" not in manifest and not listed:
         return None, [f"{path}: lists no files (written by an older version); regenerate it to add checksums"]
-    if manifest.get("schema") != SCHEMA or manifest != expected or text != render_json(manifest):
+    if manifest.get("schema") not in READABLE or manifest != expected or text != render_json(manifest):
         return None, [f"{path}: damaged: its text does not match its checksum"]
     return manifest, []
 
@@ -116,7 +132,7 @@ def _verify_file(path: Path, deep: bool) -> list[str]:
         if fault == sealed.DAMAGED:
             fault += _affected_rows(path)
     else:
-        raise RequestError(f"{path}: expected {ARTEFACTS}, found a different kind of file")
+        raise RequestError(f"{path}: a different kind of file; expected {ARTEFACTS}")
     return [f"{path}: {fault}"] if fault else []
 
 

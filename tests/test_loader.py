@@ -197,7 +197,7 @@ def test_shards_of_a_different_kind_are_refused(tmp_path):
         ExpressionDataset(tmp_path)
     with ShardWriter(tmp_path / "other") as writer:
         writer.write("clip", {"audio": np.zeros((2, 3))})
-    with pytest.raises(SamloveError, match=r"'clip' has no audio_valid, .*dvc repro pack"):
+    with pytest.raises(SamloveError, match=r"a sample has no audio_valid, .*dvc repro pack"):
         ExpressionDataset(tmp_path / "other")
     with ShardWriter(tmp_path / "none"):
         pass

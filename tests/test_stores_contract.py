@@ -130,7 +130,9 @@ def test_a_missing_store_is_a_request_error_that_names_it(kind: Kind, tmp_path: 
 def test_a_truncated_file_is_named(kind: Kind, tmp_path: Path) -> None:
     path = tmp_path / "store"
     kind.write(path, make_items(KEYS))
-    for file in [path] if path.is_file() else [p for p in files_of(path) if p.suffix in (".json", ".tar")]:
+    suffixes, unread = (".json", ".tar", ".arrow"), ".zarr/zarr.json"  # a shard's attributes: only writers read them
+    files = [path] if path.is_file() else [p for p in files_of(path) if p.suffix in suffixes]
+    for file in [file for file in files if not str(file).endswith(unread)]:
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(SamloveError, match="store"):

@@ -16,7 +16,7 @@ import pytest
 
 from samlove.errors import RequestError, SamloveError
 from stores import FeatureStore, FeatureStoreWriter, ShardReader, ShardWriter
-from stores.remote import OPEN, Cache, RemotePath, as_path
+from stores.remote import REMOTE_OPEN, Cache, RemotePath, as_path
 from tests.small_disk import small_disk
 
 VALUES = 4096  # per array: a shard is then a little larger than 16 kB
@@ -64,7 +64,8 @@ def assert_all(reader: ShardReader, order=range(SHARDS)) -> None:
 def test_a_shard_set_read_from_a_url_is_the_same(shards, tmp_path, with_index):
     root = shutil.copytree(shards, tmp_path / "copy")
     if not with_index:
-        (root / "index.json").unlink()
+        for name in ("manifest.json", "index.arrow", "files.arrow"):
+            (root / name).unlink()
     reader = ShardReader(remote(root, tmp_path / "cache"))
     assert reader.manifest == ShardReader(root).manifest and reader.keys() == ShardReader(root).keys()
     assert_all(reader)
@@ -90,7 +91,7 @@ def test_a_changed_file_is_fetched_again(shards, tmp_path):
 
 
 def test_a_feature_store_read_from_a_url_is_the_same(tmp_path):
-    keys = [f"key {number}" for number in range(2 * (OPEN + 2))]
+    keys = [f"key {number}" for number in range(2 * (REMOTE_OPEN + 2))]
     writer = FeatureStoreWriter(tmp_path / "store", tmp_path / "scratch", {"made": "here"}, keys, 2, chunk_rows=2)
     for number, planned in writer.todo():
         writer.write_shard(number, {key: {"a": array(keys.index(key)).reshape(4, -1)} for key in planned})
@@ -100,7 +101,7 @@ def test_a_feature_store_read_from_a_url_is_the_same(tmp_path):
     for number, key in enumerate(keys):
         np.testing.assert_array_equal(store.read(key)["a"], array(number).reshape(4, -1))
         np.testing.assert_array_equal(store.read(key, slice(1, 2))["a"], array(number).reshape(4, -1)[1:2])
-    assert len(store._opened) == OPEN
+    assert len(store._opened) == REMOTE_OPEN
 
 
 def test_forked_workers_read_over_http(shards, tmp_path):
@@ -150,12 +151,13 @@ def test_a_file_in_use_is_not_dropped(shards, size, tmp_path):
 def test_views_keep_their_shard_in_the_cache(shards, tmp_path):
     """A view outlives the reader's memory map; its shard stays locked and readable after the source is deleted."""
     root = shutil.copytree(shards, tmp_path / "copy")
-    room = sum(p.stat().st_size for p in root.glob("*.json")) + (OPEN + 1) * (root / "shard-00000.tar").stat().st_size
+    files = {path.name: path.stat().st_size for path in root.iterdir()}
+    room = sum(files[name] for name in files if not name.endswith(".tar")) + REMOTE_OPEN * files["shard-00000.tar"]
     reader = ShardReader(remote(root, tmp_path / "cache", room))
     view = reader[0]["x"]
-    assert_all(reader, range(1, OPEN + 1))
+    assert_all(reader, range(1, REMOTE_OPEN))
     with pytest.raises(SamloveError, match="in use"):
-        reader[OPEN + 1]
+        reader[REMOTE_OPEN]
     np.testing.assert_array_equal(view, array(0))
     del view
     assert_all(reader)

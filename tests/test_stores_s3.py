@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from samlove.data.loader import ExpressionDataset, collate
 from samlove.errors import RequestError, SamloveError
 from stores import FeatureStore, ShardReader, ShardWriter
-from stores.remote import OPEN, Cache, RemotePath, as_path
+from stores.remote import REMOTE_OPEN, Cache, RemotePath, as_path
 from tests.s3_service import ask, reconnect, s3_service, upload
 from tests.test_loader import assert_equal
 from tests.test_stores_remote import SHARDS, array, assert_all, read_at_random
@@ -76,7 +76,7 @@ def test_a_feature_store_read_from_s3_is_the_same(endpoint, tmp_path):
                 assert set(found) == set(expected)
                 for array_name, values in expected.items():
                     np.testing.assert_array_equal(found[array_name], values, strict=True)
-        assert len(store._opened) <= OPEN
+        assert len(store._opened) <= REMOTE_OPEN
 
 
 def test_batches_read_from_s3_are_the_same(endpoint, tmp_path, monkeypatch):

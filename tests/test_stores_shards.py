@@ -5,10 +5,13 @@ import json
 import mmap
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import webdataset
 from hypothesis import HealthCheck, given, settings
@@ -16,8 +19,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from samlove.errors import SamloveError
-from stores import ShardReader, ShardWriter
-from stores.shards import build_index
+from stores import ShardReader, ShardWriter, listing
+from stores.manifest import NAME, seal, write_json
+from stores.shard_index import COLUMNS, INDEX, Member
+from stores.table import TableWriter
 from tests.small_disk import small_disk
 
 SAMPLES = {
@@ -65,12 +70,17 @@ def npy(value: np.ndarray, allow_pickle: bool = False) -> bytes:
     return stream.getvalue()
 
 
+def keep_only_tars(root: Path) -> None:
+    for name in (NAME, INDEX, "files.arrow"):
+        (root / name).unlink()
+
+
 @pytest.mark.parametrize("with_index", [True, False])
 def test_round_trip_with_and_without_index(tmp_path, with_index):
     reader = write(tmp_path / "s", SAMPLES)
     assert reader.manifest["fingerprint"] == {"made": "here"} and reader.manifest["keys"] == 3
     if not with_index:
-        (tmp_path / "s" / "index.json").unlink()
+        keep_only_tars(tmp_path / "s")
     before = sorted(p.name for p in (tmp_path / "s").iterdir())
     reader = ShardReader(tmp_path / "s")
     assert len(reader) == 3
@@ -82,8 +92,60 @@ def test_round_trip_with_and_without_index(tmp_path, with_index):
 
 
 def test_the_rebuilt_index_equals_the_one_on_disk(tmp_path):
+    written = write(tmp_path / "s", SAMPLES)
+    assert pa.ipc.open_file(tmp_path / "s" / INDEX).read_all().num_rows == 3  # any Arrow reader reads it
+    keep_only_tars(tmp_path / "s")
+    rebuilt = ShardReader(tmp_path / "s")
+    assert_same_index(rebuilt, written)
+
+
+def assert_same_index(found: ShardReader, expected: ShardReader) -> None:
+    def content(reader: ShardReader, i: int) -> tuple[str, int, list, list[Member]]:
+        index = reader.index
+        return index.key(i), index.shard(i), index.rows(i), index.members(i)
+
+    assert [content(found, i) for i in range(len(found))] == [content(expected, i) for i in range(len(expected))]
+    assert found.index.row_ends.tolist() == expected.index.row_ends.tolist()
+
+
+def test_a_shard_set_of_schema_1_still_opens(tmp_path):
+    """Its index was a JSON text, and its manifest listed all files."""
+    written = write(tmp_path / "s", SAMPLES)
+    files = {path.name: {"bytes": path.stat().st_size, "crc32c": "00000000"} for path in (tmp_path / "s").glob("*.tar")}
+    shutil.copytree(tmp_path / "s", tmp_path / "old")
+    for name in (INDEX, "files.arrow"):
+        (tmp_path / "old" / name).unlink()
+    (tmp_path / "old" / "index.json").write_text("{}")
+    write_json(tmp_path / "old" / NAME, seal({"schema": 1, "fingerprint": {"made": "here"}, "keys": 3, "files": files}))
+    old = ShardReader(tmp_path / "old")
+    assert old.manifest["fingerprint"] == {"made": "here"}
+    assert_same_index(old, written)
+    assert_same_index(pickle.loads(pickle.dumps(old)), written)
+    (tmp_path / "old" / "shard-00001.tar").unlink()
+    with pytest.raises(SamloveError, match=r"shard-00001\.tar.*found no such file"):
+        ShardReader(tmp_path / "old")
+
+
+def test_opening_reads_no_shard(tmp_path):
     write(tmp_path / "s", SAMPLES)
-    assert json.loads((tmp_path / "s" / "index.json").read_text()) == build_index(tmp_path / "s")
+    for path in (tmp_path / "s").glob("*.tar"):
+        path.write_bytes(bytes(path.stat().st_size))
+    reader = ShardReader(tmp_path / "s")
+    assert reader.keys() == list(SAMPLES) and reader.index.rows(0) == [{"row_id": "ü", "text": 0}]
+    assert [reader.index.find(key) for key in (*SAMPLES, "none")] == [0, 1, 2, None]
+
+
+def test_the_number_of_open_files_is_bounded(tmp_path):
+    """Reading in random order, with samples held, and with no more than 64 open files allowed."""
+    samples = {str(i): {"x": np.full(3, i)} for i in range(200)}
+    write(tmp_path / "s", samples, per_shard=1)
+    code = (
+        "import resource, sys; from stores import ShardReader;"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64));"
+        "reader = ShardReader(sys.argv[1]);"
+        "assert all(reader[i * 77 % 200]['x'].tolist() == [i * 77 % 200] * 3 for i in range(1000))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "s")], check=True)
 
 
 def test_arrays_are_aligned_read_only_views_of_the_file(tmp_path):
@@ -200,7 +262,7 @@ def test_members_that_are_not_files_are_refused(tmp_path, kind):
 def test_a_truncated_shard_is_named(tmp_path, with_index, size):
     write(tmp_path / "s", SAMPLES)
     if not with_index:
-        (tmp_path / "s" / "index.json").unlink()
+        keep_only_tars(tmp_path / "s")
     path = tmp_path / "s" / "shard-00001.tar"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(SamloveError, match=r"shard-00001\.tar.*truncated"):
@@ -218,48 +280,94 @@ def test_missing_and_extra_shards_are_named(tmp_path):
         ShardReader(tmp_path / "s")
 
 
+def change_index(root: Path, metadata: dict | None = None, **changes) -> None:
+    """Change the first row of the index, and its metadata. Without the manifest, its size may differ."""
+    (root / NAME).unlink()
+    found = pa.ipc.open_file(root / INDEX).read_all().to_pylist()
+    known = json.loads(pa.ipc.open_file(root / INDEX).schema.metadata[b"samlove"])
+    writer = TableWriter(COLUMNS, sorted_by="key")
+    for number, row in enumerate(found):
+        writer.add(**{name: row[name] for name in COLUMNS} | (changes if number == 0 else {}))
+    (root / INDEX).unlink()
+    writer.write(root / INDEX, known if metadata is None else metadata)
+
+
+def numbers(*values: int) -> bytes:
+    return np.array(values, "<i8").tobytes()
+
+
 @pytest.mark.parametrize(
-    "change",
+    "changes",
     [
-        {"offset": 10**9},
-        {"offset": -64},
-        {"offset": 1.5},
-        {"shape": [10**12, 10**12]},
-        {"shape": [-1, 2]},
-        {"dtype": "|O"},
-        {"dtype": "<U8"},
-        {"dtype": "nothing"},
-        {"order": "X"},
-        {"shape": None},
+        {"place": numbers(10**9, 2, 6, 8)},
+        {"place": numbers(-64, 2, 6, 8)},
+        {"place": numbers(512, -1, 2, 8)},
+        {"place": numbers(512, 10**12, 10**12, 10**12)},
+        {"place": numbers(512, 2)},
+        {"place": b"12345"},
+        {"place": b""},
+        {"layout": 9},
+        {"layout": -1},
+        {"shard": 2},
+        {"shard": -1},
     ],
 )
-def test_an_index_with_a_wrong_entry_is_refused(tmp_path, change):
+def test_an_index_with_a_wrong_entry_is_refused_when_the_sample_is_read(tmp_path, changes):
     write(tmp_path / "s", SAMPLES)
-    path = tmp_path / "s" / "index.json"
-    index = json.loads(path.read_text())
-    index["samples"][0]["members"]["embed"].update(change)
-    path.write_text(json.dumps(index))
-    with pytest.raises(SamloveError, match="embed"):
+    change_index(tmp_path / "s", **changes)
+    reader = ShardReader(tmp_path / "s")
+    with pytest.raises(SamloveError, match=r"index\.arrow"):
+        reader[0]
+    assert reader[2]["text"] == "plain"
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        None,
+        [1],
+        [[["x", "|O", "C", 1]]],
+        [[["x", "<U8", "C", 1]]],
+        [[["x", "nothing", "C", 1]]],
+        [[["x", ["<f4"], "C", 1]]],
+        [[["x", "<f4", "X", 1]]],
+        [[["x", "<f4", "C", -1]]],
+        [[["x", "<f4", "C", 1.0]]],
+        [[["__key__"]]],
+        [[[1]]],
+        [[[]]],
+    ],
+)
+def test_an_index_with_a_wrong_layout_is_refused(tmp_path, layouts):
+    write(tmp_path / "s", SAMPLES)
+    change_index(tmp_path / "s", metadata={"layouts": layouts} if layouts else {})
+    with pytest.raises(SamloveError, match=r"index\.arrow: not a complete table \(layouts"):
         ShardReader(tmp_path / "s")
 
 
 @pytest.mark.parametrize("name", ["../away.tar", "/etc/passwd", "sub/shard.tar"])
-def test_an_index_that_points_outside_the_folder_is_refused(tmp_path, name):
+def test_a_list_of_files_that_points_outside_the_folder_is_refused(tmp_path, name):
     write(tmp_path / "s", SAMPLES)
     shutil.copy(tmp_path / "s" / "shard-00001.tar", tmp_path / "away.tar")
-    path = tmp_path / "s" / "index.json"
-    index = json.loads(path.read_text())
-    index["shards"][1]["name"] = name
-    path.write_text(json.dumps(index))
+    writer = TableWriter(listing.COLUMNS)
+    for path in ("shard-00000.tar", name):
+        writer.add(path=path, bytes=(tmp_path / "s" / "shard-00001.tar").stat().st_size, crc32c=0)
+    writer.write(tmp_path / "s" / "files.arrow")
+    (tmp_path / "s" / NAME).unlink()
     with pytest.raises(SamloveError, match="truncated, missing or not in the index"):
         ShardReader(tmp_path / "s")
 
 
-@pytest.mark.parametrize("value", [[], {}, {"schema": 99, "shards": [], "samples": []}, {"schema": 1, "samples": [{}]}])
-def test_a_broken_index_is_refused(tmp_path, value):
+@pytest.mark.parametrize("file", [INDEX, "files.arrow"])
+@pytest.mark.parametrize("value", [b"", b"{}", b"ARROW1\0\0", b"ARROW1\0\0" + bytes(4096)])
+def test_a_broken_index_or_list_of_files_is_refused(tmp_path, file, value):
     write(tmp_path / "s", SAMPLES)
-    (tmp_path / "s" / "index.json").write_text(json.dumps(value))
-    with pytest.raises(SamloveError, match=r"index\.json"):
+    (tmp_path / "s" / file).unlink()
+    (tmp_path / "s" / file).write_bytes(value)
+    with pytest.raises(SamloveError, match=rf"{file}: expected \d+ bytes, found {len(value)}"):
+        ShardReader(tmp_path / "s")
+    (tmp_path / "s" / NAME).unlink()
+    with pytest.raises(SamloveError, match=rf"{file}: not a complete table"):
         ShardReader(tmp_path / "s")
 
 

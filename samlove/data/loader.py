@@ -21,7 +21,10 @@ from stores.fingerprint import fingerprint_id, flat
 from stores.remote import AnyPath
 
 FEATURES = ("audio", "visual", "text", "sam2")  # the sources whose fingerprints a shard set records
+_DRAWS = 1 << 16  # random numbers that the sampler draws at a time; does not affect the order
 _VIDEO_ARRAYS = ("audio", "audio_valid", "visual", "sam2_image_embed", "sam2_high_res_0", "sam2_high_res_1")
+
+_MEMBERS = (*_VIDEO_ARRAYS, "text", "text_mask", "masks", "rows")  # of every sample
 
 
 class ExpressionDataset(Dataset):
@@ -34,18 +37,13 @@ class ExpressionDataset(Dataset):
     def __init__(self, root: str | AnyPath) -> None:
         self.reader = ShardReader(root)
         self._held: list[dict[str, Any]] = []  # after `to`: the samples, with tensors instead of arrays
-        self._items: list[tuple[int, str, int, int]] = []  # sample, row_id, text, mask (-1: none)
-        for place in range(len(self.reader)):
-            sample = self.reader[place]
-            missing = [name for name in (*_VIDEO_ARRAYS, "text", "text_mask", "masks", "rows") if name not in sample]
-            if missing:
-                names = ", ".join(missing)
+        for layout in self.reader.index.layouts:
+            names = {name for name, *_ in layout}
+            if missing := [name for name in _MEMBERS if name not in names]:
                 raise SamloveError(
-                    f"{root}: sample {sample['__key__']!r} has no {names}: not written by the pack stage; "
-                    "run: dvc repro pack"
+                    f"{root}: a sample has no {', '.join(missing)}: not written by the pack stage; run: dvc repro pack"
                 )
-            self._items += [(place, row["row_id"], row["text"], row["mask"]) for row in sample["rows"]]
-        if not self._items:
+        if not len(self):
             raise SamloveError(f"{root}: expected at least one expression, found none; run: samlove audit")
 
     @property
@@ -80,9 +78,14 @@ class ExpressionDataset(Dataset):
         return {**dims, "frames": first["visual"].shape[0]}
 
     @property
-    def videos(self) -> list[int]:
-        """The video of each item, as the number of its sample in the shards."""
-        return [place for place, *_ in self._items]
+    def _ends(self) -> np.ndarray:
+        """For each video, the number of items up to and including its last one: int64 (videos,)."""
+        return self.reader.index.row_ends
+
+    @property
+    def videos(self) -> np.ndarray:
+        """The video of each item, as the number of its sample in the shards: int32 (items,)."""
+        return np.repeat(np.arange(len(self._ends), dtype=np.int32), np.diff(self._ends, prepend=0))
 
     def to(self, device: torch.device) -> None:
         """Copy all samples to `device`; from then on, items are tensors there. Workers must not read items on a GPU.
@@ -96,7 +99,7 @@ class ExpressionDataset(Dataset):
         ]
 
     def __len__(self) -> int:
-        return len(self._items)
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         """One expression; letters as in samlove.data.pack. Arrays are read-only views, in the stores' dtypes.
@@ -104,18 +107,28 @@ class ExpressionDataset(Dataset):
         audio (N,dA), audio_valid (N,), visual (N,1+P,dV), sam2_image_embed (C,h,w), sam2_high_res_0,
         sam2_high_res_1, text (L,dT), text_mask (L,) bool, mask (S,S) uint8 (all 0 for a null expression),
         row_id str, media_id str.
+        Raises IndexError if there is no item i, SamloveError if the shards or their index are damaged.
         """
-        place, row_id, text, mask = self._items[i]
+        if not 0 <= i < len(self):
+            raise IndexError(f"item {i} of {len(self)}")
+        place = int(np.searchsorted(self._ends, i, side="right"))
         sample = self._held[place] if self._held else self.reader[place]
-        masks = sample["masks"]
-        return {
-            **{name: sample[name] for name in _VIDEO_ARRAYS},
-            "text": sample["text"][text],
-            "text_mask": sample["text_mask"][text],
-            "mask": masks[mask] if mask >= 0 else _blank(masks),
-            "row_id": row_id,
-            "media_id": sample["__key__"],
-        }
+        try:
+            row = sample["rows"][i - int(self._ends[place])]  # counted from the last one, which is -1
+            row_id, text, mask = row["row_id"], row["text"], row["mask"]
+            masks = sample["masks"]
+            return {
+                **{name: sample[name] for name in _VIDEO_ARRAYS},
+                "text": sample["text"][text],
+                "text_mask": sample["text_mask"][text],
+                "mask": masks[mask] if mask >= 0 else _blank(masks),
+                "row_id": row_id,
+                "media_id": sample["__key__"],
+            }
+        except (KeyError, TypeError, IndexError) as error:
+            raise SamloveError(
+                f"{self.reader.root}: row {i} is not one of sample {place} ({error!r}); run: dvc repro pack"
+            ) from None
 
 
 def _moves(name: str, value: Any) -> bool:
@@ -191,7 +204,14 @@ class PoolSampler(Sampler[int]):
     """
 
     def __init__(
-        self, videos: Sequence[int], pool: int, seed: int, epoch: int, start: int = 0, rank: int = 0, ranks: int = 1
+        self,
+        videos: Sequence[int] | np.ndarray,
+        pool: int,
+        seed: int,
+        epoch: int,
+        start: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         """videos: the video of each item, as any numbers. start: a position in the order of all processes together."""
         if not 0 <= start <= len(videos):
@@ -205,24 +225,42 @@ class PoolSampler(Sampler[int]):
         return len(range(len(self.videos))[self._mine])
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._order()[self._mine])
+        return map(int, self.order())
 
-    def _order(self) -> list[int]:
+    def order(self) -> np.ndarray:
+        """All items that the sampler yields: int64 (len(self),)."""
+        return np.fromiter(islice(self._draw(), self._mine.start, None, self._mine.step), np.int64, len(self))
+
+    def _draw(self) -> Iterator[int]:
+        """The items of the epoch, one by one. Only those of the videos in the pool are Python objects."""
         random = np.random.default_rng([self.seed, self.epoch])
-        items_of: dict[int, list[int]] = {}
-        for item, video in enumerate(self.videos):
-            items_of.setdefault(video, []).append(item)
-        left = {video: len(items) for video, items in items_of.items()}
-        waiting = iter(random.permutation(list(items_of)).tolist())
-        candidates = [item for video in islice(waiting, self.pool) for item in items_of[video]]
-        order = []
-        for draw in random.random(len(self.videos)).tolist():
-            place = int(draw * len(candidates))
-            order.append(candidates[place])
-            candidates[place] = candidates[-1]
-            candidates.pop()
-            video = self.videos[order[-1]]
-            left[video] -= 1
-            if not left[video]:
-                candidates += [item for entering in islice(waiting, 1) for item in items_of[entering]]
-        return order
+        videos = np.asarray(self.videos)
+        grouped = np.argsort(videos, kind="stable")  # the items, video by video
+        starts = np.flatnonzero(np.diff(videos[grouped], prepend=videos.min(initial=0) - 1))
+        ends = np.append(starts[1:], len(videos))
+        waiting = iter(random.permutation(np.argsort(grouped[starts])))  # videos as they first occur, then permuted
+        candidates: list[int] = []  # remaining items of the videos in the pool
+        places: list[int] = []  # for each of them, the place of its video in the pool
+        left: list[int] = []  # for each place, the number of remaining items
+
+        def enter(place: int, video: int) -> None:
+            items = grouped[starts[video] : ends[video]].tolist()
+            candidates.extend(items)
+            places.extend([place] * len(items))
+            left[place] = len(items)
+
+        for place, video in enumerate(islice(waiting, self.pool)):
+            left.append(0)
+            enter(place, video)
+        for start in range(0, len(videos), _DRAWS):
+            for draw in random.random(min(_DRAWS, len(videos) - start)).tolist():
+                chosen = int(draw * len(candidates))
+                item, place = candidates[chosen], places[chosen]
+                candidates[chosen], places[chosen] = candidates[-1], places[-1]
+                candidates.pop()
+                places.pop()
+                left[place] -= 1
+                if not left[place]:
+                    for video in islice(waiting, 1):
+                        enter(place, video)
+                yield item
