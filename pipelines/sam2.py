@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from pipelines import stage
+from pipelines import REHASH, stage
 from samlove.config import DatasetConfig, Sam2Config, load
 from samlove.data.dataset import RefAvsFolder
 from samlove.data.layout import layout
@@ -36,7 +36,7 @@ def job(group: str) -> Job:
     paths, dataset = layout(), load(DatasetConfig)
     config = load(Sam2Config)
     encoder = Sam2ImageEncoder(config, default_device())
-    videos = pd.read_parquet(paths.videos)
+    videos = pd.read_parquet(paths.videos, columns=["media_id", "split"])
     media_ids = videos.loc[(videos["split"] == "train") == (group == "train"), "media_id"].unique()
     frames = 1 if group == "train" else dataset.frames
     sources = frame_sources(RefAvsFolder(dataset.root), media_ids, frames)
@@ -51,15 +51,17 @@ def job(group: str) -> Job:
         chunk_rows=1,
         compression=config.compression,
         elsewhere=paths.other_stores(name),
+        hashes=paths.hashes,
     )
 
 
 @stage
 def main() -> None:
-    if len(sys.argv) != 2 or sys.argv[1] not in SIZES:
-        raise RequestError(f"expected one of {', '.join(SIZES)}, found {' '.join(sys.argv[1:]) or 'none'}")
-    group = sys.argv[1]
-    print(f"sam2_{group}: {extract(job(group), chosen_cluster())}")
+    groups = [argument for argument in sys.argv[1:] if argument != REHASH]
+    if len(groups) != 1 or groups[0] not in SIZES:
+        raise RequestError(f"expected one of {', '.join(SIZES)}, found {' '.join(groups) or 'none'}")
+    (group,) = groups
+    print(f"sam2_{group}: {extract(job(group), chosen_cluster(), rehash=REHASH in sys.argv)}")
 
 
 if __name__ == "__main__":

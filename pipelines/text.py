@@ -1,12 +1,15 @@
 """Stage `text`: encode every distinct expression with RoBERTa or CLIP -> data/<profile>/features/text."""
 
+import sys
+
 import pandas as pd
 
-from pipelines import stage
+from pipelines import stage, wants_rehash
 from samlove.config import TextConfig, load
 from samlove.data.layout import layout
 from samlove.device import default_device
 from samlove.features.cluster import chosen_cluster
+from samlove.features.encoders.base import Sources
 from samlove.features.encoders.clip_text import ClipTextEncoder
 from samlove.features.encoders.roberta import RobertaEncoder
 from samlove.features.extract import Job, extract
@@ -20,15 +23,18 @@ def job() -> Job:
     """What the stage computes, from the index and the active profile."""
     paths, config = layout(), load(TextConfig)
     encoder = ENCODERS[config.encoder](config, default_device())
-    sources = {text: text for text in pd.read_parquet(paths.expressions)["exp"].unique()}  # normalised by the index
+    texts = pd.read_parquet(paths.expressions, columns=["exp"])["exp"].unique()  # normalised by the index
+    sources = Sources(texts, str)
     out, scratch = paths.features / NAME, paths.scratch / NAME
-    return Job(encoder, sources, out, scratch, SHARD, BATCH, elsewhere=paths.other_stores(NAME))
+    elsewhere = paths.other_stores(NAME)
+    return Job(encoder, sources, out, scratch, SHARD, BATCH, elsewhere=elsewhere, hashes=paths.hashes)
 
 
 @stage
-def main() -> None:
-    print(f"{NAME}: {extract(job(), chosen_cluster())}")
+def main(*arguments: str) -> None:
+    rehash = wants_rehash(arguments)
+    print(f"{NAME}: {extract(job(), chosen_cluster(), rehash)}")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -1,8 +1,10 @@
 """Stage `visual`: encode the frames of every video with ViT or CLIP -> data/<profile>/features/visual."""
 
+import sys
+
 import pandas as pd
 
-from pipelines import stage
+from pipelines import stage, wants_rehash
 from samlove.config import DatasetConfig, VisualConfig, load
 from samlove.data.dataset import RefAvsFolder
 from samlove.data.layout import layout
@@ -22,16 +24,18 @@ def job() -> Job:
     """What the stage computes, from the index and the active profile."""
     paths, config, dataset = layout(), load(VisualConfig), load(DatasetConfig)
     encoder = ENCODERS[config.encoder](config, default_device())
-    media_ids = pd.read_parquet(paths.videos)["media_id"].unique()
+    media_ids = pd.read_parquet(paths.videos, columns=["media_id"])["media_id"].unique()
     sources = frame_sources(RefAvsFolder(dataset.root), media_ids, dataset.frames)
     out, scratch = paths.features / NAME, paths.scratch / NAME
-    return Job(encoder, sources, out, scratch, SHARD, BATCH, elsewhere=paths.other_stores(NAME))
+    elsewhere = paths.other_stores(NAME)
+    return Job(encoder, sources, out, scratch, SHARD, BATCH, elsewhere=elsewhere, hashes=paths.hashes)
 
 
 @stage
-def main() -> None:
-    print(f"{NAME}: {extract(job(), chosen_cluster())}")
+def main(*arguments: str) -> None:
+    rehash = wants_rehash(arguments)
+    print(f"{NAME}: {extract(job(), chosen_cluster(), rehash)}")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -70,7 +70,8 @@ def run(inputs: Path, config: AudioConfig, root: Path, report: Path, kill_at: in
     sys.addaudithook(count)
     try:
         with _files_limited_to(file_limit):
-            done = extract(Job(encoder, sources, root / "store", root / "scratch", SHARD, BATCH))
+            hashes = root / "hashes.sqlite"
+            done = extract(Job(encoder, sources, root / "store", root / "scratch", SHARD, BATCH, hashes=hashes))
         result: dict[str, Any] = {"shards": done.shards, "shards_written": done.spent.shards_written}
         result |= {"items": done.spent.items, "text": str(done)}
     except SamloveError as error:

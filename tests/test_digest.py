@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from samlove.data.digest import code_digest, folder_digest, rows_digest, source_ids
+from samlove.data.hashes import FileHashes
+from samlove.features.encoders.base import Sources
 from samlove.features.encoders.vit import VitEncoder
+from tests.plain_user import run_as_plain_user
 from tests.tiny_pack import ROWS
 
 
@@ -46,6 +49,60 @@ def test_missing_folder_is_an_empty_one(tmp_path: Path) -> None:
     assert folder_digest(tmp_path / "nowhere") == folder_digest(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("name", ["b", "a/1"])
+def test_links_below_the_folder_are_followed(folder: Path, tmp_path: Path, name: str) -> None:
+    before = folder_digest(folder)
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    assert folder_digest(folder) == before
+    changed = tmp_path / "elsewhere" / "2" if name == "b" else tmp_path / "elsewhere"
+    changed.write_text("x")
+    assert folder_digest(folder) != before
+
+
+def test_links_that_lead_back_end(folder: Path) -> None:
+    before = folder_digest(folder)
+    (folder / "a" / "up").symlink_to(folder)
+    (folder / "a" / "b").symlink_to(folder / "b")
+    (folder / "b" / "a").symlink_to(folder / "a")  # together with the one before
+    (folder / "b" / "itself").symlink_to("itself")
+    (folder / "dangling").symlink_to("nowhere")
+    assert folder_digest(folder) != before  # b/a/1 and others
+
+
+def test_any_name_counts_and_nothing_that_is_no_file(folder: Path) -> None:
+    before = folder_digest(folder)
+    os.mkfifo(folder / "pipe")
+    (folder / "none").mkdir()
+    assert folder_digest(folder) == before
+    Path(os.fsdecode(bytes(folder) + b"/not-utf8-\xff")).write_text("x")
+    assert folder_digest(folder) != before
+
+
+@pytest.mark.parametrize("name", ["b", "b/2"])
+def test_what_may_not_be_read_counts_as_empty(folder: Path, name: str) -> None:
+    def digest() -> str:
+        done = run_as_plain_user("-c", f"{imports}; print(folder_digest(Path({str(folder)!r})))")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    imports = "from pathlib import Path; from samlove.data.digest import folder_digest"
+    before = digest()
+    (folder / name).chmod(0)
+    after = digest()
+    (folder / name).chmod(0o755)
+    assert digest() == before == f"{folder_digest(folder)}\n" != after
+
+
+def test_the_cache_does_not_change_the_digest(folder: Path, tmp_path: Path) -> None:
+    for n in range(50):
+        (folder / "b" / f"{n}").write_text(str(n))
+        os.utime(folder / "b" / f"{n}", (0, 0))
+    for _ in range(2):
+        with FileHashes(tmp_path / "hashes.sqlite") as hashes:
+            assert folder_digest(folder, hashes) == folder_digest(folder)
+
+
 def test_only_the_content_identifies_a_source(tmp_path: Path) -> None:
     for name, content in {"a": "1", "b": "2", "c": "1"}.items():
         (tmp_path / name).write_text(content)
@@ -56,6 +113,24 @@ def test_only_the_content_identifies_a_source(tmp_path: Path) -> None:
     assert ids["ab"] == ids["cb"]
     assert len(set(ids.values())) == 6
     assert source_ids({"gone": tmp_path / "gone", "half": [a, tmp_path / "gone"]}) == {"gone": "", "half": ""}
+    assert source_ids({}) == {}
+
+
+def test_ids_of_many_sources_are_those_of_each(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{n}" for n in range(30)]
+    for n, path in enumerate(paths):
+        path.write_text(str(n))
+    asked = []
+
+    def source(key: str) -> list[Path]:
+        asked.append(key)
+        return [paths[int(key) % 30], paths[int(key) % 7]]
+
+    many = source_ids(Sources((str(n) for n in range(5000)), source))
+    assert sorted(asked) == sorted(many)  # once each
+    for key in ("0", "29", "30", "4999"):
+        assert many[key] == source_ids({key: source(key)})[key]
+    assert many["0"] == many["210"] != many["1"]
 
 
 def test_the_code_digest_covers_imported_modules(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +16,13 @@ import yaml
 from pipelines import audio, sam2, text, visual
 from samlove.data.dataset import RefAvsFolder
 from samlove.errors import SamloveError
-from samlove.features.encoders.base import Arrays, to_store
+from samlove.features.encoders.base import Arrays, Sources, to_store
 from samlove.features.encoders.frames import frame_sources
 from samlove.features.encoders.roberta import RobertaEncoder
 from samlove.features.encoders.sam2_image import Sam2ImageEncoder
 from samlove.features.encoders.vggish import VggishEncoder
 from samlove.features.encoders.vit import VitEncoder
-from samlove.features.extract import FAILURE_BUDGET, Job, extract
+from samlove.features.extract import AHEAD, FAILURE_BUDGET, Job, extract
 from stores import FeatureStore
 from tests import small_encoders as small
 
@@ -148,6 +150,33 @@ def test_nothing_to_encode_is_an_error(tmp_path: Path) -> None:
         run(Numbers(), {}, tmp_path)
 
 
+class Slow(Numbers):
+    """Records how many more sources than computed items there are, each time that it encodes."""
+
+    def __init__(self, asked: list[str]) -> None:
+        super().__init__()
+        self.asked, self.ahead = asked, list[int]()
+
+    def encode(self, items: list[float]) -> list[Arrays]:
+        self.ahead.append(len(self.asked) - len(self.computed))
+        time.sleep(0.02)  # the run could submit many tasks meanwhile
+        return super().encode(items)
+
+
+def test_only_the_sources_of_a_few_shards_exist_at_a_time(tmp_path: Path, sources: dict[str, Path]) -> None:
+    asked: list[str] = []
+
+    def source(key: str) -> Path:
+        asked.append(key)
+        return sources[key]
+
+    encoder = Slow(asked)
+    extract(Job(encoder, Sources(sources, source), tmp_path / "numbers", tmp_path / "scratch", 5, 5))
+    assert len(asked) == 500  # each once to hash it, and once to compute it
+    assert max(encoder.ahead) - 250 <= 5 * (AHEAD + 1)
+    assert len(FeatureStore.open(tmp_path / "numbers")) == 250
+
+
 # --- stages ----------------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +236,38 @@ def test_sam2_takes_one_group(
         sam2.main()
     assert ended.value.code == 2
     assert "expected one of train, eval" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [audio.main, visual.main, text.main])
+def test_the_other_stages_take_only_rehash(
+    main: Callable[..., None], project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main("--rehsah")
+    assert ended.value.code == 2
+    assert "expected no argument but --rehash, found --rehsah" in capsys.readouterr().err
+
+
+def test_unchanged_media_are_hashed_once_for_all_stages(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shown by a change that leaves size, modification time and inode as they are."""
+    for path in Path("data/dataset/small").rglob("*.*"):
+        os.utime(path, (0, 0))
+    (frame,) = Path("data/dataset/small").rglob("b/frames/0.jpg")
+    content = frame.read_bytes()
+    visual.main()
+    frame.write_bytes(content[:30] + bytes([content[30] ^ 1]) + content[31:])  # in the quantisation table
+    os.utime(frame, (0, 0))
+    capsys.readouterr()
+    visual.main()
+    assert "visual: nothing to compute" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["sam2", "eval"])
+    sam2.main()
+    visual.main("--rehash")
+    assert "1 of 3 items computed" in capsys.readouterr().out
+    sam2.main()
+    assert "sam2_eval: 1 of 2 items computed" in capsys.readouterr().out  # the stages share the cache
 
 
 def test_a_further_profile_computes_only_what_no_other_profile_has(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,6 +21,7 @@ from samlove.features.lock import only_run
 from stores import FeatureStore, FeatureStoreWriter
 from stores.earlier import layout
 from stores.verify import verify
+from tests.store_kinds import to_schema_1
 from tests.test_extract import Numbers, Stopped, job
 
 SIZE = 100  # items per shard
@@ -79,7 +81,7 @@ def test_added_items_go_into_new_shards(project: Project, removed: bool) -> None
     store = project.run()
     assert project.encoder.computed == list(range(900, 930))
     assert [inodes(store, n) for n in range(3)] == before
-    assert [shard["keys"] for shard in store.manifest["shards"]] == [100, 100, 50, 30]
+    assert [*store.shards.values()] == [100, 100, 50, 30]
     assert (project.report.shards, project.report.spent.shards_written) == (4, 1)
     assert "30 of 280 items computed" in str(project.report)
     assert "3 of 4 shards reused" in str(project.report)
@@ -102,7 +104,7 @@ def test_removed_items_are_left_out_and_nothing_is_computed(project: Project) ->
     store = project.run()
     assert project.encoder.computed == []
     assert inodes(store, 2) == before[2]
-    assert [shard["name"] for shard in store.manifest["shards"]] == ["shard-00000.zarr", "shard-00002.zarr"]
+    assert [*store.shards] == ["shard-00000.zarr", "shard-00002.zarr"]
     project.assert_holds({f"k{n:03}": n for n in range(250) if n != 3 and not 100 <= n < 200})
 
 
@@ -130,6 +132,7 @@ def test_moved_files_are_not_recomputed(project: Project) -> None:
 def test_rows_with_different_code_fingerprint_layout_or_ids_are_not_reused(project: Project) -> None:
     def todo(**changes: object) -> int:
         made = project.store.manifest
+        shutil.rmtree(project.root / "elsewhere", ignore_errors=True)
         values = {
             "path": project.root / "other",
             "scratch": project.root / "elsewhere",
@@ -144,6 +147,64 @@ def test_rows_with_different_code_fingerprint_layout_or_ids_are_not_reused(proje
 
     assert todo() == 0
     assert todo(code="other") == todo(fingerprint={}) == todo(chunk_rows=1) == todo(ids={}) == todo(previous=()) == 3
+
+
+def test_a_store_of_an_earlier_version_is_reused(project: Project) -> None:
+    before = [inodes(project.store, n) for n in range(3)]
+    shutil.rmtree(project.root / "scratch")
+    to_schema_1(project.root / "numbers")
+    project.sources["k120"].write_text("7")
+    store = project.run()
+    assert project.encoder.computed == [7]
+    assert store.manifest["schema"] == 2
+    assert [inodes(store, n) == before[n] for n in range(3)] == [True, False, True]
+    assert verify(store.path, deep=True) == []
+
+
+@pytest.mark.parametrize("name", ["index.arrow", "files.arrow", "manifest.json", "shard-00001.zarr/zarr.json"])
+def test_a_damaged_store_is_recomputed_where_it_must_be(project: Project, name: str) -> None:
+    shutil.rmtree(project.root / "scratch")
+    path = project.root / "numbers" / name
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    project.run()
+    lost = {"index.arrow": [], "shard-00001.zarr/zarr.json": range(100, 200)}.get(name, range(250))
+    assert sorted(project.encoder.computed) == [*lost]
+    project.assert_holds({f"k{n:03}": n for n in range(250)})
+    assert verify(project.root / "numbers", deep=True) == []
+
+
+def test_shards_that_an_interrupted_run_only_linked_do_not_hide_better_ones(project: Project) -> None:
+    values = {key: n + 1 for n, key in enumerate(project.sources)} | {"k249": 249}
+    for key, value in values.items():
+        project.sources[key].write_text(f"{value}")
+    other = project.root / "other"
+    extract(job(Numbers(), project.sources, other))
+    with pytest.raises(RuntimeError, match="stopped"):  # its last shard is a link to rows of which one is up to date
+        extract(job(Stopped(), project.sources, project.root))
+    encoder = Numbers()
+    extract(replace(job(encoder, project.sources, project.root), elsewhere=[other / "numbers"]))
+    assert encoder.computed == []
+    project.assert_holds(values)
+
+
+def test_unchanged_files_are_not_hashed_again(project: Project) -> None:
+    def run(rehash: bool = False) -> list[float]:
+        encoder = Numbers()
+        made = replace(job(encoder, project.sources, project.root), hashes=project.root / "hashes.sqlite")
+        extract(made, rehash=rehash)
+        return encoder.computed
+
+    for path in project.sources.values():
+        os.utime(path, (0, 0))
+    assert run() == []
+    for key in ("k003", "k004"):  # nobody could see it without reading the file
+        project.sources[key].write_text(key[-1].replace("3", "5").replace("4", "6"))
+        os.utime(project.sources[key], (0, 0))
+    os.utime(project.sources["k004"], (1, 1))
+    assert run() == [6]
+    assert run(rehash=True) == [5]
+    assert run() == []
 
 
 def test_linked_files_are_never_edited(project: Project) -> None:
@@ -181,16 +242,19 @@ some_keys = st.lists(st.integers(0, 30).map(str), unique=True)
 
 @given(some_keys, st.lists(some_keys, max_size=4), st.integers(1, 5))
 def test_every_key_is_in_one_shard_and_stays_there(wanted: list[str], history: list[list[str]], size: int) -> None:
+    def place(keys: list[str], standing: dict[int, list[str]]) -> dict[int, list[str]]:
+        return dict(layout(dict(zip(keys, keys, strict=True)), sorted(standing.items()), size))
+
     standing: dict[int, list[str]] = {}
     for keys in [*history, wanted]:
-        placed = dict(layout(keys, standing, size))
+        placed = place(keys, standing)
         assert sorted(key for shard in placed.values() for key in shard) == sorted(keys)
         assert all(0 < len(shard) <= size for shard in placed.values())
         where = {key: number for number, shard in placed.items() for key in shard}
         assert all(where[key] == number for number, shard in standing.items() for key in shard if key in where)
         # Whichever of these shards an interrupted run finished, all keys keep their places.
         for finished in ({}, {n: placed[n] for n in list(placed)[::2]}, {n: placed[n] for n in list(placed)[1::2]}):
-            assert dict(layout(keys, {**standing, **finished}, size)) == placed
+            assert place(keys, {**standing, **finished}) == placed
         standing = placed
 
 

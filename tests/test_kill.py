@@ -55,7 +55,7 @@ class Trial:
     def finished(self, root: Path) -> int:
         """Number of complete shards, which need not be recomputed."""
         if (root / "store").exists() and tree(root / "store") == self.expected:
-            return len(FeatureStore.open(root / "store").manifest["shards"])
+            return len(FeatureStore.open(root / "store").shards)
         staged = [path for path in root.glob("scratch/*/shard-*.zarr") if path.parent.name not in ("partial", "last")]
         return len(staged)
 

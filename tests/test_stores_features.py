@@ -7,13 +7,14 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import zarr
 
 from samlove.errors import RequestError, SamloveError
 from stores import Failure, FeatureStore, FeatureStoreWriter, ShardWriter
 from stores.remote import Cache, as_path
-from tests.store_kinds import Steps, tree
+from tests.store_kinds import Steps, to_schema_1, tree
 
 KEYS = [f"media_{i}" for i in range(5)]
 
@@ -55,8 +56,8 @@ def test_round_trip_and_partial_reads(tmp_path, chunk_rows):
 
 def test_one_file_per_feature_and_shard(tmp_path):
     store = fill(make_writer(tmp_path, chunk_rows=1))
-    data = [p for p in store.path.rglob("*") if p.is_file() and p.name not in ("zarr.json", "manifest.json")]
-    assert len(data) == 3 * 3 + 1  # three shards of three features, and the failure log
+    data = [p for p in store.path.rglob("*") if p.is_file() and p.name != "zarr.json"]
+    assert len(data) == 3 * 3 + 4  # three shards of three features; manifest, two tables and the failure log
 
 
 def test_a_scalar_feature(tmp_path):
@@ -92,11 +93,34 @@ def test_a_missing_data_file_is_not_read_as_zeros(tmp_path):
         FeatureStore.open(store.path).read("media_0")
 
 
-def test_a_missing_shard_is_named(tmp_path):
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_missing_shard_is_named(tmp_path, schema):
     store = fill(make_writer(tmp_path))
+    if schema == 1:
+        to_schema_1(store.path)
     (store.path / "shard-00001.zarr").rename(tmp_path / "away")
     with pytest.raises(SamloveError, match="shard-00001.zarr"):
-        FeatureStore.open(store.path)
+        FeatureStore.open(store.path).read("media_2")
+
+
+def test_a_store_of_schema_1_reads_the_same(tmp_path):
+    store = fill(make_writer(tmp_path, ids={key: key.upper() for key in KEYS}))
+    keys, shards, ids = store.keys(), store.shards, [store.id_of(key) for key in KEYS]
+    to_schema_1(store.path)
+    old = FeatureStore.open(store.path)
+    assert old.manifest["schema"] == 1
+    assert (old.keys(), old.shards, [old.id_of(key) for key in KEYS]) == (keys, shards, ids)
+    for key in KEYS:
+        for name, value in old.read(key).items():
+            np.testing.assert_array_equal(value, make_item(key)[name])
+
+
+def test_the_index_lists_every_item_in_order(tmp_path):
+    store = fill(make_writer(tmp_path, ids={key: key.upper() for key in KEYS}))
+    rows = pyarrow.ipc.open_file(store.path / "index.arrow").read_all().drop(["order"]).to_pylist()
+    assert rows == [{"key": k, "id": k.upper(), "shard": n // 2, "row": n % 2} for n, k in enumerate(KEYS)]
+    assert (store.manifest["schema"], store.manifest["keys"], store.manifest["shards"]) == (2, 5, 3)
+    assert sorted(store.manifest["files"]) == ["failures.csv", "files.arrow", "index.arrow"]
 
 
 def test_progress_is_kept_by_fingerprint_and_plan(tmp_path):
@@ -135,7 +159,7 @@ def test_all_failed(tmp_path):
         writer.write_shard(number, {})
     writer.publish([Failure(key, "audio", "silent") for key in KEYS])
     store = FeatureStore.open(writer.path)
-    assert len(store) == 0 and len(store.failures) == 5 and store.manifest["shards"] == []
+    assert len(store) == 0 and len(store.failures) == 5 and store.manifest["shards"] == 0
 
 
 def test_an_unwritten_shard_is_not_published(tmp_path):
@@ -177,6 +201,15 @@ def test_shards_with_different_shapes_are_not_published_together(tmp_path):
         writer.publish()
 
 
+@pytest.mark.parametrize(
+    ("keys", "match"),
+    [(["a", "b", "a"], r"expected each key once, found repeated keys: \['a'\]"), (["a", "\udcff"], "UTF-8")],
+)
+def test_keys_that_no_store_can_have_are_refused_at_once(tmp_path, keys, match):
+    with pytest.raises(RequestError, match=match):
+        make_writer(tmp_path, keys=keys)
+
+
 def test_foreign_keys_and_bad_sizes_are_refused(tmp_path):
     with pytest.raises(SamloveError, match="not planned for shard 0"):
         make_writer(tmp_path).write_shard(0, {"media_4": make_item("media_4")})
@@ -191,7 +224,7 @@ def test_a_manifest_that_contradicts_its_shards_is_refused(tmp_path):
     with pytest.raises(SamloveError, match="expected 7 keys"):
         FeatureStore.open(store.path)
     path.write_text(json.dumps({**store.manifest, "schema": 99}))
-    with pytest.raises(SamloveError, match="expected schema 1, found 99"):
+    with pytest.raises(SamloveError, match="expected schema 1 or 2, found 99"):
         FeatureStore.open(store.path)
 
 
@@ -200,8 +233,10 @@ def test_a_manifest_that_contradicts_its_shards_is_refused(tmp_path):
 @pytest.mark.parametrize("by_url", [False, True])
 def test_a_manifest_whose_names_point_outside_is_refused(tmp_path, part, name, by_url):
     store = fill(make_writer(tmp_path))
+    if part == "shards":
+        to_schema_1(store.path)  # schema 2 has only their number
     shutil.copytree(store.path, tmp_path / "other")  # what a name that points outside the store could reach
-    manifest = store.manifest
+    manifest = FeatureStore.open(store.path).manifest
     if part == "shards":
         manifest["shards"][1]["name"] = name.replace("{}", "shard-00001.zarr") if isinstance(name, str) else name
     else:
@@ -225,7 +260,10 @@ def test_an_array_is_not_written_under_a_name_that_points_outside(tmp_path, name
 @pytest.mark.parametrize("change", [{"shards": None}, {"shards": [1]}, {"shards": [{}]}, {"arrays": None}, {"keys": 0}])
 def test_a_manifest_of_something_else_is_refused(tmp_path, change):
     store = fill(make_writer(tmp_path))
-    (store.path / "manifest.json").write_text(json.dumps({**store.manifest, **change}))
+    if "shards" in change:
+        to_schema_1(store.path)
+    manifest = FeatureStore.open(store.path).manifest
+    (store.path / "manifest.json").write_text(json.dumps({**manifest, **change}))
     with pytest.raises(SamloveError, match="store"):
         FeatureStore.open(store.path)
     with ShardWriter(tmp_path / "shards") as writer:
@@ -251,8 +289,8 @@ def test_a_size_that_does_not_fit_is_refused(tmp_path, shape, compression):
 @pytest.mark.parametrize("chunk_rows", [None, 1, 3])
 def test_zarr_itself_reads_the_same(tmp_path, chunk_rows):
     store = fill(make_writer(tmp_path, chunk_rows=chunk_rows))
-    for shard in store.manifest["shards"]:
-        group = zarr.open_group(store.path / shard["name"], mode="r")
+    for shard in store.shards:
+        group = zarr.open_group(store.path / shard, mode="r")
         for row, key in enumerate(group.attrs["keys"]):
             for rows in (slice(None), slice(0, 1), slice(2, 7), slice(-3, None), slice(9, 99), slice(5, 2)):
                 for name, value in store.read(key, rows).items():

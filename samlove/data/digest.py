@@ -7,54 +7,128 @@ DVC therefore walks the dataset (a hundred thousand files in Ref-AVS) for one st
 import ast
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
+from tqdm import tqdm
+
+from samlove.data.hashes import FileHashes
 
 ROW = {"row_id": str, "media_id": str, "fid": int, "exp": str, "null": bool}  # the columns that say what a row asks for
 IDLE_MODULES = ("samlove.config", "samlove.device", "samlove.errors")  # no computed value depends on these
+CHUNK, AHEAD = 16, 64  # files or sources that a thread hashes at a time; such parts at a time
+DELAY_S = 2.0  # no progress bar for less
+Part = TypeVar("Part")
+Result = TypeVar("Result")
 
 
-def folder_digest(folder: Path) -> str:
+class Ids(Mapping[str, str]):
+    """{key: 32 hex digits, or an empty text}, read only; takes 16 bytes per key besides the dict of keys."""
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+        self._ids = {key: bytes.fromhex(value) for key, value in pairs}
+
+    def __getitem__(self, key: str) -> str:
+        return self._ids[key].hex()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+
+def folder_digest(folder: Path, hashes: FileHashes | None = None, title: str = "") -> str:
     """SHA-256 (hex) of the relative paths and contents of all files below `folder`, sorted by path.
 
-    A missing folder has the digest of an empty one; `folder` itself may be a link.
+    Follows links, but not one that leads back to a folder above it. A file or folder that cannot be read counts as one
+    without content. A missing folder has the digest of an empty one. title: of the progress bar; no bar if empty.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    whole = hashlib.sha256()
-    with ThreadPoolExecutor() as pool:  # hashing and reading release the GIL
-        for path, content in zip(paths, pool.map(_file_digest, paths), strict=True):
-            whole.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
+    hashes, whole = hashes or FileHashes(), hashlib.sha256()
+
+    def digests(paths: list[Path]) -> list[tuple[Path, str]]:
+        found = hashes.of(paths)
+        return [(path, found.get(path, "")) for path in paths]
+
+    paths = _files(folder) if folder.is_dir() else iter(())
+    with tqdm(desc=title, unit="file", disable=not title, delay=DELAY_S, mininterval=2) as bar:
+        for part in _in_threads(digests, iter(lambda: list(islice(paths, CHUNK)), [])):
+            for path, digest in part:
+                whole.update(os.fsencode(path.relative_to(folder)) + f"\0{digest}\n".encode())
+            bar.update(len(part))
     return whole.hexdigest()
 
 
-def source_ids(sources: Mapping[str, Any]) -> dict[str, str]:
+def _files(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
+    """All files below a folder, and the folders that cannot be listed, sorted by path. above: (device, inode) each."""
+    try:
+        stat, entries = folder.stat(), sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:
+        yield folder
+        return
+    here = (stat.st_dev, stat.st_ino)
+    for entry in entries if here not in above else ():
+        path = folder / entry.name
+        if path.is_dir() if entry.is_symlink() else entry.is_dir():
+            yield from _files(path, (*above, here))
+        elif path.is_file():
+            yield path
+
+
+def source_ids(sources: Mapping[str, Any], hashes: FileHashes | None = None, title: str = "") -> Ids:
     """For each source (a text, a path or a list of paths), 32 hex digits that change with the text or the files' bytes.
 
-    File names and times do not matter. An empty string if a file cannot be read.
+    File names and times do not matter. An empty text if a file cannot be read. title: of the progress bar; no bar if
+    empty.
     """
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(sources, pool.map(_source_id, sources.values()), strict=True))
+    hashes = hashes or FileHashes()
+    keys = iter(sources)
+
+    def pairs() -> Iterator[tuple[str, str]]:
+        with tqdm(total=len(sources), desc=title, unit="item", disable=not title, delay=DELAY_S, mininterval=2) as bar:
+            for part in _in_threads(ids, iter(lambda: list(islice(keys, CHUNK)), [])):
+                yield from part
+                bar.update(len(part))
+
+    def ids(some: list[str]) -> list[tuple[str, str]]:
+        parts = {key: source if isinstance(source := sources[key], list) else [source] for key in some}
+        found = hashes.of(part for source in parts.values() for part in source if not isinstance(part, str))
+        return [(key, _source_id(source, found)) for key, source in parts.items()]
+
+    return Ids(pairs())
 
 
-def _source_id(source: Any) -> str:
+def _source_id(source: list[Any], found: Mapping[Path, str]) -> str:
     whole = hashlib.sha256()
-    digests: dict[Path, str] = {}
-    for part in source if isinstance(source, list) else [source]:
-        if isinstance(part, str):
-            whole.update(part.encode(errors="surrogatepass"))
-        else:
-            try:
-                digests[part] = digests.get(part) or _file_digest(part)  # a short video repeats its last frame
-            except OSError:
-                return ""
-            whole.update(digests[part].encode())
+    for part in source:
+        text = part if isinstance(part, str) else found.get(part)
+        if text is None:
+            return ""
+        whole.update(text.encode(errors="surrogatepass"))
     return whole.hexdigest()[:32]
+
+
+def _in_threads(function: Callable[[Part], Result], parts: Iterable[Part]) -> Iterator[Result]:
+    """The results in order. Takes only a few parts before their results are taken."""
+    with ThreadPoolExecutor() as pool:  # reading and hashing release the GIL
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for part in parts:
+                waiting.append(pool.submit(function, part))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:  # if the run is stopped, the parts that have not begun are not needed
+            pool.shutdown(cancel_futures=True)
 
 
 def rows_digest(rows: pd.DataFrame) -> str:
@@ -97,8 +171,3 @@ def _imported(source: bytes) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,6 @@ The files do not say how they were computed, so the store's fingerprint holds `i
 import hashlib
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +13,14 @@ import torch
 from samlove.config import Dtype
 from samlove.errors import RequestError, SamloveError
 from samlove.features.encoders.base import to_store
+from samlove.model.weights import is_plain, is_safetensors, read_torch
 from stores import FeatureStoreWriter
 from stores.fingerprint import sha256_file
 from stores.manifest import refuse_existing
 
 SHAPE = (10, 128)  # seconds, VGGish's width
 SHARD = 512  # videos
+TENSOR = "save each array as a tensor: torch.save(torch.as_tensor(array), 'MEDIA_ID.pt')"
 
 
 def import_audio_embed(folder: Path, path: Path, dtype: Dtype = "float16") -> int:
@@ -53,12 +54,12 @@ def import_audio_embed(folder: Path, path: Path, dtype: Dtype = "float16") -> in
 
 
 def _read(file: Path, dtype: Dtype) -> dict[str, np.ndarray]:
-    try:
-        value: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen unrelated types for a broken or pickled file
-        reason = str(error).strip().split("\n")[0]
-        raise SamloveError(f"{file}: not readable as a tensor (torch, weights_only=True): {reason}") from None
+    if is_safetensors(file):
+        raise SamloveError(f"{file}: expected a tensor that torch.save wrote, found a safetensors file; {TENSOR}")
+    value = read_torch(file, TENSOR)
     if not isinstance(value, torch.Tensor) or tuple(value.shape) != SHAPE:
         found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise SamloveError(f"{file}: expected a tensor {SHAPE}, found {found}")
+    if not is_plain(value) or value.is_complex():
+        raise SamloveError(f"{file}: expected real numbers, all of them in the file, found {value.dtype}; {TENSOR}")
     return {"audio": to_store(str(file), value, dtype), "audio_valid": np.ones(SHAPE[0], bool)}

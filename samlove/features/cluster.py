@@ -24,6 +24,7 @@ LOOPBACK = "127.0.0.1"
 DASHBOARD = f"{LOOPBACK}:8787"  # another port if this one is taken
 CORES_PER_WORKER = 4  # without a GPU: more threads barely speed up one encoder, more workers need more memory
 QUIET = logging.CRITICAL  # the run reports a task's error as one line; Dask's own log would precede it
+LOGGED = 10  # messages, each with the sources of a shard, that Dask keeps in its logs; by default 1,000
 CONNECT_S = 10  # time limit for a scheduler to answer
 
 Cluster = LocalConfig | SchedulerConfig | SlurmConfig
@@ -42,33 +43,34 @@ def connect(config: Cluster) -> Iterator[tuple[Client, int | None]]:
     Raises SamloveError if no scheduler answers; RequestError if the slurm extra is not installed or an option of
     slurm.yaml is invalid.
     """
-    if isinstance(config, SchedulerConfig):
-        with _client(config.address, config.address) as client:
-            yield client, config.threads
-    elif isinstance(config, SlurmConfig):
-        with slurm_cluster(config) as cluster, _client(cluster, "SLURM") as client:
-            cluster.scale(jobs=config.jobs)
-            yield client, config.cores
-    else:
-        workers = config.workers or torch.cuda.device_count() or max(1, CPU_COUNT // CORES_PER_WORKER)
-        threads = config.threads or (max(1, CPU_COUNT // workers) if workers > 1 else None)
-        with (
-            dask.config.set({"distributed.dashboard.link": f"http://{LOOPBACK}:{{port}}/status"}),
-            _local_cluster(workers, threads) as cluster,
-            _client(cluster, "the local cluster") as client,
-        ):
-            client.wait_for_workers(workers)
-            yield client, threads
+    with dask.config.set({"distributed.admin.low-level-log-length": LOGGED}):
+        if isinstance(config, SchedulerConfig):
+            with _client(config.address, config.address) as client:
+                yield client, config.threads
+        elif isinstance(config, SlurmConfig):
+            with slurm_cluster(config) as cluster, _client(cluster, "SLURM") as client:
+                cluster.scale(jobs=config.jobs)
+                yield client, config.cores
+        else:
+            workers = config.workers or torch.cuda.device_count() or max(1, CPU_COUNT // CORES_PER_WORKER)
+            threads = config.threads or (max(1, CPU_COUNT // workers) if workers > 1 else None)
+            with (
+                dask.config.set({"distributed.dashboard.link": f"http://{LOOPBACK}:{{port}}/status"}),
+                _local_cluster(workers, threads) as cluster,
+                _client(cluster, "the local cluster") as client,
+            ):
+                client.wait_for_workers(workers)
+                yield client, threads
 
 
 @contextmanager
 def _client(cluster: Any, what: str) -> Iterator[Client]:
     try:
         client = Client(cluster, timeout=CONNECT_S)
-    except (OSError, ValueError) as error:  # ValueError: not an address
+    except (OSError, ValueError, TypeError, AssertionError) as error:  # all but OSError: not an address
         raise SamloveError(
-            f"{what}: no Dask scheduler answers ({' '.join(str(error).split())}); start one, or correct the address "
-            "in configs/cluster/scheduler.yaml"
+            f"{what}: no Dask scheduler answers ({_line(error)}); start one, or correct the address in "
+            "configs/cluster/scheduler.yaml"
         ) from error
     with client:
         yield client
@@ -114,5 +116,9 @@ def slurm_cluster(config: SlurmConfig) -> Any:
         return SLURMCluster(
             cores=TASKS, processes=1, job_cpu=config.cores, memory=config.memory, job_name="samlove", **config.options
         )
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"configs/cluster/slurm.yaml: {' '.join(str(error).split())}") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise RequestError(f"configs/cluster/slurm.yaml: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

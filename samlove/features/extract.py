@@ -2,7 +2,9 @@
 
 One shard is one task (samlove.features.worker), on workers of this machine or of others (samlove.features.cluster).
 Finished shards stay in scratch, so an interrupted run resumes there, and another worker recomputes the shard of a
-worker that died. An item that cannot be read becomes a row of the failure log, and the run continues.
+worker that died. An item that cannot be read becomes a row of the failure log, and the run continues. A task carries
+all that its worker must know about the shard, and only a few tasks per worker exist at a time. So the memory that the
+run and the scheduler need for an item is little more than its key.
 
 Extraction is incremental: a store keeps, for each item, the content hash of its source. An item is reused if this
 hash, the fingerprint and the encoder's code are unchanged. It may come from the previously published store, from an
@@ -14,18 +16,20 @@ scratch folder is always safe and costs only time.
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from distributed import Client, Future, KilledWorker, as_completed, wait
+from distributed import Client, Future, KilledWorker, wait
 from tqdm import tqdm
 
 from samlove.data.digest import code_digest, source_ids
+from samlove.data.hashes import FileHashes
 from samlove.errors import SamloveError
 from samlove.features.cluster import LOCAL, Cluster, connect
 from samlove.features.encoders.base import Encoder
@@ -39,6 +43,7 @@ from stores.features import Failure, write_failures
 # the dataset, and results would not be comparable. Below a hundred items any failure is too many.
 FAILURE_BUDGET = 0.01
 SHOWN = 3  # failures in a message; the failure log has all of them
+AHEAD = 4  # tasks per worker that exist at a time: two that it runs, two that it can start at once
 LAST, LOCK, FAILURE_LOG = "last", "lock", "failures.csv"  # in the scratch folder
 
 
@@ -48,7 +53,7 @@ class Job:
 
     scratch: a folder for this store only, on the file system of `out` and outside every DVC output. shard_size,
     batch_size: items; a batch does not cross shards. chunk_rows, compression: as in FeatureStoreWriter. elsewhere:
-    stores of other profiles, to reuse items from.
+    stores of other profiles, to reuse items from. hashes: the cache of file hashes; None: hash every file.
     """
 
     encoder: Encoder
@@ -60,6 +65,7 @@ class Job:
     chunk_rows: int | None = None
     compression: Compression = "none"
     elsewhere: Sequence[Path] = ()
+    hashes: Path | None = None
 
 
 @dataclass
@@ -101,8 +107,10 @@ class Report:
         )
 
 
-def extract(job: Job, cluster: Cluster = LOCAL) -> Report:
+def extract(job: Job, cluster: Cluster = LOCAL, rehash: bool = False) -> Report:
     """Build the store of `job`, or complete it. Returns what the run did.
+
+    rehash: hash every file, even if its size, modification time and inode are unchanged.
 
     Raises SamloveError if another run is using the store, if there is nothing to encode, if a value does not fit the
     store, if the disk is full, if workers keep dying, or if more than FAILURE_BUDGET of the items cannot be read.
@@ -111,7 +119,7 @@ def extract(job: Job, cluster: Cluster = LOCAL) -> Report:
     if not job.sources:
         raise SamloveError(f"{job.out}: expected items to encode, found none in the index; run: samlove audit DIR")
     try:
-        return _extract(job, cluster)
+        return _extract(job, cluster, rehash)
     except OSError as error:  # usually a full disk
         raise SamloveError(
             f"{job.out}: cannot be written: {error}; fix that (e.g. free disk space) and run the same command again. "
@@ -119,11 +127,12 @@ def extract(job: Job, cluster: Cluster = LOCAL) -> Report:
         ) from error
 
 
-def _extract(job: Job, cluster: Cluster) -> Report:
+def _extract(job: Job, cluster: Cluster, rehash: bool) -> Report:
     with only_run(job.scratch / LOCK, job.out) as token:
         report = Report(total=len(job.sources))
         began = time.perf_counter()
-        ids = source_ids(job.sources)
+        with FileHashes(job.hashes, rehash) as hashes:
+            ids = source_ids(job.sources, hashes, f"{job.out.name}: hash")
         report.hash_s = time.perf_counter() - began
         writer = FeatureStoreWriter(
             path=job.out,
@@ -156,17 +165,19 @@ def _compute(job: Job, writer: FeatureStoreWriter, token: str, cluster: Cluster,
     with connect(cluster) as (client, threads):
         print(f"{job.out.name}: {_workers(client)} worker(s); dashboard: {client.dashboard_link}")
         progress = _Progress(job, todo)
-        plugin = Extraction(run, job.encoder, writer, job.batch_size, job.scratch / LOCK, token, threads)
-        futures: list[Future] = []
+        plugin = Extraction(run, job.encoder, writer.staging, job.batch_size, job.scratch / LOCK, token, threads)
+
+        def submit(number: int) -> Future:
+            planned = writer.planned(number)
+            sources = {key: job.sources[key] for key in planned}
+            return client.submit(compute_shard, run, number, planned, sources, key=f"{run}-{number}", pure=False)
+
         HERE[run] = job.encoder
+        running: set[Future] = set()
         try:
             client.register_plugin(plugin, name=run)
             client.subscribe_topic(run, progress.tell)
-            for number, missing in todo:
-                sources = {key: job.sources[key] for key in missing}
-                futures.append(client.submit(compute_shard, run, number, sources, key=f"{run}-{number}", pure=False))
-            for future in as_completed(futures):
-                done: Shard = future.result()  # never None before the run has ended
+            for done in _results(client, submit, (number for number, _ in todo), running):
                 failures[done.number] = done.failures
                 report.add(done)
                 progress.finish(done.number)
@@ -185,11 +196,30 @@ def _compute(job: Job, writer: FeatureStoreWriter, token: str, cluster: Cluster,
             del HERE[run]
             if client.status == "running":  # the scheduler is reachable
                 client.unregister_worker_plugin(run)  # if the run ends early, workers stop after their batch
-                _settle(client, futures)
+                _settle(client, running)
     return [failure for number, _ in todo for failure in failures[number]]
 
 
-def _settle(client: Client, futures: list[Future]) -> None:
+def _results(
+    client: Client, submit: Callable[[int], Future], numbers: Iterator[int], running: set[Future]
+) -> Iterator[Shard]:
+    """The results of one task per shard, as they complete. Keeps the tasks without a result yet in `running`."""
+    while True:
+        room = AHEAD * max(1, _workers(client)) - len(running)
+        for number in islice(numbers, max(0, room)):
+            running.add(submit(number))
+        if not running:
+            return
+        try:
+            done = wait(running, timeout=1, return_when="FIRST_COMPLETED").done
+        except TimeoutError:
+            continue  # there may be new workers
+        for future in done:
+            running.remove(future)
+            yield future.result()  # never None before the run has ended
+
+
+def _settle(client: Client, futures: Iterable[Future]) -> None:
     """Wait until no worker runs these tasks any more, so that nothing is being written."""
     while not all(future.done() for future in futures) and _workers(client):
         with suppress(TimeoutError):
@@ -205,9 +235,9 @@ class _Progress:
 
     def __init__(self, job: Job, todo: list[tuple[int, list[str]]]) -> None:
         self._sizes = {number: len(missing) for number, missing in todo}
-        self._tried: dict[int, int] = {}
-        self._before = len(job.sources) - sum(self._sizes.values())
-        self._bar = tqdm(total=len(job.sources), initial=self._before, desc=job.out.name, unit="item", mininterval=2)
+        self._tried = dict.fromkeys(self._sizes, 0)
+        before = len(job.sources) - sum(self._sizes.values())
+        self._bar = tqdm(total=len(job.sources), initial=before, desc=job.out.name, unit="item", mininterval=2)
 
     def close(self) -> None:
         self._bar.close()
@@ -215,14 +245,14 @@ class _Progress:
     def tell(self, event: tuple[float, list[int]]) -> None:
         """Handle a worker's report, [shard, items tried], which may arrive late."""
         number, tried = event[1]
-        self._show(number, max(tried, self._tried.get(number, 0)))
+        self._show(number, min(max(tried, self._tried[number]), self._sizes[number]))
 
     def finish(self, number: int) -> None:
         self._show(number, self._sizes[number])
 
     def _show(self, number: int, tried: int) -> None:
+        self._bar.update(tried - self._tried[number])
         self._tried[number] = tried
-        self._bar.update(self._before + sum(self._tried.values()) - self._bar.n)
 
 
 def _tidy(scratch: Path) -> None:

@@ -34,9 +34,8 @@ class Row:
 
 def golden_keys(store: FeatureStore) -> list[str]:
     """The keys of the sample: all keys if there are at most SAMPLE."""
-    keys = store.keys()
-    places = np.linspace(0, len(keys) - 1, min(SAMPLE, len(keys))).round().astype(int)
-    return [keys[place] for place in places]
+    places = np.linspace(0, len(store) - 1, min(SAMPLE, len(store))).round().astype(int)
+    return [store.key(int(place)) for place in places]
 
 
 def check_live(job: Job, store: FeatureStore) -> list[Row]:
@@ -49,11 +48,13 @@ def check_live(job: Job, store: FeatureStore) -> list[Row]:
     for key in golden_keys(store):
         if key not in job.sources:
             rows.append(Row(key, "", 0.0, "no longer in the index"))
-        elif store.id_of(key) != source_ids({key: job.sources[key]})[key]:
+            continue
+        source = job.sources[key]
+        if store.id_of(key) != source_ids({key: source})[key]:
             rows.append(Row(key, "", 0.0, "its source has changed or cannot be read"))
         else:
             try:
-                items[key] = job.encoder.load(job.sources[key])
+                items[key] = job.encoder.load(source)
             except SamloveError as error:
                 rows.append(Row(key, "", 0.0, str(error)))
     live = job.encoder.encode(list(items.values())) if items else []

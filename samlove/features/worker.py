@@ -22,8 +22,8 @@ from distributed import Worker, WorkerPlugin, get_worker
 
 from samlove.errors import SamloveError
 from samlove.features.encoders.base import Arrays, Encoder
-from stores import FeatureStoreWriter
 from stores.features import Failure
+from stores.staging import Staging
 
 TASKS = 2  # at a time; start each worker with this many threads
 # Reader threads per task; decoding releases the GIL. Four keep up with a CPU; a GPU can use all sixteen.
@@ -128,13 +128,13 @@ class Extraction(WorkerPlugin):
         self,
         name: str,
         encoder: Encoder,
-        writer: FeatureStoreWriter,
+        staging: Staging,
         batch_size: int,
         lock: Path,
         token: str,
         threads: int | None,
     ) -> None:
-        self.name, self.encoder, self.writer, self.batch_size = name, encoder, writer, batch_size
+        self.name, self.encoder, self.staging, self.batch_size = name, encoder, staging, batch_size
         self.lock, self.token, self.threads = lock, token, threads
 
     def setup(self, worker: Worker) -> None:
@@ -150,14 +150,16 @@ class Extraction(WorkerPlugin):
         """The run has ended, perhaps early: a task that is computing stops after its current batch."""
         self.stopped.set()
 
-    def shard(self, number: int, sources: Mapping[str, Any]) -> Shard | None:
+    def shard(self, number: int, planned: Mapping[str, str], sources: Mapping[str, Any]) -> Shard | None:
         """Compute and write the items of shard `number` that are still missing; returns None if the run has ended.
 
-        sources: {key: what encoder.load takes} of the shard's items. Raises SamloveError if this worker does not see
-        the run's files or a value does not fit the store, OSError if the shard cannot be written.
+        planned: {key: id} of the shard's items. sources: {key: what encoder.load takes} of the same items. Raises
+        SamloveError if this worker does not see the run's files or a value does not fit the store, OSError if the shard
+        cannot be written.
         """
         self._check_place()
-        missing = {key: sources[key] for key in self.writer.missing(number)}  # a lost worker may have written it
+        # A worker that died may have written the shard, or have removed the rows that it had.
+        missing = {key: sources[key] for key in self.staging.missing(number, planned)}
         done = Shard(number, [], Timing())
         ahead = max(2 * self.batch_size, self.batch_size + READERS)
         with ReadAhead(self.encoder, missing, ahead) as reading, self.turn:
@@ -165,7 +167,7 @@ class Extraction(WorkerPlugin):
         if self.stopped.is_set():
             return None
         began = time.perf_counter()
-        done.timing.shards_written += self.writer.write_shard(number, items)
+        done.timing.shards_written += self.staging.write(number, planned, items)
         done.timing.write_s += time.perf_counter() - began
         return done
 
@@ -174,7 +176,7 @@ class Extraction(WorkerPlugin):
         tried = 0
         while not self.stopped.is_set() and (batch := reading.take(self.batch_size, done.timing)):
             read = {key: item for key, item in batch.items() if not isinstance(item, SamloveError)}
-            stage = self.writer.path.name
+            stage = self.staging.path.name
             done.failures += [Failure(key, stage, str(item)) for key, item in batch.items() if key not in read]
             items |= self._encode(read, done)
             tried += len(batch)
@@ -202,7 +204,7 @@ class Extraction(WorkerPlugin):
     def _check_place(self) -> None:
         """Check that the worker sees the run's files: it must find the run's lock file from its own working folder."""
         try:
-            found = self.lock.read_text()
+            found = self.lock.read_text(encoding="utf-8")
         except OSError:
             found = "none"
         if found != self.token:
@@ -213,7 +215,7 @@ class Extraction(WorkerPlugin):
             )
 
 
-def compute_shard(run: str, number: int, sources: Mapping[str, Any]) -> Shard | None:
+def compute_shard(run: str, number: int, planned: Mapping[str, str], sources: Mapping[str, Any]) -> Shard | None:
     """The Dask task: compute shard `number` of a run, see Extraction.shard. Also None if the run has ended."""
     held = get_worker().plugins.get(run)
-    return held.shard(number, sources) if isinstance(held, Extraction) else None
+    return held.shard(number, planned, sources) if isinstance(held, Extraction) else None

@@ -5,6 +5,7 @@ reported early, and loads the network on the first `encode`.
 """
 
 import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Protocol, TypeVar
@@ -21,6 +22,27 @@ Arrays = dict[str, np.ndarray]
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}
 Source = TypeVar("Source", contravariant=True)  # what `load` reads: a wav path, frame paths or an expression
 Item = TypeVar("Item")  # what `load` returns
+
+
+class Sources(Mapping[str, Any]):
+    """{key: what `Encoder.load` reads}. A value is computed whenever it is asked for, in any thread; none is kept."""
+
+    def __init__(self, keys: Iterable[str], source: Callable[[str], Any]) -> None:
+        self._keys, self._source = dict.fromkeys(keys), source
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._keys:
+            raise KeyError(key)
+        return self._source(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
 
 class Encoder(Protocol[Source, Item]):

@@ -27,7 +27,7 @@ class ClipImageEncoder(OnDevice):
     def __init__(self, config: VisualConfig, device: torch.device):
         """Raises RequestError, saying how to get them, if the weights are missing."""
         self.config, self.device = config, device
-        self.folder = resolve_folder(config.weights, "CLIP", CLIP)
+        self.folder = resolve_folder(config.weights, "CLIP", CLIP, ("clip", "clip_vision_model"))
 
     def fingerprint(self) -> dict:
         return {

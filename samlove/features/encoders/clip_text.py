@@ -13,6 +13,9 @@ class ClipTextEncoder(RobertaEncoder):
     """
 
     what, name = "CLIP", CLIP
+    model_types = ("clip", "clip_text_model")
+    family = "CLIPTokenizer"
+    ids = ()  # OpenAI's config.json has others
 
     def _load_network(self) -> Any:
         from transformers import CLIPTextModel

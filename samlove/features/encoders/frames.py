@@ -10,21 +10,22 @@ from torch import Tensor
 
 from samlove.config import Dtype
 from samlove.data.dataset import RefAvsFolder, load_frame
-from samlove.features.encoders.base import Arrays, to_store
+from samlove.features.encoders.base import Arrays, Sources, to_store
 
 CENTRE = (0.5, 0.5, 0.5)  # timm's default mean and standard deviation
 
 
-def frame_sources(folder: RefAvsFolder, media_ids: Iterable[str], frames: int) -> dict[str, list[Path]]:
+def frame_sources(folder: RefAvsFolder, media_ids: Iterable[str], frames: int) -> Sources:
     """The paths of each video's `frames` frames: longer videos are cut, shorter ones repeat their last frame.
 
     A video without frames gets the path of its first frame, so that the reading error names that path.
     """
-    sources = {}
-    for media_id in media_ids:
+
+    def paths(media_id: str) -> list[Path]:
         last = max(folder.frame_count(media_id), 1) - 1
-        sources[media_id] = [folder.frame_path(media_id, min(t, last)) for t in range(frames)]
-    return sources
+        return [folder.frame_path(media_id, min(t, last)) for t in range(frames)]
+
+    return Sources(media_ids, paths)
 
 
 def load_square(paths: Sequence[Path], size: int) -> Tensor:

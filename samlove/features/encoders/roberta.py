@@ -19,11 +19,14 @@ class RobertaEncoder(OnDevice):
     """
 
     what, name = "DistilRoBERTa", "distilbert/distilroberta-base"
+    model_types: tuple[str, ...] = ("roberta",)
+    family = "RobertaTokenizer"
+    ids: tuple[str, ...] = ("bos_token_id", "eos_token_id", "pad_token_id")
 
     def __init__(self, config: TextConfig, device: torch.device):
         """Raises RequestError, saying how to get them, if the weights are missing."""
         self.config, self.device = config, device
-        self.folder = resolve_folder(config.weights, self.what, self.name)
+        self.folder = resolve_folder(config.weights, self.what, self.name, self.model_types)
 
     def fingerprint(self) -> dict:
         return {
@@ -37,7 +40,7 @@ class RobertaEncoder(OnDevice):
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.folder)
+        return load_tokenizer(self.folder, self.family, self.network, self.ids)
 
     @cached_property
     def network(self) -> Any:

@@ -1,26 +1,33 @@
 """Pretrained models in the transformers format: a folder with configuration, weights and tokenizer."""
 
 import hashlib
+import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import samlove.model.torchvision_ops  # noqa: F401  (transformers imports torchvision)
-from samlove.errors import RequestError, SamloveError
-from samlove.model.weights import HUB, from_hub
+from samlove.config import local_path
+from samlove.errors import RequestError, SamloveError, absence
+from samlove.model.weights import AGAIN, HUB, from_hub, is_safetensors, read_torch
 from stores.fingerprint import sha256_file
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
 READ = ("*.json", "*.txt", *WEIGHTS)  # configuration, vocabulary, weights
 CLIP = "openai/clip-vit-base-patch16"
+INSIDE = ("*/config.json", "snapshots/*/config.json")  # of sentence-transformers, of the Hub's own cache
 
 
-def resolve_folder(weights: str, what: str, name: str) -> Path:
+def resolve_folder(weights: str, what: str, name: str, model_types: tuple[str, ...]) -> Path:
     """The local folder that `weights` names; "hub:NAME" downloads it from the Hugging Face Hub.
 
-    name: the Hub name of the paper's model, for the message.
-    Raises RequestError, saying what the folder is and how to get it, if it or one of its files is missing.
+    name: the Hub name of the paper's model, for the message. model_types: those of config.json that are accepted; of
+    other architectures, transformers may load the weights without an error and compute something else.
+    Raises RequestError, saying what the folder is and how to get it, if it or one of its files is missing, or if it is
+    of another architecture; SamloveError if one of its files is damaged.
     """
     remedy = f"set weights: hub:{name}, or run: hf download {name} --local-dir FOLDER"
     if weights.startswith(HUB):
@@ -28,16 +35,41 @@ def resolve_folder(weights: str, what: str, name: str) -> Path:
 
         folder = Path(from_hub(weights, what, remedy, lambda n: snapshot_download(n, allow_patterns=list(READ))))
     else:
-        folder = Path(weights)
-    if not (folder / "config.json").is_file() or not any((folder / file).is_file() for file in WEIGHTS):
-        raise RequestError(f"{folder}: config.json or weights ({' or '.join(WEIGHTS)}) of {what} missing; {remedy}")
+        folder = local_path(weights)
+    if not os.path.isdir(folder):
+        raise RequestError(f"{folder}: {absence(folder)}; expected the folder of {what}; {remedy}")
+    if not os.path.isfile(folder / "config.json"):
+        for pattern in INSIDE:
+            for inside in sorted(folder.glob(pattern)):
+                if _model_type(inside) in model_types:
+                    raise RequestError(f"{folder}: the model is in a folder inside it; set weights: {inside.parent}")
+    for names in (("config.json",), WEIGHTS):
+        if not any(os.path.isfile(folder / name) for name in names):
+            found = absence(folder / names[0])
+            raise RequestError(f"{folder / ' or '.join(names)}: {found}; expected as a part of {what}; {remedy}")
+    found = _model_type(folder / "config.json")
+    if found not in model_types:
+        expected = " or ".join(map(repr, model_types))
+        raise RequestError(f"{folder / 'config.json'}: expected model_type {expected}, found {found!r}; {remedy}")
+    is_safetensors(_weights(folder))
     return folder
+
+
+def _model_type(config: Path) -> Any:
+    """The architecture that a config.json names. Raises SamloveError if it is not such a file."""
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise SamloveError(f"{config}: expected the configuration of a model, found other content; {AGAIN}") from error
+
+
+def _weights(folder: Path) -> Path:
+    return next(folder / name for name in WEIGHTS if os.path.isfile(folder / name))
 
 
 def sha256_model(folder: Path) -> str:
     """Hash of the names and bytes of all files that are read from a model's folder."""
-    weights = next(name for name in WEIGHTS if (folder / name).is_file())
-    names = {path.name for pattern in READ for path in folder.glob(pattern)} - set(WEIGHTS) | {weights}
+    names = {path.name for pattern in READ for path in folder.glob(pattern)} - set(WEIGHTS) | {_weights(folder).name}
     digest = hashlib.sha256()
     for name in sorted(names):
         digest.update(f"{name}\0{sha256_file(folder / name)}\n".encode())
@@ -47,7 +79,8 @@ def sha256_model(folder: Path) -> str:
 def load_network(model: Any, folder: Path, **options: Any) -> Any:
     """A transformers class loaded from a folder, float32, in evaluation mode, without network access.
 
-    Raises SamloveError if a weight is missing; transformers would only warn and leave it random.
+    Raises SamloveError if the weights are not exactly those of the configuration: one is missing or of another shape,
+    or there are further layers. transformers would only warn.
     """
     from transformers.utils import logging
 
@@ -55,28 +88,64 @@ def load_network(model: Any, folder: Path, **options: Any) -> Any:
     logging.disable_progress_bar()
     try:
         network, loaded = model.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, **options
+            folder,
+            local_files_only=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below
+            **options,
         )
     except Exception as error:  # transformers raises a dozen unrelated types for a broken folder
+        weights = _weights(folder)
+        if not is_safetensors(weights):
+            read_torch(weights)  # says what is wrong with the file, if it is the file
         raise _unreadable(folder, model.__name__, error) from error
-    if missing := sorted(loaded["missing_keys"]):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise SamloveError(
-            f"{folder}: weights of {model.__name__} missing: {missing[0]}{more}; download the folder again"
-        )
+    own = {_numberless(name) for name in network.state_dict()}
+    prefix = f"{network.base_model_prefix}."
+    for what, names in (
+        ("missing", loaded["missing_keys"]),
+        ("of other shapes than in config.json", [name for name, *_ in loaded["mismatched_keys"]]),
+        ("not in config.json", [n for n in loaded["unexpected_keys"] if _numberless(n.removeprefix(prefix)) in own]),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise SamloveError(
+                f"{folder}: weights of {model.__name__} {what}: {min(names)}{more}; download the folder again"
+            )
     return network.eval()
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer. Raises SamloveError if it cannot be read."""
+def _numberless(name: str) -> str:
+    """The name of a weight without the number of its layer."""
+    return re.sub(r"\.\d+\.", ".N.", name)
+
+
+def load_tokenizer(folder: Path, family: str, network: Any, ids: tuple[str, ...]) -> Any:
+    """The folder's tokenizer.
+
+    family: RobertaTokenizer or CLIPTokenizer. network: the network that it belongs to. ids: the special tokens, such as
+    pad_token_id, whose numbers in the network's configuration are the tokenizer's.
+    Raises SamloveError if it cannot be read, or is not the tokenizer that the network was trained with; transformers
+    makes up a tokenizer without words if a file is missing.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as above
-        raise _unreadable(folder, "tokenizer", error) from error
+        raise _unreadable(folder, family, error) from error
+    config = network.config
+    wanted = {"class": family, "tokens": config.vocab_size, **{name: getattr(config, name) for name in ids}}
+    found = {"class": type(tokenizer).__name__.removesuffix("Fast"), "tokens": len(tokenizer)}
+    found |= {name: getattr(tokenizer, name) for name in ids}
+    if differing := [f"{name} {wanted[name]}, found {found[name]}" for name in wanted if wanted[name] != found[name]]:
+        raise SamloveError(
+            f"{folder}: its tokenizer does not fit the network or is incomplete: expected {differing[0]}; "
+            "download the folder again"
+        )
+    return tokenizer
 
 
 def _unreadable(folder: Path, what: str, error: Exception) -> SamloveError:
-    reason = str(error).strip().split("\n")[0]
+    reason = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip().split("\n")[0]
     return SamloveError(f"{folder}: not readable as a {what}: {reason}; download the folder again")

@@ -19,7 +19,7 @@ from samlove.config import AudioConfig
 from samlove.data.dataset import load_audio
 from samlove.errors import SamloveError
 from samlove.features.encoders.base import Arrays, OnDevice, library_versions, to_store
-from samlove.model.weights import load_into, load_state_dict, resolve_file
+from samlove.model.weights import load_into, load_state_dict, read_torch, resolve_file
 from stores.fingerprint import sha256_file
 
 RATE = 16_000  # samples per second in VGGish's input
@@ -153,14 +153,18 @@ def load_pca(path: Path) -> tuple[Tensor, Tensor]:
 
     old_name = "numpy.core.multiarray._reconstruct"  # its place in NumPy when the file was written
     kinds: list[Any] = [np.ndarray, np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType, _reconstruct]
+    with torch.serialization.safe_globals([*kinds, (_reconstruct, old_name)]):
+        values = read_torch(path, f"download {RELEASE}{PCA_FILE}")
     try:
-        with torch.serialization.safe_globals([*kinds, (_reconstruct, old_name)]):
-            values = torch.load(path, map_location="cpu", weights_only=True)
         matrix = torch.as_tensor(values["pca_eigen_vectors"]).float()
         means = torch.as_tensor(values["pca_means"]).float().reshape(-1, 1)
-    except Exception as error:  # torch raises a dozen unrelated types for a broken file
-        reason = str(error).strip().split("\n")[0]
-        raise SamloveError(f"{path}: not readable as VGGish's PCA: {reason}; download {RELEASE}{PCA_FILE}") from error
+    except (TypeError, KeyError, IndexError, ValueError, RuntimeError) as error:
+        raise SamloveError(
+            f"{path}: expected VGGish's PCA, arrays pca_eigen_vectors and pca_means, found something else; "
+            f"download {RELEASE}{PCA_FILE}"
+        ) from error
     if matrix.shape != (WIDTH, WIDTH) or means.shape != (WIDTH, 1):
-        raise SamloveError(f"{path}: expected a PCA of {WIDTH} values, found {tuple(matrix.shape)}")
+        raise SamloveError(
+            f"{path}: expected a PCA of {WIDTH} values, found {tuple(matrix.shape)}; download {RELEASE}{PCA_FILE}"
+        )
     return matrix, means

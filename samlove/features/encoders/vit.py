@@ -1,5 +1,6 @@
 """ViT (Dosovitskiy et al., 2021) through timm: all tokens of every frame, [cls] first."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -77,12 +78,17 @@ class VitEncoder(OnDevice):
 
     @cached_property
     def network(self) -> Any:
-        from timm.models.vision_transformer import checkpoint_filter_fn
+        from timm.layers import resample_abs_pos_embed
 
         network: Any = build_vit(self.config.model, self.config.model_args, self.config.image_size)
         tensors = load_state_dict(self.weights)
         tensors = {name: value for name, value in tensors.items() if not name.startswith("head.")}  # the classifier
-        tensors = checkpoint_filter_fn(tensors, network)  # resamples the position embeddings if the sizes differ
+        own, trained = network.pos_embed, tensors.get("pos_embed")
+        if own is not None and trained is not None and trained.ndim == 3 and trained.shape[1] != own.shape[1]:
+            prefix = 0 if network.no_embed_class else network.num_prefix_tokens
+            if _is_square(trained.shape[1] - prefix):  # trained at a different size
+                grid = network.patch_embed.grid_size
+                tensors["pos_embed"] = resample_abs_pos_embed(trained, grid, num_prefix_tokens=prefix)
         load_into(network, tensors, self.weights, f"timm's {self.config.model}")
         return network.to(self.device).eval()
 
@@ -100,3 +106,7 @@ class VitEncoder(OnDevice):
         if self.network.num_prefix_tokens > 1:  # register and distillation tokens have no position
             tokens = torch.cat([tokens[:, :1], tokens[:, self.network.num_prefix_tokens :]], dim=1)
         return tokens  # (n, 1 + P, d)
+
+
+def _is_square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
