@@ -1,10 +1,13 @@
 """Stage `train`: train on the shards -> data/<profile>/model and data/<profile>/dvclive; resumes an interrupted run."""
 
+from pathlib import Path
+
 from pipelines import stage
 from samlove.config import FusionConfig, Sam2Config, TrainConfig, load
 from samlove.data.layout import layout
 from samlove.data.loader import ExpressionDataset, PoolSampler, collate, make_resident
 from samlove.device import default_device
+from samlove.environment import check_repository
 from samlove.model.checkpoint import Origin
 from samlove.model.sam2_build import checkpoint_path
 from samlove.train import Samples, train
@@ -13,6 +16,8 @@ from stores.fingerprint import check_fingerprint, sha256_file
 
 @stage
 def main() -> None:
+    if Path(".dvc").is_dir():
+        check_repository()  # DVCLive reads the commit
     paths, config, sam2 = layout(), load(TrainConfig), load(Sam2Config)
     shards = {split: paths.shards / split for split in ("train", "val")}
     train_set, val_set = ExpressionDataset(shards["train"]), ExpressionDataset(shards["val"])
@@ -37,7 +42,7 @@ def main() -> None:
         train_set,
         val_set,
         collate,
-        order=lambda epoch: PoolSampler(videos, config.pool, config.seed, epoch),
+        order=lambda epoch: PoolSampler(videos, config.pool, config.seed, epoch).order(),
         on_gpu=resident == "gpu",
     )
     train(origin, samples, device, paths.checkpoint, paths.live, paths.scratch / "train")

@@ -3,27 +3,30 @@
 (seed, epoch) determines the sample order, so the number of samples consumed is a run's whole position, however they
 are loaded. An interrupted run resumes from its state file; on the CPU the result is bit-identical to an uninterrupted
 run. The state is found by a fingerprint of everything the run depends on.
+
+SIGINT or SIGTERM saves the state and ends the run: at once while it waits for a batch, else after the current step.
 """
 
 import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
+from dask.system import CPU_COUNT
 from dvclive import Live
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from samlove.config import TrainConfig
+from samlove.data.batches import Batch, Items, read_batches
 from samlove.data.digest import source_digests
 from samlove.errors import RequestError, SamloveError
 from samlove.features.lock import only_run
@@ -34,12 +37,14 @@ from samlove.model.sam2_love import SamLove
 from samlove.model.training_state import MADE_BY, STATE, Progress, report_other_runs, restore_state, save_state
 from samlove.scoring.metrics import quantise, scores_from_bins
 from stores.fingerprint import fingerprint_id
-from stores.manifest import write_json
+from stores.manifest import replace_folder, write_json
 
 SAVE_SECONDS = 300  # a kill without notice loses at most this much work
 SELECTED_BY = "J&F"  # validation score that selects the best epoch
+WORKERS = 8  # default limit of threads that read samples; more take memory and read hardly faster
 # The modules that determine what a step does. A run whose state other code wrote is not resumed.
 CODE = (
+    "samlove.data.batches",
     "samlove.data.loader",
     "samlove.model.fusion",
     "samlove.model.loss",
@@ -50,13 +55,9 @@ CODE = (
     "samlove.train",
 )
 
-Batch = dict[str, Any]
 
-
-class Items(Protocol):
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int) -> Any: ...
+class _Stop(Exception):
+    """SIGINT or SIGTERM ended the run between two steps."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Samples:
     train: Items
     val: Items
     collate: Callable[[list], Batch]
-    order: Callable[[int], Iterable[int]]  # epoch -> a fixed permutation of the training items
+    order: Callable[[int], np.ndarray]  # epoch -> a fixed permutation of the training items, int64
     on_gpu: bool = False  # whether the items are already on the GPU
 
 
@@ -76,7 +77,8 @@ class Trainer:
     def __init__(self, model: SamLove, origin: Origin, samples: Samples, device: torch.device, scratch: Path):
         """model: newly built, its SAM 2 not yet frozen; moved to `device` here. scratch: holds one folder per run.
 
-        Resumes the run with the same fingerprint if its state is in the scratch folder.
+        Resumes the run with the same fingerprint if its state is in the scratch folder. Raises SamloveError if that
+        state is damaged, or if the checkpoint of its best epoch is missing.
         """
         self.config: TrainConfig = origin.train
         self.origin, self.samples, self.device = origin, samples, device
@@ -87,9 +89,14 @@ class Trainer:
         self.progress = Progress()
         self.fingerprint = run_fingerprint(origin)
         self.folder = scratch / fingerprint_id(self.fingerprint)
-        self.stop_requested = False
+        self._stop_requested = self._may_stop = False
         if self.state_file.exists():
             self.progress = restore_state(self.state_file, self.parameters, self.optimizer)
+            if self.progress.epoch and not self.best_file.exists():
+                raise SamloveError(
+                    f"{self.best_file}: no such file, although the interrupted run has completed "
+                    f"{self.progress.epoch} epochs; restore it, or delete {self.folder} and run: dvc repro train"
+                )
 
     @property
     def state_file(self) -> Path:
@@ -107,6 +114,13 @@ class Trainer:
     def _samples_per_step(self) -> int:
         return self.config.batch_size * self.config.accumulate
 
+    @property
+    def workers(self) -> int:
+        """Threads that read samples; 0: the training thread reads them, as it does if they are on the GPU."""
+        if self.samples.on_gpu:
+            return 0
+        return min(CPU_COUNT, WORKERS) if self.config.workers is None else self.config.workers
+
     def _learning_rate(self, step: int) -> float:
         return self.config.lr * warmup_decay(step, self.total_steps, self.config.warmup_steps)
 
@@ -114,7 +128,8 @@ class Trainer:
         """Train to the end; `best_file` then holds the best epoch's checkpoint.
 
         live: gets one row per epoch; a resumed run logs the earlier epochs again.
-        Raises KeyboardInterrupt after saving the state on SIGINT or SIGTERM, SamloveError if the loss is not finite.
+        Raises KeyboardInterrupt after saving the state on SIGINT or SIGTERM, SamloveError if a loss or a mask is not
+        finite.
         """
         for row in self.progress.history:
             _log(live, row)
@@ -124,25 +139,29 @@ class Trainer:
                 row = self._close_epoch()
                 _log(live, row)
                 bar.write(f"epoch {self.progress.epoch}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
+                if self.progress.epoch == 1 and f"val/{SELECTED_BY}" not in row:
+                    bar.write(
+                        f"no first frame of the val split has a target, so F and {SELECTED_BY} are undefined: the "
+                        "checkpoint will be that of the last epoch, not of the best"
+                    )
 
     def _train_epoch(self, bar: tqdm) -> None:
         progress = self.progress
         self.model.train()
-        order = list(self.samples.order(progress.epoch))[progress.consumed :]
-        batches = iter(self._loader(self.samples.train, order))
+        order = self.samples.order(progress.epoch)[progress.consumed :]
         saved = time.monotonic()
-        for start in range(0, len(order), self._samples_per_step):
-            size = min(self._samples_per_step, len(order) - start)
-            losses = self._step(list(islice(batches, self.config.accumulate)), size)
-            for name, value in losses.items():
-                progress.sums[name] = progress.sums.get(name, 0.0) + value
-            progress.consumed += size
-            bar.update(size)
-            bar.set_postfix(epoch=progress.epoch + 1, loss=f"{losses['loss'] / size:.3f}", refresh=False)
-            if self.stop_requested or time.monotonic() - saved > SAVE_SECONDS:
-                self._save()
-                self._stop_if_requested()
-                saved = time.monotonic()
+        with closing(self._batches(self.samples.train, order)) as batches:
+            for start in range(0, len(order), self._samples_per_step):
+                size = min(self._samples_per_step, len(order) - start)
+                losses = self._step(self._next(batches, self.config.accumulate), size)
+                for name, value in losses.items():
+                    progress.sums[name] = progress.sums.get(name, 0.0) + value
+                progress.consumed += size
+                bar.update(size)
+                bar.set_postfix(epoch=progress.epoch + 1, loss=f"{losses['loss'] / size:.3f}", refresh=False)
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    self._save()
+                    saved = time.monotonic()
 
     def _step(self, batches: list[Batch], size: int) -> dict[str, float]:
         """One optimiser step over batches with `size` samples in total -> the sum of each loss over these samples.
@@ -158,7 +177,8 @@ class Trainer:
         # Copied to the CPU together, once per step, because each copy waits for the GPU.
         values = Losses(*torch.stack([torch.cat(part) for part in zip(*parts, strict=True)]).cpu().double())
         if not values.total.isfinite().all():
-            raise SamloveError(self._not_finite(batches, values.total))
+            rows = [row for batch in batches for row in batch["row_id"]]
+            raise SamloveError(self._not_finite("the loss", rows, values.total.isfinite()))
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip_norm)
         self.optimizer.step()
@@ -174,13 +194,13 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             return self.model(batch)
 
-    def _not_finite(self, batches: list[Batch], total: Tensor) -> str:
-        rows = [row for batch in batches for row in batch["row_id"]]
-        bad = [row for row, finite in zip(rows, total.isfinite().tolist(), strict=True) if not finite]
+    def _not_finite(self, what: str, rows: Sequence[str], finite: Tensor) -> str:
+        """The message about the rows that are not `finite`, bool (rows,)."""
+        bad = [row for row, good in zip(rows, finite.tolist(), strict=True) if not good]
         return (
-            f"step {self.progress.step} (epoch {self.progress.epoch + 1}): the loss is not finite for {len(bad)} of "
-            f"{len(rows)} rows: {', '.join(bad[:8])}; the weights were not updated; check the features with "
-            "samlove store verify, or lower lr or set clip_norm in configs/<profile>/train.yaml"
+            f"step {self.progress.step} (epoch {self.progress.epoch + 1}): {what} is not finite for {len(bad)} of "
+            f"{len(rows)} rows: {', '.join(bad[:8])}; check the features with samlove store verify, or lower lr or "
+            "set clip_norm in configs/<profile>/train.yaml"
         )
 
     def _close_epoch(self) -> dict[str, float]:
@@ -193,8 +213,8 @@ class Trainer:
         row |= {f"val/{name}": value for name, value in scores.items()}
         progress.history.append(row)
         progress.epoch, progress.consumed, progress.sums = progress.epoch + 1, 0, {}
-        if scores[SELECTED_BY] > progress.best:
-            progress.best = scores[SELECTED_BY]
+        if SELECTED_BY not in scores or scores[SELECTED_BY] > progress.best:  # undefined: the last epoch replaces all
+            progress.best = scores.get(SELECTED_BY, progress.best)
             header = Header(**dict(self.origin), epoch=progress.epoch, validation=scores)
             save_checkpoint(self.best_file, self.model, header)
         self._save()
@@ -205,33 +225,48 @@ class Trainer:
         """J, F and J&F in percent, as means over the expressions of the validation split.
 
         Only on the first frame: it is the only frame that is trained, and the only one whose SAM 2 embedding and mask
-        are in the shards. The infer and evaluate stages score the masks of the whole video.
+        are in the shards. The infer and evaluate stages score the masks of the whole video. F is the mean over the
+        expressions with a target on that frame; if there are none, F and J&F are undefined and left out.
+        Raises SamloveError if a mask is not finite.
         """
         self.model.eval()
-        scores = []
-        for batch in self._loader(self.samples.val, range(len(self.samples.val))):
-            logits, _ = self._forward(self._on_device(batch))
-            bins = quantise(upsample(logits, batch["mask"].shape[-1]))
-            scores += [
-                scores_from_bins(b[None], m[None]) for b, m in zip(bins, batch["mask"].cpu().numpy() > 0, strict=True)
-            ]
-            self._stop_if_requested()
-        J = 100 * float(np.mean([s.J for s in scores]))
-        F = 100 * float(np.nanmean([s.F for s in scores]))  # NaN if a first frame has no object
-        return {"J": J, "F": F, SELECTED_BY: (J + F) / 2}
+        count, done = len(self.samples.val), 0
+        J, F = np.empty(count), np.empty(count)  # of each expression, as fractions; F is NaN without a target
+        with closing(self._batches(self.samples.val, range(count))) as batches:
+            while done < count:
+                (batch,) = self._next(batches, 1)
+                logits, _ = self._forward(self._on_device(batch))
+                if not (finite := ~logits.isnan().flatten(1).any(1)).all():
+                    raise SamloveError(self._not_finite("the validation mask", batch["row_id"], finite))
+                bins = quantise(upsample(logits, batch["mask"].shape[-1]))
+                for frame, mask in zip(bins, batch["mask"].cpu().numpy() > 0, strict=True):
+                    J[done], F[done], _ = scores_from_bins(frame[None], mask[None])
+                    done += 1
+        scores = {"J": 100 * float(J.mean())}
+        if not np.isnan(F).all():
+            scores["F"] = 100 * float(np.nanmean(F))
+            scores[SELECTED_BY] = (scores["J"] + scores["F"]) / 2
+        return scores
 
-    def _loader(self, items: Any, order: Sequence[int]) -> DataLoader:
-        size = self.config.batch_size
-        batches = [list(order[start : start + size]) for start in range(0, len(order), size)]
-        return DataLoader(
-            items,
-            batch_sampler=batches,
-            collate_fn=self.samples.collate,
-            num_workers=0 if self.samples.on_gpu else self.config.workers,
-            pin_memory=self.device.type == "cuda" and not self.samples.on_gpu,
-            generator=torch.Generator(),  # else each pass draws from torch's own, and a resumed run has more passes
-            worker_init_fn=_ignore_interrupts,
-        )
+    def _batches(self, items: Items, order: Sequence[int] | np.ndarray) -> Generator[Batch, None, None]:
+        """The batches of one pass over `items` in this order, on the CPU in pinned memory if the model is on a GPU."""
+        pinned = self.device.type == "cuda" and not self.samples.on_gpu
+
+        def collate(samples: list) -> Batch:
+            batch = self.samples.collate(samples)
+            return {k: v.pin_memory() if pinned and isinstance(v, Tensor) else v for k, v in batch.items()}
+
+        return read_batches(items, order, self.config.batch_size, collate, self.workers)
+
+    def _next(self, batches: Iterator[Batch], count: int) -> list[Batch]:
+        """Up to `count` more batches. A requested stop ends the run here: nothing has begun that must be finished."""
+        try:
+            self._may_stop = True
+            if self._stop_requested:
+                raise _Stop
+            return list(islice(batches, count))
+        finally:
+            self._may_stop = False
 
     def _on_device(self, batch: Batch) -> Batch:
         """The batch on the device, numbers as float32, without the text positions that are padding in every sample."""
@@ -250,24 +285,25 @@ class Trainer:
 
     @contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
-        """On SIGINT or SIGTERM the current step is finished first; a second signal ends the process at once."""
+        """SIGINT or SIGTERM ends the run with its state saved (see `_next`); a second one ends the process at once."""
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def request_stop(number: int, frame: object) -> None:
-            self.stop_requested = True
+            self._stop_requested = True
             signal.signal(number, before[signal.Signals(number)])
+            if self._may_stop:
+                raise _Stop
 
         for number in before:
             signal.signal(number, request_stop)
         try:
             yield
+        except _Stop:
+            self._save()
+            raise KeyboardInterrupt from None
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    def _stop_if_requested(self) -> None:
-        if self.stop_requested:
-            raise KeyboardInterrupt
 
     def _save(self) -> None:
         save_state(self.state_file, self.progress, self.parameters, self.optimizer)
@@ -291,12 +327,15 @@ def train(
         report_other_runs(trainer.folder, trainer.fingerprint)
         trainer.folder.mkdir(parents=True, exist_ok=True)
         write_json(trainer.folder / MADE_BY, trainer.fingerprint)
-        with Live(str(live_folder), save_dvc_exp=False, dvcyaml=None) as live:
+        curves = trainer.folder / live_folder.name  # in scratch, because DVCLive writes to its files in every epoch
+        shutil.rmtree(curves, ignore_errors=True)  # the interrupted run's, whose epochs are logged again
+        with Live(str(curves), save_dvc_exp=False, dvcyaml=None) as live:
             trainer.run(live)
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         partial = checkpoint.with_name(checkpoint.name + ".partial")
         shutil.copyfile(trainer.best_file, partial)
         partial.replace(checkpoint)
+        replace_folder(curves, live_folder)
         trainer.state_file.unlink()  # first: without its state, the folder is not taken for a run to resume
         shutil.rmtree(trainer.folder)
 
@@ -311,7 +350,3 @@ def _log(live: Live, row: dict[str, float]) -> None:
     for name, value in row.items():
         live.log_metric(name, value)
     live.next_step()
-
-
-def _ignore_interrupts(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

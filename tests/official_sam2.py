@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from sam2.build_sam import build_sam2_video_predictor
 
 from samlove.model.sam2_build import instantiate_sam2
+from samlove.synth.scene import SECONDS, Scene, render
 
 TINY = str(Path(__file__).parent / "sam2_tiny.yaml")  # image 64: embedding 4x4, mask logits 16x16
 
@@ -78,6 +79,16 @@ def write_clip(folder: Path, seed: int, frames: int, size: tuple[int, int] = (96
                 masks.append(np.asarray(mask, dtype=bool))
         image.save(folder / f"{t:05d}.jpg", quality=95)
     return np.stack(masks)
+
+
+def write_scene(folder: Path, scene: Scene, short_side: int = 128) -> np.ndarray:
+    """Write the JPEG frames of a scene as LAVS-synth does; returns the masks of its K things on frame 0, (K, H, W)."""
+    size = (round(short_side * max(1, scene.aspect)), round(short_side * max(1, 1 / scene.aspect)))
+    folder.mkdir(parents=True)
+    drawn = [render(scene, t, size) for t in range(SECONDS)]
+    for t, (frame, _) in enumerate(drawn):
+        Image.fromarray(frame).save(folder / f"{t}.jpg", quality=92)
+    return drawn[0][1]
 
 
 def live_embeds(predictor, state: dict, before_convs: bool = False) -> dict[str, torch.Tensor]:

@@ -191,7 +191,7 @@ def test_a_step_waits_for_the_gpu_once(weights: Path, tmp_path: Path, on_gpu: bo
     items = OnGpu(12, seed=1) if on_gpu else tiny.Items(12, seed=1)
     start = tiny.origin(weights, clip_norm=1.0)
     trainer = new_trainer(start, tmp_path, replace(tiny.samples(items), on_gpu=on_gpu))
-    batches = iter(trainer._loader(items, range(12)))
+    batches = trainer._batches(items, range(12))
     pairs = [list(islice(batches, 2)) for _ in range(2)]
     trainer._step(pairs[0], 6)  # creates the optimiser's state and CUDA's lazily created state
     torch.cuda.set_sync_debug_mode("warn")

@@ -1,18 +1,24 @@
 """The light SAM 2 on precomputed embeddings against the official SAM2VideoPredictor: same weights, frames, prompts.
 
+Points and boxes are given in pixels, as the official predictor takes them.
+
 Run with `-s` to see the measured maxima.
 """
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from samlove.config import Sam2Config
 from samlove.features.encoders.sam2_image import Sam2ImageEncoder
+from samlove.micro.pretrain_sam2 import CONFIG
 from samlove.model.sam2 import LightSam2, Points
+from samlove.synth.write import SCALES, plan
 from tests.official_sam2 import (
     TINY,
     live_embeds,
@@ -20,33 +26,68 @@ from tests.official_sam2 import (
     official_predictor,
     random_checkpoint,
     write_clip,
+    write_scene,
 )
+from tests.test_micro_sam2 import WEIGHTS as MICRO_WEIGHTS
 
 TOLERANCE = 1e-3  # mask logits, fp32
 FRAMES = 10
 SEEDS = range(4)
 LABELS = torch.tensor([[1, 0], [1, 1]])  # two clicks per object
+# With trained weights and three objects in a batch: the difference of a logit, and the fraction of pixels that change
+# sides. The largest of 65 cases were 0.16 and 7.2e-5.
+TRAINED_TOLERANCE, TRAINED_FLIPS = 0.2, 9e-5
+SYNTH_SEED = 5000  # of LAVS-synth; any that no other test uses
 
 
 class Case:
-    """One video with two objects, for both implementations."""
+    """One video with B objects, for both implementations."""
 
-    def __init__(self, folder: Path, seed: int, config: str = TINY, frames: int = FRAMES):
-        self.checkpoint = random_checkpoint(folder / "sam2.pt", seed, config)
-        self.masks = torch.from_numpy(write_clip(folder / "clip", seed, frames))  # (2, H, W)
-        self.frames = sorted((folder / "clip").iterdir())
-        self.official = official_predictor(self.checkpoint, config)
-        self.state = self.official.init_state(str(folder / "clip"))
-        self.light = LightSam2.load(config, str(self.checkpoint))
+    def __init__(self, config: str, checkpoint: Path, clip: Path, masks: np.ndarray, clicks: Tensor, labels: Tensor):
+        """clip: a folder of frames. masks: (B, H, W) bool. clicks: (B, P, 2) pixels. labels: (B, P)."""
+        self.checkpoint = checkpoint
+        self.frames = sorted(clip.iterdir())
+        self.official = official_predictor(checkpoint, config)
+        self.state = self.official.init_state(str(clip))
+        self.light = LightSam2.load(config, str(checkpoint))
         self.embeds = live_embeds(self.official, self.state)
+        self.masks, self.clicks, self.labels = torch.from_numpy(masks), clicks, labels
+        self.boxes = torch.stack([_box(mask) for mask in masks])  # (B, 4) pixels
+        self.size = torch.tensor([self.state["video_width"], self.state["video_height"]])
+        self.token = torch.empty(0)  # (B, 1, D)
+
+    @classmethod
+    def random(cls, folder: Path, seed: int, config: str = TINY, frames: int = FRAMES) -> "Case":
+        """Random weights, two objects, random clicks and tokens."""
+        checkpoint = random_checkpoint(folder / "sam2.pt", seed, config)
+        masks = write_clip(folder / "clip", seed, frames)
         generator = torch.Generator().manual_seed(seed)
-        self.clicks = torch.rand(2, 2, 2, generator=generator)  # (B, P, 2), x and y in 0..1
-        self.token = torch.randn(2, 1, self.light.prompt_dim, generator=generator)  # (B, 1, D)
+        clicks = torch.rand(2, 2, 2, generator=generator) * torch.tensor(masks.shape[:0:-1])
+        case = cls(config, checkpoint, folder / "clip", masks, clicks, LABELS)
+        case.token = torch.randn(2, 1, case.light.prompt_dim, generator=generator)
+        return case
+
+    @classmethod
+    def trained(cls, folder: Path, number: int) -> "Case":
+        """The bundled weights, and three objects of a video of LAVS-synth; a click on each object, one beside it."""
+        checkpoint = folder / "sam2.pt"
+        torch.save({"model": load_file(MICRO_WEIGHTS)}, checkpoint)
+        clips = [clip for clip in plan(SYNTH_SEED, SCALES["small"]) if not clip.null and len(clip.scene.things) >= 3]
+        masks = write_scene(folder / "clip", clips[number].scene)[:3]
+        rng = np.random.default_rng(number)
+        clicks = torch.tensor([[_pixel(rng, mask), _pixel(rng, ~mask)] for mask in masks])
+        case = cls(str(CONFIG), checkpoint, folder / "clip", masks, clicks, torch.tensor([[1, 0]] * 3))
+        point = (clicks[:, :1] / case.size * case.light.image_size, case.labels[:, :1])
+        with torch.no_grad():  # a token that the decoder has learned to understand: that of the click
+            case.token = case.light.sam_prompt_encoder(points=point, boxes=None, masks=None)[0][:, :1]
+        return case
 
     def click(self, object_: int, points: int) -> None:
-        size = torch.tensor([self.state["video_width"], self.state["video_height"]])
-        clicks, labels = self.clicks[object_, :points] * size, LABELS[object_, :points]
+        clicks, labels = self.clicks[object_, :points], self.labels[object_, :points]
         self.official.add_new_points_or_box(self.state, 0, object_, points=clicks, labels=labels)
+
+    def box(self, object_: int) -> None:
+        self.official.add_new_points_or_box(self.state, 0, object_, box=self.boxes[object_])
 
     def mask(self, object_: int) -> None:
         self.official.add_new_mask(self.state, 0, object_, self.masks[object_])
@@ -64,28 +105,47 @@ class Case:
 
     def compare(self, prompt, **ours) -> tuple[Tensor, Tensor]:
         """The official logits (B, T, H, W), and the largest difference in each frame over all objects and pixels."""
-        expected = official_logits(self.official, self.state, prompt, objects=2)
-        logits = self.light.track(self.embeds, **ours)
-        found = F.interpolate(logits, size=expected.shape[-2:], mode="bilinear", align_corners=False)
-        return expected, (found - expected).abs().amax(dim=(0, 2, 3))  # (T,)
+        expected = official_logits(self.official, self.state, prompt, objects=len(self.masks))
+        return expected, (self.track(**ours) - expected).abs().amax(dim=(0, 2, 3))  # (T,)
+
+    def track(self, **ours) -> Tensor:
+        """The light SAM 2's logits at the video's size: (B, T, H, W)."""
+        size = self.masks.shape[1:]
+        return F.interpolate(self.light.track(self.embeds, **ours), size=size, mode="bilinear", align_corners=False)
 
 
 @pytest.fixture(scope="module", params=SEEDS, ids="seed{}".format)
 def case(request, tmp_path_factory) -> Case:
-    return Case(tmp_path_factory.mktemp("parity"), request.param)
+    return Case.random(tmp_path_factory.mktemp("parity"), request.param)
+
+
+def _box(mask: np.ndarray) -> Tensor:
+    ys, xs = np.nonzero(mask)
+    return torch.tensor([xs.min(), ys.min(), xs.max(), ys.max()], dtype=torch.float32)
+
+
+def _pixel(rng: np.random.Generator, mask: np.ndarray) -> list[float]:
+    """(x, y) of a random pixel of the mask."""
+    y, x = rng.choice(np.argwhere(mask))
+    return [float(x), float(y)]
 
 
 def _prompts(case: Case) -> dict[str, tuple]:
-    click = Points(case.clicks[:, :1], LABELS[:, :1])
+    clicks, corners = case.clicks / case.size, case.boxes.unflatten(1, (2, 2)) / case.size
+    box = Points(corners, torch.tensor([[2, 3]] * len(corners)))
     return {
-        "point": (lambda o: case.click(o, 1), {"points": click}),
-        "points": (lambda o: case.click(o, 2), {"points": Points(case.clicks, LABELS)}),
+        "point": (lambda o: case.click(o, 1), {"points": Points(clicks[:, :1], case.labels[:, :1])}),
+        "points": (lambda o: case.click(o, 2), {"points": Points(clicks, case.labels)}),
+        "box": (case.box, {"points": box}),
         "mask": (case.mask, {"masks": case.masks}),
         "token": (case.put_token, {"token": case.token}),
     }
 
 
-@pytest.mark.parametrize("kind", ["point", "points", "mask", "token"])
+KINDS = ["point", "points", "box", "mask", "token"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_agrees_with_the_official_predictor(case, kind):
     prompt, ours = _prompts(case)[kind]
     expected, differences = case.compare(prompt, **ours)
@@ -101,9 +161,7 @@ def test_one_object_by_itself_is_the_same_computation(case, kind):
     prompt, ours = _prompts(case)[kind]
     expected = official_logits(case.official, case.state, prompt, objects=2)
     for o in range(2):
-        one = {name: _one_object(value, o) for name, value in ours.items()}
-        logits = case.light.track(case.embeds, **one)
-        found = F.interpolate(logits, size=expected.shape[-2:], mode="bilinear", align_corners=False)
+        found = case.track(**{name: _one_object(value, o) for name, value in ours.items()})
         torch.testing.assert_close(found, expected[o : o + 1], rtol=0, atol=1e-5)
 
 
@@ -156,11 +214,35 @@ def test_stored_embeddings_agree(case, cache_point):
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
+OTHER_CLIPS = [number for number in range(13) if number != 4]  # with 4, the difference in a batch is largest
+
+
+@pytest.fixture(scope="module", params=[4, *(pytest.param(number, marks=pytest.mark.slow) for number in OTHER_CLIPS)])
+def trained_case(request, tmp_path_factory) -> Case:
+    return Case.trained(tmp_path_factory.mktemp("trained"), request.param)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_agrees_with_trained_weights(trained_case, kind):
+    """One object at a time: the same numbers. In a batch, a last bit may change how a memory is rounded to bfloat16."""
+    case = trained_case
+    prompt, ours = _prompts(case)[kind]
+    expected = official_logits(case.official, case.state, prompt, objects=3)
+    assert (expected > 0).any(dim=(2, 3)).float().mean() > 0.5, "the case is trivial"
+    one = torch.cat([case.track(**{name: _one_object(v, o) for name, v in ours.items()}) for o in range(3)])
+    batch = case.track(**ours)
+    largest, flipped = (batch - expected).abs().max(), ((batch > 0) != (expected > 0)).float().mean()
+    print(f"\n{kind}: one at a time {(one - expected).abs().max():.2g}; three in a batch {largest:.2g}", end="")
+    print(f" in a logit, {1e5 * flipped:.2g} of 100,000 pixels change sides")
+    assert torch.equal(one, expected)
+    assert largest <= TRAINED_TOLERANCE and flipped <= TRAINED_FLIPS
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["point", "mask", "token"])
 def test_agrees_at_full_size(tmp_path, kind):
     """SAM 2.1 tiny in its released configuration, 1024 pixels, random weights."""
-    case = Case(tmp_path, 0, config="configs/sam2.1/sam2.1_hiera_t.yaml", frames=3)
+    case = Case.random(tmp_path, 0, config="configs/sam2.1/sam2.1_hiera_t.yaml", frames=3)
     prompt, ours = _prompts(case)[kind]
     _, differences = case.compare(prompt, **ours)
     print(f"\n{kind} at 1024 pixels: at most {differences.max():.2g}")

@@ -1,12 +1,20 @@
+import itertools
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from dask.system import CPU_COUNT
 from dvclive import Live
 
 from pipelines import train as stage
@@ -15,6 +23,7 @@ from samlove.model.checkpoint import Origin, load_model, read_header, read_tenso
 from samlove.model.optimizer import warmup_decay
 from samlove.train import Samples, Trainer, train
 from stores import ShardWriter
+from tests.stage_code import ROOT
 from tests.tiny_training import DIMS, Items, collate, origin, samples, write_sam2
 
 CPU = torch.device("cpu")
@@ -30,13 +39,22 @@ class KillingItems(Items):
 
     def __init__(self, count: int, seed: int, reads: int, number: int = signal.SIGTERM) -> None:
         super().__init__(count, seed)
-        self.reads, self.number = reads, number
+        self.numbers, self.reads, self.number = itertools.count(1), reads, number
 
     def __getitem__(self, index: int) -> dict:
-        self.reads -= 1
-        if self.reads == 0:
+        if next(self.numbers) == self.reads:
             os.kill(os.getpid(), self.number)
         return super().__getitem__(index)
+
+
+class BrokenItems(Items):
+    """Item 4 has a feature that is not a number."""
+
+    def __getitem__(self, index: int) -> dict:
+        item = super().__getitem__(index)
+        if index == 4:
+            item["visual"][0, 1] = float("nan")
+        return item
 
 
 def new_trainer(start: Origin, scratch: Path, data: Samples | None = None) -> Trainer:
@@ -73,10 +91,12 @@ def test_it_learns_and_publishes_what_it_learned(sam2, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("split", "reads"), [("train", 2), ("train", 7), ("train", 16), ("val", 3)], ids=["step1", "step2", "epoch2", "val"]
+    ("split", "reads", "workers", "consumed"),
+    [("train", 2, 0, 0), ("train", 8, 0, 6), ("train", 18, 0, 6), ("train", 18, 2, None), ("val", 3, 0, 10)],
+    ids=["step1", "step2", "epoch2", "threads", "val"],
 )
-def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(sam2, tmp_path, split, reads):
-    start = origin(sam2, clip_norm=1.0)
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(sam2, tmp_path, split, reads, workers, consumed):
+    start = origin(sam2, clip_norm=1.0, workers=workers)
     whole = new_trainer(start, tmp_path / "whole")
     whole.run(live(tmp_path / "live_whole"))
 
@@ -85,19 +105,60 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(sam2, tmp_path,
     with pytest.raises(KeyboardInterrupt):
         new_trainer(start, tmp_path / "parts", samples(**items)).run(live(tmp_path / "live_parts"))
     rest = new_trainer(start, tmp_path / "parts")
-    assert rest.progress.consumed > 0 and rest.progress != whole.progress
+    assert rest.state_file.exists() and rest.progress != whole.progress
+    assert consumed in (rest.progress.consumed, None)  # None: threads read ahead of the step
     rest.run(live(tmp_path / "live_parts"))
-
-    assert rest.progress == whole.progress
-    for name in ("state.safetensors", "best.safetensors"):
-        expected, header = read_tensors(whole.folder / name)
-        found, found_header = read_tensors(rest.folder / name)
-        assert found_header == header
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
-    assert any(key.startswith("exp_avg_sq/") for key in read_tensors(whole.state_file)[0])
+    assert_same_run(rest, whole)
     logged = [(tmp_path / name / "metrics.json").read_bytes() for name in ("live_whole", "live_parts")]
     assert logged[0] == logged[1]
+
+
+def test_a_signal_during_a_step_ends_the_run_after_the_step(sam2, tmp_path):
+    whole = new_trainer(origin(sam2), tmp_path / "whole")
+    whole.run(live(tmp_path / "live_whole"))
+    stopped = new_trainer(origin(sam2), tmp_path / "parts")
+    forwards = itertools.count(1)  # two in each step
+    stopped.model.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT) if next(forwards) == 1 else None)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run(live(tmp_path / "live_parts"))
+    rest = new_trainer(origin(sam2), tmp_path / "parts")
+    assert (rest.progress.step, rest.progress.consumed) == (1, 6)
+    rest.run(live(tmp_path / "live_parts"))
+    assert_same_run(rest, whole)
+
+
+def assert_same_run(found: Trainer, expected: Trainer) -> None:
+    """Both have ended with the same bits in the state and in the best checkpoint."""
+    assert found.progress == expected.progress
+    for name in ("state.safetensors", "best.safetensors"):
+        wanted, header = read_tensors(expected.folder / name)
+        tensors, found_header = read_tensors(found.folder / name)
+        assert found_header == header
+        assert tensors.keys() == wanted.keys()
+        assert all(torch.equal(tensors[key], wanted[key]) for key in wanted)
+    assert any(key.startswith("exp_avg_sq/") for key in read_tensors(expected.state_file)[0])
+
+
+@pytest.mark.parametrize(("workers", "number"), [(0, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_ends_a_wait_for_a_sample_that_never_comes(sam2, tmp_path, workers, number):
+    """In its own process, which must end although a thread still waits, and with the state saved."""
+    whole = new_trainer(origin(sam2), tmp_path / "whole")
+    whole.run(live(tmp_path / "live"))
+    command = [sys.executable, "-m", "tests.stuck_run", str(sam2), str(tmp_path / "parts"), str(workers)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as stuck:
+        try:
+            assert stuck.stdout is not None and stuck.stdout.readline() == "first step\n"
+            time.sleep(1)  # now it waits for the sample
+            stuck.send_signal(number)
+            _, errors = stuck.communicate(timeout=60)
+        finally:
+            stuck.kill()
+    assert stuck.returncode == 1, errors
+    assert errors.splitlines()[-1].startswith("stopped; run the same command again")
+    rest = new_trainer(origin(sam2), tmp_path / "parts")
+    assert (rest.progress.step, rest.progress.consumed) == (1, 6)
+    rest.run(live(tmp_path / "live"))
+    assert_same_run(rest, whole)
 
 
 def test_interrupt_handlers_are_put_back(sam2, tmp_path):
@@ -109,7 +170,7 @@ def test_interrupt_handlers_are_put_back(sam2, tmp_path):
 
 
 def test_a_run_with_different_settings_is_not_resumed(sam2, tmp_path):
-    data = samples(KillingItems(10, seed=1, reads=2))
+    data = samples(KillingItems(10, seed=1, reads=8))
     with pytest.raises(KeyboardInterrupt):
         new_trainer(origin(sam2), tmp_path, data).run(live(tmp_path / "live"))
     assert new_trainer(origin(sam2), tmp_path).progress.consumed == 6
@@ -164,17 +225,16 @@ def test_no_trained_parameter_is_without_a_gradient(sam2, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_its_rows_and_stops(sam2, tmp_path):
-    class BrokenItems(Items):
-        def __getitem__(self, index: int) -> dict:
-            item = super().__getitem__(index)
-            if index == 4:
-                item["visual"][0, 1] = float("nan")
-            return item
-
     trainer = new_trainer(origin(sam2), tmp_path, samples(BrokenItems(10, seed=1)))
-    with pytest.raises(SamloveError, match="not finite for 1 of . rows: row4;"):
+    with pytest.raises(SamloveError, match="the loss is not finite for 1 of . rows: row4;"):
         trainer.run(live(tmp_path / "live"))
     assert all(parameter.isfinite().all() for parameter in trainer.parameters.values())
+
+
+def test_a_validation_mask_that_is_not_finite_names_its_row(sam2, tmp_path):
+    trainer = new_trainer(origin(sam2), tmp_path, samples(val=BrokenItems(6, seed=1)))
+    with pytest.raises(SamloveError, match="the validation mask is not finite for 1 of 3 rows: row4;"):
+        trainer.validate()
 
 
 def test_bfloat16_trains_in_full_precision_weights(sam2, tmp_path):
@@ -191,6 +251,58 @@ def test_reading_by_workers_changes_nothing(sam2, tmp_path):
         trainer.run(live(tmp_path / "live"))
         losses.append(trainer.progress.history)
     assert losses[0] == losses[1]
+
+
+def test_samples_are_read_by_as_many_threads_as_there_are_cores(sam2, tmp_path):
+    trainer = new_trainer(origin(sam2, workers=None), tmp_path)
+    assert trainer.workers == min(CPU_COUNT, 8)
+    trainer.samples = replace(trainer.samples, on_gpu=True)
+    assert trainer.workers == 0
+
+
+class WithoutTarget(Items):
+    """Samples of which only `targets` have an object on the first frame."""
+
+    def __init__(self, count: int, seed: int, targets: tuple[int, ...] = ()) -> None:
+        super().__init__(count, seed)
+        self.targets = targets
+
+    def __getitem__(self, index: int) -> dict:
+        item = super().__getitem__(index)
+        return item if index in self.targets else {**item, "mask": torch.zeros_like(item["mask"])}
+
+
+def test_without_a_target_in_val_the_last_epoch_is_kept(sam2, tmp_path, capsys):
+    """Also in a run that was interrupted in its second epoch."""
+    checkpoint, val = tmp_path / "best.safetensors", WithoutTarget(4, seed=2)
+    for items in (KillingItems(10, seed=1, reads=18), Items(10, seed=1)):
+        data = Samples(items, val, collate, samples().order)
+        with nullcontext() if type(items) is Items else pytest.raises(KeyboardInterrupt):
+            train(origin(sam2, epochs=3), data, CPU, checkpoint, tmp_path / "live", tmp_path / "scratch")
+    header = read_header(checkpoint)
+    assert header.epoch == 3 and set(header.validation) == {"J"}
+    assert capsys.readouterr().out.count("F and J&F are undefined") == 1
+    metrics = (tmp_path / "live" / "metrics.json").read_text()
+    assert "NaN" not in metrics and set(json.loads(metrics)["val"]) == {"J"}
+
+
+def test_the_score_is_that_of_the_expressions_with_a_target(sam2, tmp_path):
+    scores = []
+    for targets in ((0, 1), (0, 1, 2, 3)):
+        trainer = new_trainer(origin(sam2), tmp_path, samples(val=WithoutTarget(4, 2, targets)))
+        scores.append(trainer.validate())
+    two = new_trainer(origin(sam2), tmp_path, samples(val=Items(2, seed=2))).validate()
+    assert scores[0]["F"] == pytest.approx(two["F"]) and scores[0]["F"] != pytest.approx(scores[1]["F"])
+    assert scores[0]["J&F"] == (scores[0]["J"] + scores[0]["F"]) / 2
+
+
+def test_an_interrupted_run_whose_best_checkpoint_is_gone_is_refused(sam2, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        new_trainer(origin(sam2), tmp_path, samples(KillingItems(10, 1, 18))).run(live(tmp_path / "live"))
+    (best,) = tmp_path.glob("*/best.safetensors")
+    best.unlink()
+    with pytest.raises(SamloveError, match="best.safetensors: no such file, although .* completed 1 epochs"):
+        new_trainer(origin(sam2), tmp_path)
 
 
 def test_a_split_without_samples_is_refused(sam2, tmp_path):
@@ -236,6 +348,25 @@ def test_the_stage_trains_from_shards(workplace):
     assert load_model("data/tiny/model/best.safetensors").fusion.config.dim == 16
     assert json.loads(Path("data/tiny/dvclive/metrics.json").read_text())["train"]["loss"] > 0
     assert not any(Path("data/tiny/.scratch/train").iterdir())
+
+
+def test_the_stage_needs_neither_shared_memory_nor_many_open_files(workplace):
+    """Threads read the samples: in a container with a tiny /dev/shm, and with few open files, training runs."""
+    settings = workplace / "configs" / "tiny" / "train.yaml"
+    settings.write_text(yaml.safe_dump({**yaml.safe_load(settings.read_text()), "workers": 3}))
+    limits = "mount -t tmpfs -o size=16k tmpfs /dev/shm && ulimit -n 128"
+    inside = ["unshare", "-m", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*inside, limits], capture_output=True).returncode:
+        pytest.skip("needs permission to mount a small /dev/shm")
+    done = subprocess.run(
+        [*inside, f"{limits} && exec {sys.executable} -m pipelines.train"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert read_header("data/tiny/model/best.safetensors").epoch == 1
 
 
 def test_embeddings_of_a_different_sam2_are_refused(workplace, capsys):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -24,9 +25,10 @@ def write_sam2(path: Path, seed: int = 0) -> Path:
 
 
 def origin(sam2: Path, fusion: dict | None = None, **settings: Any) -> Origin:
+    small = {"epochs": 2, "batch_size": 3, "accumulate": 2, "warmup_steps": 2, "lr": 1e-3, "workers": 0}
     return Origin(
         fusion=FusionConfig(**{"dim": 16, "blocks": 2, "heads": 2, **(fusion or {})}),
-        train=TrainConfig(**{"epochs": 2, "batch_size": 3, "accumulate": 2, "warmup_steps": 2, "lr": 1e-3, **settings}),
+        train=TrainConfig(**{**small, **settings}),
         sam2=Sam2Config(config=CONFIG, checkpoint=str(sam2)),
         sam2_sha256=sha256_file(sam2),
         dims=DIMS,
@@ -75,8 +77,8 @@ def collate(items: list[dict]) -> dict:
     }
 
 
-def order(epoch: int) -> list[int]:
-    return torch.randperm(10, generator=torch.Generator().manual_seed(epoch)).tolist()
+def order(epoch: int) -> np.ndarray:
+    return torch.randperm(10, generator=torch.Generator().manual_seed(epoch)).numpy()
 
 
 def samples(train: Items | None = None, val: Items | None = None) -> Samples:

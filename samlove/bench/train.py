@@ -8,6 +8,7 @@ steps are the trainer's own, with `accumulate` batches each.
 import json
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -48,10 +49,12 @@ def run(profile: str, videos: int = 32, steps: int = 20, rounds: int = 3) -> dic
         root = Path(top)
         _write_shards(root / "shards", profile, videos)
         passes: dict[str, Callable[[], float]] = {}
+        workers = 0
         for place in places:
             dataset = ExpressionDataset(root / "shards")
             make_resident([dataset], place, device)
             trainer = _trainer(profile, dataset, device, root, on_gpu=place == "gpu")
+            workers = max(workers, trainer.workers)  # 0 if the shards are on the GPU
             passes.setdefault("reused", partial(_reused, trainer, steps))
             passes[place] = partial(_read, trainer, steps)
         times = in_turns(passes, rounds)
@@ -63,7 +66,7 @@ def run(profile: str, videos: int = 32, steps: int = 20, rounds: int = 3) -> dic
         "device": device_name(device),
         "precision": config.precision,
         "samples_a_step": size,
-        "workers": config.workers,
+        "workers": workers,
         "steps": steps,
         "rounds": rounds,
         "expressions_per_s": {name: round(steps * size / seconds, 2) for name, seconds in spent.items()},
@@ -82,15 +85,15 @@ def _read(trainer: Trainer, steps: int) -> float:
     accumulate, size = trainer.config.accumulate, trainer.config.batch_size * trainer.config.accumulate
     wanted = (WARM_UP + steps) * size
     epochs = -(-wanted // len(trainer.samples.train))
-    order = [item for epoch in range(epochs) for item in trainer.samples.order(epoch)][:wanted]
-    batches = iter(trainer._loader(trainer.samples.train, order))
-    return _seconds(trainer, lambda: list(islice(batches, accumulate)), steps)
+    order = np.concatenate([trainer.samples.order(epoch) for epoch in range(epochs)])[:wanted]
+    with closing(trainer._batches(trainer.samples.train, order)) as batches:
+        return _seconds(trainer, lambda: list(islice(batches, accumulate)), steps)
 
 
 def _reused(trainer: Trainer, steps: int) -> float:
     """Seconds for `steps` steps on one batch that is already on the device."""
     size = trainer.config.batch_size
-    (batch,) = trainer._loader(trainer.samples.train, list(trainer.samples.order(0))[:size])
+    (batch,) = trainer._batches(trainer.samples.train, trainer.samples.order(0)[:size])
     batch = {
         **trainer._on_device(batch),
         "text_mask": batch["text_mask"],
@@ -151,6 +154,6 @@ def _trainer(profile: str, dataset: ExpressionDataset, device: torch.device, roo
         features=dataset.features,
     )
     samples = Samples(
-        dataset, dataset, collate, lambda epoch: PoolSampler(videos, config.pool, config.seed, epoch), on_gpu
+        dataset, dataset, collate, lambda epoch: PoolSampler(videos, config.pool, config.seed, epoch).order(), on_gpu
     )
     return Trainer(origin.build(), origin, samples, device, root / "scratch")

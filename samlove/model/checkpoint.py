@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from samlove.config import FusionConfig, Sam2Config, TrainConfig
+from samlove.config import FusionConfig, Sam2Config, Size, TrainConfig
 from samlove.errors import RequestError, SamloveError
+from samlove.model.fusion import Fusion
 from samlove.model.sam2_build import checkpoint_path
 from samlove.model.sam2_love import SamLove
 from samlove.model.weights import load_into
@@ -35,7 +37,7 @@ class Origin(BaseModel):
     train: TrainConfig
     sam2: Sam2Config
     sam2_sha256: str
-    dims: dict[str, int]  # feature widths audio, visual and text, and the number of frames
+    dims: dict[str, Size]  # feature widths audio, visual and text, and the number of frames
     features: dict  # fingerprints of the features it was trained on, as the shard sets hold them
     shards: dict[str, str] = {}  # split -> id of its shard set, see ExpressionDataset.id
 
@@ -64,8 +66,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises RequestError if there is no such file, SamloveError if it has no header of samlove or its bytes are damaged.
     """
     with _opened(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
         header = from_metadata(file.metadata(), path)
+        try:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, AttributeError, RuntimeError, TypeError) as error:  # a dtype that torch does not have
+            raise SamloveError(f"{path}: tensors that cannot be read ({error}); run: dvc repro train") from None
     if fault := damage(path, deep=True):
         raise SamloveError(f"{path}: damaged: {fault}; restore the file, or delete it and run: dvc repro train")
     return tensors, header
@@ -105,11 +110,22 @@ def load_model(path: str | Path) -> SamLove:
             f"{header.sam2.checkpoint}: expected the SAM 2 that {path} was trained with (sha256 {header.sam2_sha256}), "
             f"found sha256 {found}; restore that file or, to retrain, run: dvc repro train"
         )
-    model = header.build()
     tensors, _ = read_tensors(path)
+    _check_size(path, header, tensors)
+    model = header.build()
     frozen = {name: value for name, value in model.state_dict().items() if name.startswith("sam2.")}
     load_into(model, {**frozen, **tensors}, path, "the model in its header")
     return model.eval()
+
+
+def _check_size(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
+    """Raise SamloveError if the model in the header is larger than the file, before memory is reserved for it."""
+    if header.fusion.blocks > len(tensors):
+        raise SamloveError(f"{path}: expected weights of {header.fusion.blocks} blocks, found {len(tensors)} tensors")
+    with torch.device("meta"):
+        expected = sum(p.numel() for p in Fusion(header.fusion, header.dims, 1).parameters())
+    if expected > (found := sum(tensor.numel() for tensor in tensors.values())):
+        raise SamloveError(f"{path}: expected at least {expected} weights of the model in its header, found {found}")
 
 
 def _opened(path: Path) -> Any:
@@ -117,7 +133,7 @@ def _opened(path: Path) -> Any:
         raise RequestError(f"{path}: no such file; run: dvc repro train")
     try:
         return safe_open(path, framework="pt")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise SamloveError(
             f"{path}: not a complete safetensors file ({error}); delete it and run: dvc repro train"
         ) from None

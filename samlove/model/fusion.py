@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samlove.config import FusionConfig
-from samlove.errors import RequestError
 
 INIT_STD = 0.02
 
@@ -80,15 +79,8 @@ class Fusion(nn.Module):
     """Projections (Eq. 1), fusion transformer (Eq. 2, 3), token propagation and accumulation (Eq. 4)."""
 
     def __init__(self, config: FusionConfig, dims: dict[str, int], prompt_dim: int):
-        """dims: {"audio": dA, "visual": dV, "text": dT, "frames": N}, as in the loader.
-
-        Raises RequestError if the width is not a multiple of the number of heads.
-        """
+        """dims: {"audio": dA, "visual": dV, "text": dT, "frames": N}, as in the loader."""
         super().__init__()
-        if config.dim % config.heads:
-            raise RequestError(
-                f"fusion.yaml: expected dim to be a multiple of heads, found dim {config.dim}, heads {config.heads}"
-            )
         self.config = config
         D = config.dim
         self.project_audio = _mlp(dims["audio"], D, D)

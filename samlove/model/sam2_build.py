@@ -5,11 +5,13 @@ unchanged.
 """
 
 import hashlib
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 import samlove.model.torchvision_ops  # noqa: F401
@@ -18,6 +20,7 @@ from samlove.errors import RequestError
 from samlove.model.weights import HUB, load_into, load_state_dict, resolve_file
 
 CHECKPOINTS = "https://dl.fbaipublicfiles.com/segment_anything_2/072824/"  # SAM 2; SAM 2.1 is in 092824/
+SAM2_CLASSES = "sam2.modeling."
 # Weights that a checkpoint may hold although the model does not use them.
 LEFT_OUT = ("image_encoder.", "sam_mask_decoder.conv_s0.", "sam_mask_decoder.conv_s1.")
 
@@ -43,10 +46,13 @@ def instantiate_sam2(config: str, image_encoder: bool = True, **overrides: Any) 
     image_encoder: False leaves out the image encoder, which has most of the weights. The model then takes precomputed
         embeddings only; training and full-video inference need no more.
     overrides: arguments of the model to add or replace, including `_target_` (a different class).
+
+    Raises RequestError if the yaml names any other class than SAM 2's own.
     """
     from hydra.utils import instantiate
 
     model = read_sam2_config(config).model
+    _check_classes(model, config)
     model.merge_with(overrides)
     if image_encoder:
         return instantiate(model).eval()
@@ -54,6 +60,21 @@ def instantiate_sam2(config: str, image_encoder: bool = True, **overrides: Any) 
     encoder = NoImageEncoder(neck.d_model, instantiate(neck.position_encoding))
     model.compile_image_encoder = False
     return instantiate(model, _partial_=True)(image_encoder=encoder).eval()
+
+
+def _check_classes(part: Any, config: str) -> None:
+    """Raise RequestError unless every `_target_` is a module of SAM 2: a yaml could name any function to be called."""
+    for name, value in part.items() if isinstance(part, DictConfig) else enumerate(part):
+        if isinstance(value, DictConfig | ListConfig):
+            _check_classes(value, config)
+        elif name == "_target_":
+            module, _, target = str(value).rpartition(".")
+            try:
+                found = getattr(importlib.import_module(module), target) if module.startswith(SAM2_CLASSES) else None
+            except (ImportError, AttributeError):
+                found = None
+            if not isinstance(found, type) or not issubclass(found, nn.Module):
+                raise RequestError(f"{config}: expected classes of {SAM2_CLASSES}*, found _target_: {value}")
 
 
 def checkpoint_path(checkpoint: str) -> Path:

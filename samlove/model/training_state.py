@@ -79,7 +79,7 @@ def report_other_runs(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     current = flat(fingerprint)
     for file in sorted(folder.parent.glob(f"*/{MADE_BY}")):
         if file.parent != folder and (file.parent / STATE).exists():
-            stored = flat(json.loads(file.read_text()))
+            stored = flat(json.loads(file.read_text(encoding="utf-8")))
             differences = differing(stored, current)
             fields = "; ".join(f"{name}: {a!r} stored, {b!r} now" for name, (a, b) in differences.items())
             tqdm.write(
