@@ -1,20 +1,38 @@
 """What all stages have in common."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from samlove.errors import one_line_errors
+from samlove.data.layout import layout
+from samlove.environment import check_code, check_repository, check_user
+from samlove.errors import RequestError, one_line_errors
+
+REHASH = "--rehash"
 
 
-def stage(main: Callable[[], None]) -> Callable[[], None]:
-    """Make `main` the entry point of a stage: errors are one line, and the results of other profiles are kept."""
+def stage(main: Callable[..., None]) -> Callable[..., None]:
+    """Make `main` the entry point of a stage.
+
+    Errors are one line, surroundings in which DVC would fail are refused at once, and the results of other profiles are
+    kept.
+    """
 
     @functools.wraps(main)
-    def wrapped() -> None:
+    def wrapped(*arguments: str) -> None:
+        check_code()
+        check_user()
+        layout().check_folders()
         keep_other_profiles()
-        main()
+        main(*arguments)
 
     return one_line_errors(wrapped)
+
+
+def wants_rehash(arguments: Sequence[str]) -> bool:
+    """Whether a stage is to hash every file again. Raises RequestError if there is any argument but --rehash."""
+    if unknown := [argument for argument in arguments if argument != REHASH]:
+        raise RequestError(f"expected no argument but {REHASH}, found {' '.join(unknown)}")
+    return bool(arguments)
 
 
 def keep_other_profiles() -> None:
@@ -23,7 +41,7 @@ def keep_other_profiles() -> None:
     `dvc exp run`, and `dvc pull` and `dvc checkout` without targets, delete every output that DVC has linked and that
     is not in the graph. Only the active profile is in the graph, so they would delete the results of all others.
     """
-    from dvc.exceptions import NotDvcRepoError
+    from dvc.exceptions import DvcException, NotDvcRepoError
     from dvc.repo import Repo
 
     try:
@@ -31,3 +49,6 @@ def keep_other_profiles() -> None:
             repo.state.links.clear()
     except NotDvcRepoError:  # the stage runs by hand elsewhere
         pass
+    except DvcException:
+        check_repository()
+        raise

@@ -18,6 +18,7 @@ def main() -> None:
     if config.synth is None:
         folder = RefAvsFolder(root)
         folder.check_exists()
+        folder.check_links()
         folder.metadata()
     else:
         rewrite_dataset(root, config.synth.seed, config.synth.scale)

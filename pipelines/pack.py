@@ -37,7 +37,7 @@ def main() -> None:
             RefAvsFolder(dataset.root),
             dataset.mask_size,
             config.videos_per_shard,
-            paths.mask_digest.read_text().strip(),
+            paths.mask_digest.read_text(encoding="utf-8").strip(),
         )
         print(f"{split}: {packed}")
 

@@ -5,6 +5,7 @@ from samlove.config import SECTIONS, DatasetConfig, ReportConfig, active_profile
 from samlove.data.dataset import RefAvsFolder
 from samlove.data.layout import layout
 from samlove.scoring.report import build_report
+from stores.manifest import replace_folder
 
 
 @stage
@@ -13,8 +14,10 @@ def main() -> None:
     config = {name: load(cls).model_dump() for name, cls in SECTIONS.items()}
     page = build_report(paths.root, RefAvsFolder(load(DatasetConfig).root), load(ReportConfig).clips, profile, config)
     path = paths.report
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    new = path.parent.with_name(f"{path.parent.name}.partial")
+    new.mkdir(parents=True, exist_ok=True)
+    (new / path.name).write_text(page, encoding="utf-8")
+    replace_folder(new, path.parent)
     print(f"{path}: {len(page) / 2**20:.1f} MiB")
 
 

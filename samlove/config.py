@@ -4,15 +4,25 @@
 the values. An unknown key or a value of the wrong type is an error that names the file.
 """
 
+import os
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from samlove.errors import RequestError
+from samlove.errors import RequestError, absence
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -23,16 +33,22 @@ Policy = Literal["drop", "keep", "fail"]
 Dtype = Literal["float16", "float32"]
 Resident = Literal["auto", "off", "ram", "gpu"]
 Sam2Dtype = Literal["float16", "float32", "bfloat16", "int8"]
+# The limits leave room for anything useful, and keep out values with which an array or a number would overflow.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy and torch accept
+Size = Annotated[int, Field(gt=0, le=2**13)]  # a number of channels, pixels, tokens, frames or layers
+Count = Annotated[int, Field(gt=0, le=2**20)]
+Factor = Annotated[float, Field(ge=0, le=1e3)]
+Switch = Annotated[bool, Field(strict=False)]  # on, off, yes and no are strings in YAML 1.2, and accepted
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class SynthConfig(Section):
     """LAVS-synth, the generated dataset."""
 
-    seed: int = 0  # the same seed gives the same bytes
+    seed: Seed = 0  # the same seed gives the same bytes
     scale: Literal["small", "demo", "large"] = "demo"  # number and size of the videos; samlove.synth.write.SCALES
 
 
@@ -42,9 +58,9 @@ class DatasetConfig(Section):
     root: str  # not in the file: `load` sets data/dataset/<profile>, the folder (or link) that DVC watches
     name: str = "Ref-AVS Bench"  # shown in the report
     synth: SynthConfig | None = None  # generate LAVS-synth; None: the dataset is the user's own
-    frames: int = Field(10, gt=0)  # frames per video, one per second; shorter videos repeat their last frame
-    mask_size: int = Field(256, gt=0)  # masks are compared at mask_size x mask_size, as Ref-AVS Bench does
-    check_media: bool = True  # the index stage decodes every frame, audio file and mask
+    frames: Size = 10  # frames per video, one per second; shorter videos repeat their last frame
+    mask_size: Size = 256  # masks are compared at mask_size x mask_size, as Ref-AVS Bench does
+    check_media: Switch = True  # the index stage decodes every frame, audio file and mask
     policy: dict[str, Policy] = {}  # fault kind -> policy; kinds and defaults: samlove.data.index.POLICIES
 
 
@@ -52,10 +68,10 @@ class AudioConfig(Section):
     """VGGish."""
 
     weights: str  # a local file
-    channels: int = 64  # channels of the first convolution; 64 in the original VGGish
-    hidden: int = 4096  # width of the fully connected layers; 4096 in the original VGGish
-    postprocess: bool = False  # PCA and quantisation to 0..255, as in AudioSet's released embeddings
-    pre_relu: bool = False  # omit the final ReLU, as the TensorFlow original does
+    channels: Size = 64  # channels of the first convolution; 64 in the original VGGish
+    hidden: Size = 4096  # width of the fully connected layers; 4096 in the original VGGish
+    postprocess: Switch = False  # PCA and quantisation to 0..255, as in AudioSet's released embeddings
+    pre_relu: Switch = False  # omit the final ReLU, as the TensorFlow original does
     dtype: Dtype = "float16"  # of the stored features
 
 
@@ -63,10 +79,10 @@ class VisualConfig(Section):
     """ViT through timm, or CLIP's image encoder (Table 2)."""
 
     encoder: Literal["vit", "clip"] = "vit"
-    model: str = "vit_base_patch16_224"  # timm's name; ignored for clip
-    model_args: dict[str, int] = {}  # overrides of timm's architecture, for small models
+    model: str = Field("vit_base_patch16_224", pattern=r"^[\w.]+$")  # timm's name; ignored for clip
+    model_args: dict[str, Size] = {}  # overrides of timm's architecture, for small models
     weights: str  # a local file (vit) or folder (clip), or "hub:NAME"
-    image_size: int = 224  # pixels per side of the encoder's input
+    image_size: int = Field(224, ge=32, le=2**13)  # pixels per side of the encoder's input; at least one patch
     dtype: Dtype = "float16"  # of the stored features
 
 
@@ -75,7 +91,8 @@ class TextConfig(Section):
 
     encoder: Literal["roberta", "clip"] = "roberta"
     weights: str  # a local folder in the transformers format, or "hub:NAME"
-    max_tokens: int = 25  # longer expressions are truncated, shorter ones padded
+    # With start and end token; longer expressions are truncated, shorter ones padded.
+    max_tokens: int = Field(25, ge=2, le=2**13)
     dtype: Dtype = "float16"  # of the stored features
 
 
@@ -92,48 +109,56 @@ class Sam2Config(Section):
 class PackConfig(Section):
     """WebDataset shards for the trainer."""
 
-    videos_per_shard: int = Field(64, gt=0)
+    videos_per_shard: Count = 64
 
 
 class FusionConfig(Section):
     """The fusion transformer (section 3.2) and the settings that its ablations vary (Tables 2 to 5)."""
 
-    dim: int = 1024  # hidden width
-    blocks: int = Field(6, gt=0)  # transformer blocks, L in Eq. 2
-    heads: int = Field(8, gt=0)  # attention heads; must divide dim
-    mlp_ratio: int = Field(4, gt=0)  # width of the MLPs divided by dim; 4 as in ViT
-    seg_tokens: int = Field(1, gt=0)  # number of [seg] tokens; the first one prompts SAM 2
+    dim: Size = 1024  # hidden width
+    blocks: Size = 6  # transformer blocks, L in Eq. 2
+    heads: Size = 8  # attention heads; must divide dim
+    mlp_ratio: int = Field(4, gt=0, le=64)  # width of the MLPs divided by dim; 4 as in ViT
+    seg_tokens: Size = 1  # number of [seg] tokens; the first one prompts SAM 2
     prompt: Literal["seg", "mean"] = "seg"  # the learnable token, or the mean of the whole sequence (Table 5)
-    accumulate_cls: bool = True  # append the [cls] tokens of earlier frames as [his] (Eq. 4)
+    accumulate_cls: Switch = True  # append the [cls] tokens of earlier frames as [his] (Eq. 4)
+
+    @field_validator("heads")
+    @classmethod
+    def _heads_divide_dim(cls, heads: int, info: ValidationInfo) -> int:
+        if info.data.get("dim", heads) % heads:
+            raise ValueError(f"Input should divide dim ({info.data['dim']})")
+        return heads
 
 
 class LossConfig(Section):
     """Weights of the loss terms (Eq. 5). The paper does not supervise SAM 2's object score: 0."""
 
-    bce: float = 1.0
-    dice: float = 1.0
-    object_score: float = 0.0
+    bce: Factor = 1.0
+    dice: Factor = 1.0
+    object_score: Factor = 0.0
 
 
 class TrainConfig(Section):
     """Training (sections 3.3 and 4.1)."""
 
-    seed: int = 0  # of the initial weights and the sample order
-    epochs: int = Field(gt=0)
-    batch_size: int = Field(8, gt=0)
-    accumulate: int = Field(2, gt=0)  # batches per optimiser step
-    lr: float = 1e-4  # peak learning rate
-    sam2_lr_scale: float = Field(1.0, ge=0)  # SAM 2's parts learn at lr times this; the paper has one rate for all
-    weight_decay: float = 0.0
-    warmup_steps: int = 100  # of linear warm-up; then lr decays linearly to 0
-    clip_norm: float | None = None  # largest norm of the gradient; None: no clipping
-    train_prompt_encoder: bool = True  # Table 6
-    train_mask_decoder: bool = True  # Table 6
+    seed: Seed = 0  # of the initial weights and the sample order
+    epochs: Count
+    batch_size: Count = 8
+    accumulate: Count = 2  # batches per optimiser step
+    lr: float = Field(1e-4, gt=0, le=1e3)  # peak learning rate
+    sam2_lr_scale: Factor = 1.0  # SAM 2's parts learn at lr times this; the paper has one rate for all
+    weight_decay: Factor = 0.0
+    warmup_steps: int = Field(100, ge=0, le=2**20)  # of linear warm-up; then lr decays linearly to 0
+    clip_norm: float | None = Field(None, gt=0, le=1e6)  # largest norm of the gradient; None: no clipping
+    train_prompt_encoder: Switch = True  # Table 6
+    train_mask_decoder: Switch = True  # Table 6
     precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast
-    workers: int = Field(0, ge=0)  # processes that read samples; 0 reads in the training process
+    # Threads that read samples; None: one per core, at most 8; 0: the training thread reads them.
+    workers: int | None = Field(None, ge=0, le=256)
     # Number of videos to draw samples from at a time; all should fit in memory: 1024 videos take 12 GB at the paper's
     # sizes (11.4 MB each). With 16 samples per step, about one step in ten has two samples of one video.
-    pool: int = Field(1024, gt=0)
+    pool: Count = 1024
     resident: Resident = "auto"  # where to hold all shards while training; auto: the GPU, else RAM, if they fit
     loss: LossConfig = LossConfig()
 
@@ -157,15 +182,15 @@ class EvaluateConfig(Section):
 class ReportConfig(Section):
     """The report."""
 
-    clips: int = 8  # number of videos to show with their masks
+    clips: int = Field(8, ge=0, le=2**13)  # number of videos to show with their masks
 
 
 class LocalConfig(Section):
     """Workers on this machine."""
 
     kind: Literal["local"]
-    workers: int | None = Field(None, gt=0)  # None: one per GPU or, without a GPU, one per four cores
-    threads: int | None = Field(None, gt=0)  # torch threads per worker; None: cores divided by workers
+    workers: int | None = Field(None, gt=0, le=2**10)  # None: one per GPU or, without a GPU, one per four cores
+    threads: int | None = Field(None, gt=0, le=2**10)  # torch threads per worker; None: cores divided by workers
 
 
 class SchedulerConfig(Section):
@@ -173,15 +198,15 @@ class SchedulerConfig(Section):
 
     kind: Literal["scheduler"]
     address: str  # tcp://host:port
-    threads: int | None = Field(None, gt=0)  # torch threads per worker; None: unchanged
+    threads: int | None = Field(None, gt=0, le=2**10)  # torch threads per worker; None: unchanged
 
 
 class SlurmConfig(Section):
     """Workers as SLURM jobs, one worker per job."""
 
     kind: Literal["slurm"]
-    jobs: int = Field(gt=0)
-    cores: int = Field(gt=0)  # per job
+    jobs: Size
+    cores: Size  # per job
     memory: str  # per job
     options: dict[str, Any] = {}  # arguments of dask_jobqueue.SLURMCluster
 
@@ -207,16 +232,26 @@ NO_PROFILES = (CLUSTER, "dataset")  # data/dataset holds the datasets of all pro
 
 
 def _read_yaml(path: Path) -> dict:
+    """The content of a configuration file, as DVC reads it, which takes the same file for parameters: YAML 1.2.
+
+    In YAML 1.1, `off` would be a bool and 1e-4 a string. Raises RequestError if the file is not a YAML mapping.
+    """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         in_profile = path.name != "profile.yaml" and path.parent.is_dir()
         remedy = "copy it from another profile" if in_profile else "run from the root of the repository"
         raise RequestError(f"{path}: no such configuration file; {remedy}") from None
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read: {error.strerror}") from None
+    except MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        what = ", ".join(part for part in (error.context, error.problem) if part)
+        raise RequestError(f"{path}: not YAML: {line}{what}") from None
+    except (YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that does not exist
         raise RequestError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        found = "an empty file" if values is None else f"a {type(values).__name__}"
+        found = "an empty file" if values is None else "a list" if isinstance(values, list) else repr(values)
         raise RequestError(f"{path}: expected keys and values, found {found}")
     return values
 
@@ -244,7 +279,7 @@ def load(section: type[S], configs: Path = Path("configs")) -> S:
             link = f"ln -s /path/to/Ref-AVS data/dataset/{profile}"
             raise RequestError(f"{path}: root is not a setting; link your folder instead: {link}")
         values["root"] = f"data/dataset/{profile}"
-    return _check(lambda: section(**values), path)
+    return _check(lambda: section.model_validate(values), path)
 
 
 def load_cluster(name: str, configs: Path = Path("configs")) -> LocalConfig | SchedulerConfig | SlurmConfig:
@@ -260,6 +295,14 @@ def load_cluster(name: str, configs: Path = Path("configs")) -> LocalConfig | Sc
     return _check(lambda: adapter.validate_python(_read_yaml(path)), path)
 
 
+def local_path(setting: str) -> Path:
+    """The path in a setting; `~` is the home folder. Raises RequestError if the home folder is unknown."""
+    try:
+        return Path(setting).expanduser()
+    except RuntimeError:
+        raise RequestError(f"{setting}: ~ has no meaning here, because the home folder is unknown; set HOME") from None
+
+
 def read_sam2_config(config: str) -> "DictConfig":
     """SAM 2's yaml: a file, or a name inside the sam2 package such as "configs/sam2/sam2_hiera_l.yaml".
 
@@ -268,15 +311,14 @@ def read_sam2_config(config: str) -> "DictConfig":
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    path = Path(config)
-    if not path.is_file():
-        path = Path(str(files("sam2"))) / config
-    if not path.is_file():
+    own = local_path(config)
+    path = own if os.path.isfile(own) else Path(str(files("sam2"))) / config
+    if not os.path.isfile(path):
         known = sorted(
             f"configs/{p.parent.name}/{p.name}" for p in Path(str(files("sam2"))).glob("configs/sam2*/sam2*.yaml")
         )
         raise RequestError(
-            f"{config}: no such SAM 2 configuration; expected a file, or one of the sam2 package: {', '.join(known)}"
+            f"{own}: {absence(own)}; expected a SAM 2 configuration, or one of the sam2 package: {', '.join(known)}"
         )
     try:
         values = OmegaConf.load(path)
@@ -295,6 +337,7 @@ def _check(make: Callable[[], T], path: Path) -> T:
     except ValidationError as error:
         faults = []
         for fault in error.errors():
-            reason = "no such setting" if fault["type"] == "extra_forbidden" else fault["msg"]
+            kind, reason = fault["type"], fault["msg"].removeprefix("Value error, ")
+            reason = {"extra_forbidden": "no such setting", "string_type": f"{reason} (in quotes)"}.get(kind, reason)
             faults.append(f"{'.'.join(map(str, fault['loc']))}: {reason}, found {fault['input']!r}")
         raise RequestError(f"{path}: {'; '.join(faults)}") from None

@@ -2,10 +2,16 @@
 
 import errno
 import functools
+import io
+import os
+import select
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota exceeded, file size limit exceeded
+OPEN_FILES = (errno.EMFILE, errno.ENFILE)  # too many open files: of this process, of the machine
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # the file system has no file locks
 
 
 class SamloveError(Exception):
@@ -21,22 +27,80 @@ class RequestError(SamloveError):
 
 
 def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
-    """Make `main` end with one line on stderr: exit status 1 or 2 for a SamloveError, 1 for a full disk or Ctrl-C."""
+    """Make `main` end with one line on stderr: exit status 1 or 2 for a SamloveError, 1 for an OSError or Ctrl-C.
+
+    Whatever the locale, printing never fails: a character that it lacks is printed as an escape sequence.
+    """
 
     @functools.wraps(main)
     def wrapped(*args: object, **kwargs: object) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             main(*args, **kwargs)
+            print(end="", flush=True)  # what is still in the buffer may not fit on the disk
         except SamloveError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(error.exit_status)
         except OSError as error:
-            if error.errno not in FULL:
-                raise
-            print(f"error: {error}; free some space and run the same command again", file=sys.stderr)
+            if not _reader_gone(error):
+                print(f"error: {os_error_line(error)}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
             print("stopped; run the same command again to resume (some stages start over)", file=sys.stderr)
             sys.exit(1)
 
     return wrapped
+
+
+def _reader_gone(error: OSError) -> bool:
+    """Whether the program that reads our output has ended, as `head` does; the rest of the output is then dropped."""
+    if not isinstance(error, BrokenPipeError) or sys.stdout is None:
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # 0: report only that the other end is closed
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
+    return True
+
+
+def os_error_line(error: OSError) -> str:
+    """An OSError as one line: the path, what the system says and, where it is known, what to do."""
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    paths = [os.fsdecode(path) for path in (error.filename, error.filename2) if isinstance(path, str | bytes)]
+    line = ": ".join([" -> ".join(paths), reason]) if paths else reason
+    if error.errno in FULL:
+        return f"{line}; free some space and run the same command again"
+    if error.errno in OPEN_FILES:
+        return f"{line}; raise the limit, for example with: ulimit -n 4096"
+    return line
+
+
+def absence(path: Path) -> str:
+    """What is at `path` instead of what was expected, such as "no such file", "a folder" or "permission denied".
+
+    Names the link if the path is, or leads through, one whose target does not exist.
+    """
+    for part in (path, *path.parents):
+        if os.path.islink(part) and not os.path.exists(part):
+            return f"{'' if part == path else f'{part} is a '}link to {os.readlink(part)}, {_dead_end(part)}"
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return "no such file"
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        return str(getattr(error, "strerror", error)).lower()
+    return "a folder" if path.is_dir() else "a file" if path.is_file() else "a device, pipe or socket"
+
+
+def _dead_end(link: Path) -> str:
+    try:
+        link.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "which leads back to it"
+        if error.errno == errno.EACCES:
+            return "which may not be read"
+    return "which does not exist"

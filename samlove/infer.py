@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from samlove.config import CONTROLLED_SPLITS, InferConfig
-from samlove.data.dataset import RefAvsFolder, load_mask
+from samlove.data.dataset import RefAvsFolder, load_mask, resize_mask
 from samlove.data.digest import rows_digest, source_digests
 from samlove.errors import RequestError, SamloveError
 from samlove.features.lock import only_run
@@ -41,6 +41,8 @@ STORES = ("audio", "visual", "text", "sam2")  # also the names of their stages
 PREDICTIONS = "predictions"  # the variant that is not a control
 # The modules that determine the masks. Masks in the scratch folder that other code computed are not reused.
 CODE = (
+    "samlove.data.dataset",
+    "samlove.data.images",
     "samlove.infer",
     "samlove.model.fusion",
     "samlove.model.sam2",
@@ -290,8 +292,12 @@ def _read(
     for variant, job in jobs.items():
         if job.masks:
             objects = list(dict.fromkeys(job.masks))
-            masks = np.stack([load_mask(folder.mask_path(media_id, fid, 0)) for fid in objects])  # (objects, H, W)
-            given = Inputs(job.row_ids, {}, torch.from_numpy(masks), [objects.index(fid) for fid in job.masks])
+            masks = [load_mask(folder.mask_path(media_id, fid, 0)) for fid in objects]  # (H, W) each
+            if len({mask.shape for mask in masks}) > 1:
+                side = max(max(mask.shape) for mask in masks)
+                masks = [resize_mask(mask, side) for mask in masks]
+            prompts = torch.from_numpy(np.stack(masks))  # (objects, H, W)
+            given = Inputs(job.row_ids, {}, prompts, [objects.index(fid) for fid in job.masks])
         else:
             words = [sources.text.read(text) for text in job.texts]
             audio = sources.audio.read(job.audio)

@@ -1,13 +1,29 @@
 """Configuration: every profile is readable, and a wrong value is refused with its file named."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
-from pydantic import ValidationError
+import torch
+import yaml
+from dvc.utils.serialize import load_yaml
+from pydantic import TypeAdapter, ValidationError
 
-from samlove.config import SECTIONS, DatasetConfig, FusionConfig, TrainConfig, active_profile, load
-from samlove.errors import RequestError
+from samlove.config import (
+    SECTIONS,
+    ClusterConfig,
+    DatasetConfig,
+    FusionConfig,
+    TrainConfig,
+    active_profile,
+    load,
+    load_cluster,
+)
+from samlove.errors import RequestError, SamloveError
+from samlove.train import train
+from tests import tiny_training as tiny
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -52,9 +68,18 @@ def test_the_dataset_is_where_dvc_watches_it(configs: Path) -> None:
         ("blocks: 0\n", r"blocks: .*greater than 0, found 0"),
         ("blocks: many\n", r"blocks: .*integer.*found 'many'"),
         ("prompt: average\n", r"prompt: .*'seg' or 'mean', found 'average'"),
+        ("dim: 30\nheads: 4\n", r"heads: Input should divide dim \(30\), found 4"),
         ("- blocks\n", r"expected keys and values, found a list"),
+        ("blocks\n", r"expected keys and values, found 'blocks'"),
         ("", r"expected keys and values, found an empty file"),
-        ("blocks: [\n", r"not YAML"),
+        ("1: 2\n", r"1: Keys should be strings"),
+        ("blocks: [\n", r"not YAML: line 2: "),
+        ("blocks: 1\nblocks: 2\n", r"not YAML: line 2: .*duplicate key"),
+        ("blocks: 1\n---\nblocks: 2\n", r"not YAML: line 2: .*another document"),
+        ("blocks: *a\n", r"not YAML: line 1: .*alias"),
+        ("blocks: !!python/object:os.x {}\n", r"not YAML: line 1: .*tag"),
+        ("blocks: 2024-13-01\n", r"not YAML: month"),
+        ("[" * 500, r"not YAML"),
     ],
 )
 def test_wrong_values_are_one_line_that_names_the_file(configs: Path, text: str, message: str) -> None:
@@ -65,6 +90,185 @@ def test_wrong_values_are_one_line_that_names_the_file(configs: Path, text: str,
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
     assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize("content", [b"blocks: 1 # \xff", "blocks: 1".encode("utf-16"), None])
+def test_a_file_that_cannot_be_read_is_one_line(configs: Path, content: bytes | None) -> None:
+    path = configs / "micro" / "fusion.yaml"
+    path.unlink()
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(RequestError, match=r"^.*fusion\.yaml: (not YAML|cannot be read)"):
+        load(FusionConfig, configs)
+
+
+# --- words that mean different things in versions of YAML ------------------------------------------------------------
+
+WORDS = (
+    "off", "on", "yes", "no", "y", "n", "Off", "true", "False", "null", "~", "1e-4", "1.e-4", "1e3", "010", "0o10",
+    "0x1f", "1:30", "1_000", ".5", ".inf", "-.inf", ".nan", "2024-01-02", "'8'", "+1", "1.", "é",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_word_is_what_dvc_takes_it_for(configs: Path, word: str) -> None:
+    """DVC reads the same files as parameters: if the two disagreed, a stage would re-run too often or not at all."""
+    path = configs / "micro" / "fusion.yaml"
+    path.write_text(f"other: {word}\n", encoding="utf-8")
+    with pytest.raises(RequestError) as refused:  # the message has the value
+        load(FusionConfig, configs)
+    assert str(refused.value).endswith(f"found {load_yaml(str(path))['other']!r}")
+
+
+@pytest.mark.parametrize(
+    ("section", "text", "value"),
+    [
+        ("train", "epochs: 1\nresident: off", "off"),
+        ("train", "epochs: 1\nresident: 'off'", "off"),
+        ("train", "epochs: 1\nlr: 1e-4", 1e-4),
+        ("train", "epochs: 1\nlr: 1", 1.0),
+        ("train", "epochs: 010", 10),
+        ("train", "\ufeffepochs: 1\r\n", 1),
+        ("train", "epochs: 1\ntrain_mask_decoder: off", False),
+        ("dataset", "check_media: no", False),
+        ("dataset", "check_media: Yes", True),
+        ("dataset", "name: on", "on"),
+        ("dataset", "name: 1:30", "1:30"),
+    ],
+)
+def test_words_of_settings(configs: Path, section: str, text: str, value: object) -> None:
+    (configs / "micro" / f"{section}.yaml").write_text(text, encoding="utf-8")
+    found = getattr(load(SECTIONS[section], configs), text.splitlines()[-1].partition(":")[0].lstrip("\ufeff"))
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("name", ["on", "no", "y", "null_", "1e", "micro2"])
+def test_a_profile_may_have_such_a_name(configs: Path, name: str) -> None:
+    (configs / "micro").rename(configs / name)
+    (configs / "profile.yaml").write_text(f"profile: {name}\n")
+    assert active_profile(configs) == name and load(TrainConfig, configs).epochs > 0
+
+
+def test_a_text_that_yaml_takes_for_something_else_belongs_in_quotes(configs: Path) -> None:
+    (configs / "micro" / "dataset.yaml").write_text("name: 2024-01-02\n")
+    with pytest.raises(RequestError, match=r"name: Input should be a valid string \(in quotes\), found datetime.date"):
+        load(DatasetConfig, configs)
+
+
+# --- numbers out of range --------------------------------------------------------------------------------------------
+
+
+class Number(NamedTuple):
+    """A number that can be set: the section's schema, the keys that lead to it, and its own schema."""
+
+    section: str
+    keys: tuple[str, ...]
+    schema: dict[str, Any]
+
+    @property
+    def largest(self) -> float:
+        return self.schema.get("maximum", self.schema.get("exclusiveMaximum"))
+
+    @property
+    def smallest(self) -> float:
+        return self.schema.get("minimum", self.schema.get("exclusiveMinimum"))
+
+
+def numbers_in(section: str, schema: dict, definitions: dict, keys: tuple[str, ...] = ()) -> Iterator[Number]:
+    for option in [schema, *schema.get("anyOf", []), *schema.get("oneOf", [])]:
+        option = definitions.get(option.get("$ref", "").split("/")[-1], option)
+        if option.get("type") in ("integer", "number"):
+            yield Number(section, keys, option)
+        for name, inner in option.get("properties", {}).items():
+            yield from numbers_in(section, inner, definitions, (*keys, name))
+        if isinstance(inner := option.get("additionalProperties"), dict):
+            yield from numbers_in(section, inner, definitions, (*keys, "any"))
+
+
+def all_numbers() -> Iterator[Number]:
+    for name, section in SECTIONS.items():
+        schema = section.model_json_schema()
+        yield from numbers_in(name, schema, schema.get("$defs", {}))
+    schema = TypeAdapter(ClusterConfig).json_schema()
+    for definition in schema["$defs"].values():
+        yield from numbers_in(definition["properties"]["kind"]["const"], definition, {})
+
+
+NUMBERS = list(all_numbers())
+REQUIRED: dict[str, dict] = {
+    "audio": {"weights": "w"},
+    "visual": {"weights": "w"},
+    "text": {"weights": "w"},
+    "sam2": {"config": "c", "checkpoint": "c"},
+    "train": {"epochs": 1},
+    "local": {"kind": "local"},
+    "scheduler": {"kind": "scheduler", "address": "tcp://host:1"},
+    "slurm": {"kind": "slurm", "jobs": 1, "cores": 1, "memory": "1GB"},
+}
+
+
+def write_number(configs: Path, number: Number, text: str) -> Path:
+    """Write the section's file with `text` as the value of the number."""
+    folder = "cluster" if number.section in ("local", "scheduler", "slurm") else "micro"
+    path = configs / folder / f"{number.section}.yaml"
+    values: Any = "PLACE"
+    for key in reversed(number.keys):
+        values = {key: values}
+    path.write_text(yaml.safe_dump(REQUIRED.get(number.section, {}) | values).replace("PLACE", text))
+    return path
+
+
+def read_number(configs: Path, number: Number) -> object:
+    return (
+        load_cluster(number.section, configs)
+        if number.section not in SECTIONS
+        else load(SECTIONS[number.section], configs)
+    )
+
+
+def test_every_number_has_a_smallest_and_a_largest_value() -> None:
+    assert len(NUMBERS) > 30
+    assert [n for n in NUMBERS if n.smallest is None or n.largest is None] == []
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda n: ".".join((n.section, *n.keys)))
+def test_a_number_out_of_range_is_one_line_that_names_it(configs: Path, number: Number) -> None:
+    beyond = (number.smallest - 1, number.largest + 1, -(10**30), 10**30)
+    for text in [
+        *(str(value) for value in beyond),
+        "true",
+        "'1'",
+        ".inf",
+        "-.inf",
+        ".nan",
+        "1e400",
+        "2024-01-02",
+        "[1]",
+    ]:
+        path = write_number(configs, number, text)
+        with pytest.raises(RequestError) as refused:
+            read_number(configs, number)
+        message = str(refused.value)
+        assert message.startswith(f"{path}: ") and number.keys[-1] in message and "\n" not in message, text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr": 1e3, "sam2_lr_scale": 1e3},
+        {"lr": 1e-300, "warmup_steps": 2**20, "weight_decay": 1e3},
+        {"clip_norm": 1e6, "warmup_steps": 0, "seed": 2**32 - 1},
+        {"clip_norm": 1e-300, "loss": {"bce": 0.0, "dice": 0.0}},
+        {"loss": {"bce": 1e3, "dice": 1e3, "object_score": 1e3}, "batch_size": 2**20, "accumulate": 2**20},
+    ],
+    ids=str,
+)
+def test_the_largest_and_smallest_numbers_train_or_end_with_one_line(settings: dict, tmp_path: Path) -> None:
+    origin = tiny.origin(tiny.write_sam2(tmp_path / "sam2.safetensors"), epochs=1, **settings)
+    try:
+        train(origin, tiny.samples(), torch.device("cpu"), tmp_path / "best", tmp_path / "live", tmp_path / "scratch")
+    except SamloveError as error:
+        assert "expected numbers, found NaN" in str(error) or "not finite" in str(error)
 
 
 def test_unknown_profile_is_an_error_that_lists_the_profiles(configs: Path) -> None:

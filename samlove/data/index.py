@@ -5,6 +5,8 @@ videos.parquet       one row per video: media_id, vid, split, kind, frames, widt
 expressions.parquet  one row per expression, in the order of metadata.csv: row_id, uid, vid, media_id, split, fid,
                      object, exp, null; if there is a cues.csv, also template, sight, sound, time
 audit.json           counts per split, found and kept, and every fault with its location
+media.sha256         digest of the folder media/, on which later stages depend (samlove.data.digest)
+gt_mask.sha256       digest of the folder gt_mask/
 """
 
 import json
@@ -22,14 +24,15 @@ from samlove.data.audit import (
     KINDS,
     UNUSABLE,
     Fault,
-    MediaInfo,
-    media_faults,
     normalise,
     parse_rows,
     row_faults,
     split_leaks,
 )
+from samlove.data.audit_media import MediaInfo, media_faults
 from samlove.data.dataset import RefAvsFolder
+from samlove.data.digest import folder_digest
+from samlove.data.hashes import FileHashes
 from samlove.errors import RequestError, SamloveError
 
 POLICIES: dict[str, Policy] = {kind: policy for kind, (policy, _) in KINDS.items()}
@@ -136,11 +139,12 @@ def audit_folder(root: Path, check_media: bool = True, policy: dict | None = Non
     policy: fault kind -> drop, keep or fail; overrides POLICIES. drop removes the affected rows; keep leaves them
     (a feature stage that then cannot read a file records this in its failure log); fail leaves them and makes the
     audit fail. frames: the expected number of frames per video, one per second.
-    Raises RequestError if there is no metadata.csv or a policy is invalid, SamloveError if metadata.csv is not a
-    table in the format of Ref-AVS Bench.
+    Raises RequestError if there is no metadata.csv, if DVC could not watch the folder (RefAvsFolder.check_links), or if
+    a policy is invalid; SamloveError if metadata.csv is not a table in the format of Ref-AVS Bench.
     """
     policies = merge_policies(policy or {})
     folder = RefAvsFolder(root)
+    folder.check_links()
     found = parse_rows(folder.metadata())
     faults = list(row_faults(found, folder.root / "metadata.csv"))
     kept = _apply(found, faults, policies)
@@ -171,10 +175,11 @@ def merge_policies(policy: dict) -> dict[str, Policy]:
     return POLICIES | cast(dict[str, Policy], policy)
 
 
-def write_index(audit: Audit, out: Path) -> None:
-    """Write videos.parquet, expressions.parquet and audit.json into the folder `out`.
+def write_index(audit: Audit, out: Path, hashes: FileHashes | None = None) -> None:
+    """Write the tables, audit.json and the digests into the folder `out`.
 
-    Existing files are replaced only when all three new ones are complete.
+    hashes: of the dataset's files; None: hash every file. Existing files are replaced, never edited, and only when all
+    new ones are complete.
     Raises SamloveError, and writes nothing, if the audit fails or leaves no row.
     """
     if audit.failed:
@@ -187,7 +192,11 @@ def write_index(audit: Audit, out: Path) -> None:
     partial.mkdir()
     audit.videos.to_parquet(partial / "videos.parquet", index=False)
     audit.expressions.to_parquet(partial / "expressions.parquet", index=False)
-    (partial / "audit.json").write_text(json.dumps(audit.as_dict(), indent=1, ensure_ascii=False) + "\n")
+    report = json.dumps(audit.as_dict(), indent=1, ensure_ascii=False) + "\n"
+    (partial / "audit.json").write_text(report, encoding="utf-8")
+    for part in ("media", "gt_mask"):
+        digest = folder_digest(audit.root / part, hashes, f"hash {part}")
+        (partial / f"{part}.sha256").write_text(f"{digest}\n", encoding="utf-8")
     for path in sorted(partial.iterdir()):
         os.replace(path, out / path.name)
     partial.rmdir()

@@ -1,9 +1,11 @@
 """Where a profile keeps what it makes: everything lies below data/<profile>/, so that no profile touches another."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from samlove.config import active_profile
+from samlove.errors import RequestError
 
 DATA = Path("data")
 
@@ -73,6 +75,28 @@ class Layout:
     def scratch(self) -> Path:
         """Unfinished work; a folder for each stage. Deleting it is safe and costs only time."""
         return self.root / ".scratch"
+
+    @property
+    def hashes(self) -> Path:
+        """The cache of file hashes (samlove.data.hashes), which the stages share."""
+        return self.scratch / "hashes.sqlite"
+
+    def check_folders(self) -> None:
+        """Raise RequestError if a folder of the outputs is a link, or on another disk than the profile's folder.
+
+        DVC refuses an output behind a link, but only after its stage has run. A rename does not reach another disk.
+        """
+        remedy = f"clone this repository onto that disk and run there, or mount the disk at {self.root.parent}"
+        outputs = [self.root.parent, self.root, self.index, self.shards, self.checkpoint.parent, self.live]
+        outputs += [self.evaluation, self.report.parent]
+        for folder in (self.features, self.predictions):
+            outputs += [folder, *(sorted(folder.iterdir()) if folder.is_dir() else ())]
+        for folder in outputs:
+            if folder.is_symlink():
+                raise RequestError(f"{folder}: link to {os.readlink(folder)}, which DVC refuses for outputs; {remedy}")
+        for folder in (*outputs, self.scratch):
+            if self.root in folder.parents and folder.exists() and folder.stat().st_dev != self.root.stat().st_dev:
+                raise RequestError(f"{folder}: expected it on the same disk as {self.root}, found another; {remedy}")
 
     def other_stores(self, name: str) -> list[Path]:
         """The feature stores called `name` of all other profiles; a stage reuses their rows."""

@@ -9,6 +9,7 @@ Breakdowns and controls are always per expression.
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -24,6 +25,7 @@ from samlove.errors import RequestError, SamloveError
 from samlove.scoring.metrics import EDGES, Scores, histogram, scores_of
 from stores import PredictionReader
 from stores.fingerprint import check_fingerprint, flat
+from stores.manifest import replace_folder
 
 BATCH = 4  # expressions per batch in Ref-AVS Bench's script
 SPLITS = ("val", "test_s", "test_u", "test_n")
@@ -276,11 +278,19 @@ def _compare(control: str, normal: dict, changed: dict) -> dict:
 
 
 def write(evaluation: Evaluation, metrics: Path, folder: Path) -> None:
-    """Write metrics.json to `metrics`, and rows.parquet and details.json into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    evaluation.rows.to_parquet(folder / "rows.parquet", index=False)
-    for path, values in ((folder / "details.json", evaluation.details), (metrics, evaluation.metrics)):
-        path.write_text(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write metrics.json to `metrics`, and rows.parquet and details.json into `folder`.
+
+    Both are written beside their place and then renamed, so existing files are replaced as a whole, never edited.
+    """
+    new = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(new, ignore_errors=True)  # left by a killed run
+    new.mkdir(parents=True)
+    evaluation.rows.to_parquet(new / "rows.parquet", index=False)
+    for name, values in (("details.json", evaluation.details), (metrics.name, evaluation.metrics)):
+        text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        (new / name).write_text(text, encoding="utf-8")
+    (new / metrics.name).replace(metrics)
+    replace_folder(new, folder)
 
 
 NAMES = {"val": "validation", "test_s": "seen", "test_u": "unseen", "mix": "mix", "test_n": "null"}

@@ -9,7 +9,7 @@ import pandas as pd
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
-from samlove.data.dataset import RefAvsFolder, load_audio, load_frame
+from samlove.data.dataset import RefAvsFolder, load_audio, load_frame, load_mask
 from samlove.scoring.evaluate import CONTROLS, CUES
 from samlove.scoring.metrics import JACCARD_BIN, histogram, jaccard_of
 from stores import PredictionReader
@@ -45,7 +45,7 @@ def choose(rows: pd.DataFrame, clips: int) -> list[tuple[dict, str]]:
 
     rows: from rows.parquet. A quarter are null expressions; seen and unseen share the rest.
     """
-    null = max(clips // NULL_SHARE, 1)
+    null = min(max(clips // NULL_SHARE, 1), clips)
     shares = {"test_s": (clips - null + 1) // 2, "test_u": (clips - null) // 2, "test_n": null}
     chosen = []
     for split, share in shares.items():
@@ -69,8 +69,9 @@ def draw_clip(row: dict, rank: str, folder: RefAvsFolder, reader: PredictionRead
     bins = reader.read(row["row_id"])  # (T, H, W)
     frames, _, size = bins.shape
     images = [load_frame(path) for path in folder.frame_paths(row["media_id"], frames)]
-    own_size = None if row["null"] else folder.load_masks(row["media_id"], int(row["fid"]), frames)
-    truth = None if row["null"] else folder.load_masks(row["media_id"], int(row["fid"]), frames, size)
+    object_ = (row["media_id"], int(row["fid"]), frames)
+    own_size = None if row["null"] else [load_mask(path) for path in folder.mask_paths(*object_)]
+    truth = None if row["null"] else folder.load_masks(*object_, size)
     loudness = second_loudness(*load_audio(folder.audio_path(row["media_id"])), frames)
     bars = [0.0 if level <= FLOOR_DB else 100 * 10 ** ((level - max(loudness)) / 20) for level in loudness]
     drawn = []

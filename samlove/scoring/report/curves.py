@@ -3,11 +3,9 @@
 import io
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from samlove.scoring.report.figures import Figure, plain_style
 
 COLUMNS = 3
 FIRST = ("loss", "J&F", "J", "F")  # charts that come first; the others follow by name
@@ -37,8 +35,9 @@ def draw_curves(curves: dict[str, dict[str, pd.DataFrame]]) -> str:
         return ""
     rows = -(-len(curves) // COLUMNS)
     # Text stays text, in the page's font. No date and a fixed salt, so that equal runs give equal bytes.
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "samlove", "font.size": 9}):
-        figure, axes = plt.subplots(rows, COLUMNS, figsize=(11.6, 2.7 * rows), squeeze=False, layout="constrained")
+    with plain_style({"svg.fonttype": "none", "svg.hashsalt": "samlove", "font.size": 9}):
+        figure = Figure(figsize=(11.6, 2.7 * rows), layout="constrained")
+        axes = figure.subplots(rows, COLUMNS, squeeze=False)
         for axis, (metric, series) in zip(axes.flat, curves.items(), strict=False):
             for colour, (name, values) in zip(COLOURS, series.items(), strict=False):
                 marker = "o" if len(values) <= FEW else ""
@@ -53,6 +52,5 @@ def draw_curves(curves: dict[str, dict[str, pd.DataFrame]]) -> str:
             axis.set_visible(False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        plt.close(figure)
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :]

@@ -62,7 +62,7 @@ def _draw_clips(rows: pd.DataFrame, clips: int, folder: RefAvsFolder, prediction
 def _read_json(path: Path) -> dict:
     if not path.exists():
         raise RequestError(f"{path}: no such file; run: dvc repro evaluate")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _as_yaml(values: dict) -> str:

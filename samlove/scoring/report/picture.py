@@ -2,21 +2,15 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from PIL import Image
 
-from samlove.data.dataset import RefAvsFolder, load_audio, load_frame
+from samlove.data.dataset import RefAvsFolder, load_audio, load_frame, load_mask
 from samlove.errors import RequestError
 from samlove.scoring.report.clips import DASHES, FILL, FILL_ALPHA, FRAME_WIDTH, draw_frame
+from samlove.scoring.report.figures import Axes, Figure, FigureCanvasAgg, Rectangle, plain_style
 from stores import PredictionReader
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 SHOWN = 5  # frames, evenly spaced; each stands above the audio from its own second to the next shown one
 AREA = (0.02, 0.25)  # of the frame: the default expression's ground-truth mask is neither tiny nor huge
@@ -42,8 +36,9 @@ def choose_row(rows: pd.DataFrame, folder: RefAvsFolder, frames: int) -> dict:
     if "sound" in wanted:
         wanted = wanted[wanted["sound"].astype(bool) & ~wanted["sight"].astype(bool)]
     for row in wanted.to_dict("records"):
-        masks = folder.load_masks(row["media_id"], int(row["fid"]), frames)  # (T, H, W)
-        if AREA[0] <= masks.mean() <= AREA[1] and masks.shape[2] > masks.shape[1]:
+        masks = [load_mask(path) for path in folder.mask_paths(row["media_id"], int(row["fid"]), frames)]  # (H, W) each
+        area, (height, width) = np.mean([mask.mean() for mask in masks]), masks[0].shape
+        if AREA[0] <= area <= AREA[1] and width > height:
             return {str(key): value for key, value in row.items()}
     return {str(key): value for key, value in scored.iloc[0].to_dict().items()}
 
@@ -55,16 +50,17 @@ def draw_picture(row: dict, folder: RefAvsFolder, reader: PredictionReader) -> I
     """
     bins = reader.read(row["row_id"])  # (T, H, W)
     frames = len(bins)
-    masks = None if row["null"] else folder.load_masks(row["media_id"], int(row["fid"]), frames)
     paths = folder.frame_paths(row["media_id"], frames)
+    masks = None if row["null"] else folder.mask_paths(row["media_id"], int(row["fid"]), frames)
     times = np.unique(np.linspace(0, frames, SHOWN, endpoint=False).round().astype(int)).tolist()
-    images = [draw_frame(load_frame(paths[t]), bins[t], None if masks is None else masks[t]) for t in times]
+    images = [draw_frame(load_frame(paths[t]), bins[t], None if masks is None else load_mask(masks[t])) for t in times]
     samples, rate = load_audio(folder.audio_path(row["media_id"]))
 
     columns, height = len(times), images[0].height
     size = (2 * MARGIN + columns * FRAME_WIDTH + (columns - 1) * GAP, HEADER + height + GAP + STRIP + FOOTER)
-    with plt.rc_context({"font.family": "DejaVu Sans", "font.size": 13}):
-        figure = plt.figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI, facecolor="white")
+    with plain_style({"font.family": "DejaVu Sans", "font.size": 13}):
+        figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI, facecolor="white")
+        canvas = FigureCanvasAgg(figure)
         _draw_header(figure, size, row)
         peak = max(float(np.abs(samples[: frames * rate]).max(initial=0)), 1e-4)
         for column, (t, image, end) in enumerate(zip(times, images, [*times[1:], frames], strict=True)):
@@ -76,19 +72,24 @@ def draw_picture(row: dict, folder: RefAvsFolder, reader: PredictionReader) -> I
             axis.text(0, -0.12, f"{t} s", transform=axis.transAxes, va="top", color=GREY)
             if end == frames:
                 axis.text(1, -0.12, f"{end} s", transform=axis.transAxes, va="top", ha="right", color=GREY)
-        figure.canvas.draw()
-        pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
-        plt.close(figure)
+        canvas.draw()
+        pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
     return Image.fromarray(pixels)
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """PNG or JPEG by suffix, small enough for a README; replaces an existing file."""
-    if path.suffix.lower() == ".png":
-        # 256 colours: a third of the bytes. Dithering would undo that.
-        image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
-    else:
-        image.save(path, quality=88, optimize=True)
+    """PNG or JPEG by suffix, small enough for a README; replaces an existing file, by a rename."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        if path.suffix.lower() == ".png":
+            # 256 colours: a third of the bytes. Dithering would undo that.
+            small = image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+            small.save(partial, "PNG", optimize=True)
+        else:
+            image.save(partial, "JPEG", quality=88, optimize=True)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _draw_header(figure: Figure, size: tuple[int, int], row: dict) -> None:

@@ -21,7 +21,8 @@ def source_revision() -> str:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    command = ["git", *arguments]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True).stdout.strip()
 
 
 def versions() -> dict[str, str]:
@@ -38,7 +39,7 @@ def versions() -> dict[str, str]:
 def fingerprints(data: Path) -> dict[str, dict]:
     """The fingerprint of each feature store under `data`/features, by the store's name."""
     manifests = sorted((data / "features").glob("*/manifest.json"))
-    return {path.parent.name: json.loads(path.read_text())["fingerprint"] for path in manifests}
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8"))["fingerprint"] for path in manifests}
 
 
 def checkpoint_header(path: Path) -> dict:
