@@ -3,22 +3,27 @@
 Zarr's general reader takes 1 to 3 ms per array, because it runs an event loop and re-reads the shard's index. This
 reader takes about 20 us. It reads only the layouts that FeatureStoreWriter writes (Zarr v3, one sharding_indexed shard
 of little-endian chunks, uncompressed or zstd, with crc32c, index at the end) and refuses any other. Tests compare it
-with zarr itself.
+with zarr itself. A chunk is decompressed only if it says that it holds exactly the bytes of its part of the array.
 """
 
-import json
 import math
 import mmap
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import google_crc32c
 import numpy as np
+import zarr
 from numcodecs.zstd import Zstd
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from stores.fingerprint import differing, parse_json
 from stores.remote import AnyPath
 
 Compression = Literal["none", "zstd"]
+LIMIT = 1 << 31  # bytes of one item's compressed array: more is refused before memory is reserved for it
+KINDS = "biuf"  # numpy kinds: bool, int, uint, float
 _CODECS = ["bytes", "crc32c"]  # of the index and of uncompressed chunks
 _ZSTD = ["bytes", "zstd", "crc32c"]
 _LEVEL = 3  # zstd's default
@@ -31,32 +36,97 @@ def compressors(compression: Compression) -> list[Any]:
     return [*([ZstdCodec(level=_LEVEL)] if compression == "zstd" else []), Crc32cCodec()]
 
 
+def use_zarr_defaults() -> None:
+    """Give zarr its own defaults in this process. Call it before zarr writes.
+
+    Otherwise ZARR_* variables and zarr's YAML files, such as ~/.config/zarr/zarr.yaml, could change a store's bytes.
+    """
+    for defaults in zarr.config.defaults:
+        zarr.config.set(deepcopy(defaults))  # not reset(), which empties the settings first: other threads may write
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one array, (keys, *item shape), of a shard is stored.
+
+    chunk: the shape of a chunk, without its first axis, which is one key; only axis 0 of an item may be split.
+    per_key: chunks per item. zstd: whether chunks are compressed.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunk: tuple[int, ...]
+    per_key: int
+    zstd: bool
+
+    @classmethod
+    def read(cls, folder: AnyPath) -> "Layout":
+        """The layout in an array's zarr.json. Raises OSError or ValueError if it is missing, damaged or different."""
+        text = _regular(folder / "zarr.json").read_text(encoding="utf-8")
+        try:
+            meta = parse_json(text)
+            ((sharding, codec),) = [(codec["configuration"], codec["name"]) for codec in meta["codecs"]]
+            names, index = ([part["name"] for part in sharding[key]] for key in ("codecs", "index_codecs"))
+            orders = [sharding[key][0].get("configuration", {}).get("endian") for key in ("codecs", "index_codecs")]
+            shape, chunk = _lengths(meta["shape"]), _lengths(sharding["chunk_shape"])
+            step = [min(chunk[1], shape[1])] if shape[1:] else []  # rows of a chunk; none if an item is a single number
+            rows = [-(-n // height) * height for n, height in zip(shape[1:2], step, strict=True)]
+            dtype, zstd = np.dtype(str(meta["data_type"])), names == _ZSTD
+            found = {
+                "data_type": meta["data_type"],
+                "shard": meta["chunk_grid"]["configuration"]["chunk_shape"],
+                "chunk": chunk,
+                "codecs": [codec, names, index, sharding["index_location"], *orders],
+                "keys": meta["chunk_key_encoding"],
+            }
+            expected = {
+                "data_type": dtype.name if dtype.kind in KINDS else "bool, int or float",
+                "shard": [shape[0], *rows, *shape[2:]],
+                "chunk": (1, *step, *shape[2:]),
+                "codecs": ["sharding_indexed", _ZSTD if zstd else _CODECS, _CODECS, "end", *_orders(dtype)],
+                "keys": {"name": "default", "configuration": {"separator": "/"}},
+            }
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder}: not the metadata of an array ({type(error).__name__}: {error})") from None
+        if differences := differing(expected, found):
+            raise ValueError(f"{folder}: not the layout of a feature store's array (expected, found: {differences})")
+        if zstd and math.prod(shape[1:]) * dtype.itemsize > LIMIT:
+            raise ValueError(f"{folder}: expected items of at most {LIMIT} bytes, found {shape[1:]} {dtype}")
+        return cls(shape, dtype.newbyteorder("<"), chunk[1:], rows[0] // step[0] if rows else 1, zstd)
+
+
+def _orders(dtype: np.dtype) -> list[str | None]:
+    """The byte order that Zarr notes of the chunks, none for single bytes, and of the index."""
+    return ["little" if dtype.itemsize > 1 else None, "little"]
+
+
+def _lengths(value: Any) -> tuple[int, ...]:
+    """A shape from JSON. Raises ValueError unless it has at least one axis and all are integers of at least 1."""
+    if not isinstance(value, list) or not value or not all(type(n) is int and n > 0 for n in value):
+        raise ValueError(f"expected a shape, found {value}")
+    return tuple(value)
+
+
+def _regular(path: AnyPath) -> AnyPath:
+    if not path.is_file():  # opening a pipe would wait for a writer
+        raise FileNotFoundError(f"{path}: expected a file, found none")
+    return path
+
+
 class ShardArray:
     """One array, (keys, *item shape), of one shard. Holds a memory map of its file; must not be pickled.
 
-    Raises OSError, ValueError, KeyError or TypeError if the files are missing, damaged or in a different layout.
+    Raises OSError or ValueError if the files are missing, damaged or in a different layout.
     """
 
     def __init__(self, folder: AnyPath) -> None:
-        meta = json.loads((folder / "zarr.json").read_text())
-        (codec,) = meta["codecs"]
-        sharding = codec["configuration"]
-        names = [[inner["name"] for inner in sharding[part]] for part in ("codecs", "index_codecs")]
-        chunk, shard = sharding["chunk_shape"], meta["chunk_grid"]["configuration"]["chunk_shape"]
-        self.shape: tuple[int, ...] = tuple(meta["shape"])
-        dtype = np.dtype(meta["data_type"])
-        grid = shard[0] == self.shape[0] and chunk[0] == 1 and chunk[2:] == shard[2:] == list(self.shape[2:])
-        if names[0] not in (_CODECS, _ZSTD) or names[1] != _CODECS or sharding["index_location"] != "end" or not grid:
-            raise ValueError(f"{folder}: expected the layout of a feature store's array, found a different one")
-        self._dtype = dtype.newbyteorder("<")
-        self._chunk = tuple(chunk[1:])
-        self._zstd = Zstd() if names[0] == _ZSTD else None
-        self._per_key = shard[1] // chunk[1] if len(shard) > 1 else 1
-        with folder.joinpath("c", *["0"] * len(shard)).open("rb") as file:
+        self._layout = layout = Layout.read(folder)
+        self.shape: tuple[int, ...] = layout.shape
+        with _regular(folder.joinpath("c", *["0"] * len(layout.shape))).open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if not self._zstd and math.prod(self.shape) * dtype.itemsize > len(self._map):
-            raise ValueError(f"{folder}: {self.shape} {dtype} does not fit in a file of {len(self._map)} bytes")
-        size = shard[0] * self._per_key * 2 * _PLACE.itemsize
+        if not layout.zstd and math.prod(self.shape) * layout.dtype.itemsize > len(self._map):
+            raise ValueError(f"{folder}: {self.shape} {layout.dtype} does not fit in {len(self._map)} bytes")
+        size = self.shape[0] * layout.per_key * 2 * _PLACE.itemsize
         index = self._checked(len(self._map) - size - _CRC.itemsize, size + _CRC.itemsize, "index")
         self._places = [(int(o), int(n)) for o, n in np.frombuffer(index, _PLACE).reshape(-1, 2)]  # offset, size
 
@@ -72,12 +142,16 @@ class ShardArray:
 
     def _read_chunk(self, number: int) -> np.ndarray:
         data = self._checked(*self._places[number], f"chunk {number}")
-        if self._zstd:
+        shape, dtype = self._layout.chunk, self._layout.dtype
+        if self._layout.zstd:
+            size = math.prod(shape) * dtype.itemsize
+            if _content_size(data) != size:
+                raise ValueError(f"chunk {number}: expected a zstd frame of {size} bytes, found {_content_size(data)}")
             try:
-                data = self._zstd.decode(data)
+                data = Zstd().decode(data)
             except RuntimeError as error:
                 raise ValueError(f"chunk {number}: {error}") from None
-        return np.frombuffer(data, self._dtype).reshape(self._chunk)
+        return np.frombuffer(data, dtype).reshape(shape)
 
     def read(self, key: int, rows: slice | None = None) -> np.ndarray:
         """A copy of item number `key`, or of a contiguous range of its rows along axis 0; reads only their chunks."""
@@ -87,10 +161,21 @@ class ShardArray:
         start, stop, step = (rows or slice(None)).indices(shape[0])
         if step != 1:
             raise ValueError(f"expected a row slice without a step, found {rows}")
-        stop, height = max(start, stop), self._chunk[0]
-        out = np.empty((stop - start, *shape[1:]), self._dtype)
+        stop, height = max(start, stop), self._layout.chunk[0]
+        out = np.empty((stop - start, *shape[1:]), self._layout.dtype)
         for number in range(start // height, -(-stop // height) if stop > start else 0):
             first, last = max(start, number * height), min(stop, (number + 1) * height)
-            chunk = self._read_chunk(key * self._per_key + number)
+            chunk = self._read_chunk(key * self._layout.per_key + number)
             out[first - start : last - start] = chunk[first - number * height : last - number * height]
         return out
+
+
+def _content_size(frame: bytes) -> int | None:
+    """The bytes that a zstd frame says it holds; None if it does not say, or is no frame (RFC 8878, section 3.1.1)."""
+    if frame[:4] != b"\x28\xb5\x2f\xfd" or len(frame) < 5:
+        return None
+    single, dictionary = frame[4] >> 5 & 1, (0, 1, 2, 4)[frame[4] & 3]
+    length = (single, 2, 4, 8)[frame[4] >> 6]
+    start = 5 + (not single) + dictionary
+    size = int.from_bytes(frame[start : start + length], "little")
+    return size + (256 if length == 2 else 0) if length else None

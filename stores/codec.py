@@ -42,9 +42,13 @@ def encode(name: str, values: np.ndarray, coding: Coding) -> dict[str, np.ndarra
 
 
 def decode(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The features of an item: encoded ones as float32, all others unchanged."""
+    """The features of an item: encoded ones as float32, all others unchanged.
+
+    Raises SamloveError if encoded arrays have other dtypes or shapes than `encode` gives them.
+    """
     features: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
+        _check(name, array, arrays)
         if name.endswith(BFLOAT16):
             bits = array.astype(np.uint32)
             bits <<= 16  # in place, which takes half the time
@@ -56,6 +60,20 @@ def decode(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         elif not name.endswith(SCALE):
             features[name] = array
     return features
+
+
+def _check(name: str, array: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise SamloveError if an array cannot be decoded as its name says."""
+    dtype, scale = array.dtype, arrays.get(name.removesuffix(INT8) + SCALE)
+    if name.endswith(BFLOAT16) and dtype != np.uint16:
+        raise SamloveError(f"{name}: expected uint16, found {dtype}")
+    if not name.endswith(INT8):
+        return
+    if scale is None or (dtype, scale.dtype) != (np.int8, np.float32):
+        found = "none" if scale is None else scale.dtype
+        raise SamloveError(f"{name}: expected int8 with a float32 scale, found {dtype} with {found}")
+    if scale.ndim != array.ndim or any(n not in (1, m) for n, m in zip(scale.shape, array.shape, strict=True)):
+        raise SamloveError(f"{name}: expected a scale for {array.shape}, found one of {scale.shape}")
 
 
 def is_coded(names: Mapping[str, Any]) -> bool:

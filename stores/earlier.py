@@ -35,7 +35,7 @@ def shard_name(number: int) -> str:
 def shard_number(name: str) -> int:
     """The inverse of `shard_name`. Raises ValueError if it is not the name of a shard."""
     number = int(name.removeprefix("shard-").removesuffix(".zarr"))
-    if shard_name(number) != name:
+    if shard_name(number) != name or not 0 <= number < 2**31:  # int32 in the index
         raise ValueError(f"expected the name of a shard, found {name!r}")
     return number
 
@@ -160,10 +160,10 @@ def link_folder(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for entry in sorted(os.scandir(source), key=lambda entry: entry.name):
         path, copy = source / entry.name, target / entry.name
-        if entry.is_dir():
+        if entry.is_dir(follow_symlinks=False):
             link_folder(path, copy)
-            continue
-        try:
-            os.link(path.resolve() if entry.is_symlink() else path, copy)  # DVC may have left a symbolic link
-        except OSError:
-            shutil.copyfile(path, copy)
+        elif entry.is_file():
+            try:
+                os.link(path.resolve() if entry.is_symlink() else path, copy)  # DVC may have left a symbolic link
+            except OSError:
+                shutil.copyfile(path, copy)

@@ -6,13 +6,17 @@ every preprocessing setting, dtype, library versions. Two stores with equal fing
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from samlove.errors import RequestError, SamloveError
 from stores.remote import AnyPath
 
+DEPTH = 64  # of JSON from elsewhere
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)  # of a JSON text, or one without an end
 MISSING = "missing"  # shown for a field that only the other fingerprint has
 
 
@@ -51,6 +55,29 @@ def canonical_json(value: Mapping[str, Any]) -> str:
         return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise SamloveError(f"a fingerprint or manifest may contain only JSON values: {error}") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text from elsewhere.
+
+    Raises ValueError if it is not JSON, repeats a name in an object, has NaN or infinity, or is nested more than DEPTH
+    levels deep: Python fails to read, write or compare values that are nested deeply.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError(f"an object with a repeated name among {[name for name, _ in pairs][:5]}")
+        return found
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    text = text if isinstance(text, str) else text.decode()
+    steps = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[][{}]", _STRING.sub("", text)))
+    if max(accumulate(steps), default=0) > DEPTH:
+        raise ValueError(f"nested more than {DEPTH} levels deep")
+    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
 
 
 def fingerprint_id(fingerprint: Mapping[str, Any]) -> str:

@@ -9,26 +9,39 @@ Import writes these files, fills the arrays that they describe, and compares the
 reads an exported store in place.
 """
 
-import csv
 import io
-import json
 import shutil
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import h5py
 import numpy as np
 import zarr
 
-from samlove.errors import RequestError, SamloveError
-from stores.chunks import ShardArray
+from samlove.errors import FULL, RequestError, SamloveError
+from stores.chunks import Layout, ShardArray, use_zarr_defaults
 from stores.codec import decode
-from stores.features import FAILURES, Arrays, Failure, FeatureStore
-from stores.manifest import NAME, SCHEMA, read_manifest, refuse_existing, replace_folder
-from stores.sealed import BROKEN, Handle, create, seal
+from stores.features import (
+    FAILURES,
+    INDEX,
+    INDEX_COLUMNS,
+    Arrays,
+    Failure,
+    FeatureStore,
+    index_of_attributes,
+    read_failures,
+)
+from stores.fingerprint import parse_json
+from stores.listing import listed_files
+from stores.manifest import NAME, READABLE, check_part, read_manifest, refuse_existing, replace_folder
+from stores.sealed import BROKEN, Handle, create, open_checked, seal
+from stores.table import Table
 
 DATA = "c"  # Zarr v3 keeps an array's data in SHARD/ARRAY/c
 REMEDY = "export the store again or copy the file again"
+RECOMPUTE = "recompute the store"
 
 
 def export_store(path: str | Path, file: str | Path) -> int:
@@ -41,14 +54,13 @@ def export_store(path: str | Path, file: str | Path) -> int:
     refuse_existing(file)
     partial = file.with_name(f".{file.name}.partial")
     try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()  # if it cannot be made, this error names the path in fewer words than HDF5's
         with create(partial) as out:
             out["keys"] = np.array(store.keys(), dtype=h5py.string_dtype())
             files, arrays = out.create_group("files"), out.create_group("arrays")
-            shards = {shard["name"] for shard in store.manifest["shards"]}
-            for source in sorted(p for p in folder.rglob("*") if p.is_file()):
-                relative = source.relative_to(folder)
-                if relative.parts[0] not in shards or relative.parts[2:3] != (DATA,):
-                    files[relative.as_posix()] = np.frombuffer(source.read_bytes(), np.uint8)
+            for name, content in _files_to_copy(store, folder):
+                files[name] = np.frombuffer(content, np.uint8)
             for row, key in enumerate(store.keys()):
                 for name, array in store.read_stored(key).items():
                     if name not in arrays:
@@ -59,6 +71,25 @@ def export_store(path: str | Path, file: str | Path) -> int:
     finally:
         partial.unlink(missing_ok=True)
     return len(store)
+
+
+def _files_to_copy(store: FeatureStore, folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and content of the manifest and of every file that it lists, except array data.
+
+    No other file is copied, and none with different content: a store from elsewhere may contain links to any file.
+    """
+    yield NAME, (folder / NAME).read_bytes()
+    for file in listed_files(folder, store.manifest, RECOMPUTE):
+        parts = file.path.split("/")
+        if parts[0] in store.shards and parts[2:3] == [DATA]:
+            continue
+        try:
+            content = _inside(folder, file.path).read_bytes()
+        except OSError as error:
+            raise SamloveError(f"{folder / file.path}: cannot be read ({error.strerror}); {RECOMPUTE}") from None
+        if f"{google_crc32c.value(content):08x}" != file.crc32c:
+            raise SamloveError(f"{folder / file.path}: damaged: its bytes do not match its checksum; {RECOMPUTE}")
+        yield file.path, content
 
 
 def _create(group: h5py.Group, name: str, first: np.ndarray, items: int) -> None:
@@ -80,36 +111,60 @@ class ExportReader:
         self._handle = Handle(self.path)
         try:
             opened = self._handle.open()
-            self.manifest: dict[str, Any] = json.loads(opened["files"][NAME][()].tobytes())
-            failure_log = opened["files"][FAILURES][()].tobytes().decode()
-            self.failures = [Failure(**row) for row in csv.DictReader(io.StringIO(failure_log, newline=""))]
-            keys = [str(key) for key in opened["keys"].asstr()[:]]
-            if self.manifest["schema"] != SCHEMA or self.manifest["keys"] != len(keys):
-                raise ValueError(f"expected schema {SCHEMA} and as many keys as in its manifest")
-        except BROKEN as error:
+            self.manifest: dict[str, Any] = parse_json(opened["files"][NAME][()].tobytes())
+            failure_log = io.StringIO(opened["files"][FAILURES][()].tobytes().decode(), newline="")
+            self.failures: list[Failure] = read_failures(failure_log)
+            self._index = Table(self._find_index(opened["files"]), INDEX_COLUMNS, REMEDY, sorted_by="key")
+            self._check(opened["arrays"])
+        except (*BROKEN, SamloveError) as error:
             raise SamloveError(f"{self.path}: not a complete exported store ({_line(error)}); {REMEDY}") from None
-        self._row = {key: row for row, key in enumerate(keys)}
+
+    def _find_index(self, files: h5py.Group) -> bytes:
+        """The index of the store. `keys` is for other programs: the HDF5 library does not read such texts safely."""
+
+        def read(shard: str) -> dict[str, Any]:
+            return parse_json(files[f"{shard}/zarr.json"][()].tobytes())["attributes"]
+
+        if self.manifest["schema"] not in READABLE:
+            raise ValueError(f"expected schema {' or '.join(map(str, READABLE))}, found {self.manifest['schema']}")
+        return (
+            files[INDEX][()].tobytes()
+            if self.manifest["schema"] > 1
+            else index_of_attributes(self.manifest, read, f"files/{NAME}")
+        )
+
+    def _check(self, arrays: h5py.Group) -> None:
+        """Raise SamloveError, or one of BROKEN, unless the arrays are those in the manifest."""
+        fingerprint, shards, keys = (self.manifest[name] for name in ("fingerprint", "shards", "keys"))
+        if not isinstance(fingerprint, dict) or not isinstance(shards, int | list) or keys != len(self):
+            raise ValueError(f"expected a store's manifest, with {len(self)} keys, found {keys}")
+        for name, spec in self.manifest["arrays"].items():
+            check_part(name, "arrays")
+            expected = spec["dtype"], (len(self), *spec["shape"])
+            if (found := (arrays[name].dtype.name, arrays[name].shape)) != expected:
+                raise ValueError(f"arrays/{name}: expected {expected}, found {found}")
 
     def keys(self) -> list[str]:
         """All keys, in the store's order."""
-        return list(self._row)
+        return list(self._index.texts("key"))
 
     def __len__(self) -> int:
-        return len(self._row)
+        return len(self._index)
 
     def read(self, key: str) -> Arrays:
         """The same as `FeatureStore.read`."""
-        if key not in self._row:
+        row = self._index.find(key)
+        if row is None:
             raise SamloveError(f"{self.path}: no item {key!r} among its {len(self)}")
         try:
             arrays = self._handle.open()["arrays"]
-            return decode({name: np.asarray(arrays[name][self._row[key]]) for name in self.manifest["arrays"]})
-        except BROKEN as error:
+            return decode({name: np.asarray(arrays[name][row]) for name in self.manifest["arrays"]})
+        except (*BROKEN, SamloveError) as error:
             raise SamloveError(f"{self.path}: {key!r} cannot be read ({_line(error)}); {REMEDY}") from None
 
 
 def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return " ".join((f"{error}" if isinstance(error, SamloveError) else f"{type(error).__name__}: {error}").split())
 
 
 def import_store(file: str | Path, path: str | Path) -> int:
@@ -124,26 +179,28 @@ def import_store(file: str | Path, path: str | Path) -> int:
     refuse_existing(path)
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
+    partial.mkdir(parents=True)
     try:
-        with h5py.File(file) as source:
+        with open_checked(file) as source:
             source["files"].visititems(lambda name, item: _write_file(partial, name, item))
-            manifest = read_manifest(partial, f"{file} is not an exported store")
+            read_manifest(partial, f"{file} is not an exported store")
+            store = FeatureStore.open(partial)
             start = 0
-            for shard in manifest["shards"]:
-                rows = slice(start, start := start + shard["keys"])
-                for name in manifest["arrays"]:
-                    _fill(partial, f"{shard['name']}/{name}", source["arrays"][name][rows])
-            keys = [str(key) for key in source["keys"].asstr()[:]]
-        if FeatureStore.open(partial).keys() != keys:
-            raise ValueError("its keys differ from the keys in its shards")
+            for shard, count in store.shards.items():
+                rows = slice(start, start := start + count)
+                for name in store.manifest["arrays"]:
+                    _fill(partial, f"{shard}/{name}", source["arrays"][name][rows])
         replace_folder(partial, path)
-    except BROKEN as error:  # zarr raises the same types
+    except (*BROKEN, SamloveError) as error:  # zarr raises the same types
+        if isinstance(error, OSError) and error.errno in FULL:  # of the store's disk
+            raise
+        reason = _line(error).replace(f"{partial}/", "")
         raise SamloveError(
-            f"{file}: cannot be imported: expected a complete file that samlove store export wrote ({_line(error)})"
+            f"{file}: cannot be imported: expected a complete file that samlove store export wrote ({reason})"
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return len(keys)
+    return len(store)
 
 
 def _write_file(folder: Path, name: str, item: Any) -> None:
@@ -155,19 +212,21 @@ def _write_file(folder: Path, name: str, item: Any) -> None:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    if ".." in PurePosixPath(name).parts or name.startswith("/"):
-        raise ValueError(f"{name!r} points outside the folder")
+    for part in name.split("/"):
+        check_part(part, folder)
     return folder / name
 
 
 def _fill(store: Path, name: str, values: np.ndarray) -> None:
     """Write one array of a shard, (keys, *item shape), in the layout of its zarr.json."""
     folder = _inside(store, name)
+    layout = Layout.read(folder)  # zarr would load whatever codec the file names
+    if (layout.shape, layout.dtype) != (values.shape, values.dtype):
+        expected, found = f"{layout.dtype} {layout.shape}", f"{values.dtype} {values.shape}"
+        raise ValueError(f"{name}: expected {expected}, found {found}")
+    use_zarr_defaults()
     with zarr.config.set({"array.write_empty_chunks": True}):  # as FeatureStoreWriter does
         array = zarr.open_array(folder, mode="r+")
-    if (array.shape, array.dtype) != (values.shape, values.dtype):
-        expected, found = f"{array.dtype} {array.shape}", f"{values.dtype} {values.shape}"
-        raise ValueError(f"{name}: expected {expected}, found {found}")
     array[:] = values
     written = ShardArray(folder)
     if not all(np.array_equal(written.read(row), value) for row, value in enumerate(values)):

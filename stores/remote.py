@@ -18,6 +18,7 @@ import errno
 import fcntl
 import io
 import os
+import resource
 import shutil
 import time
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
 
-from samlove.errors import RequestError, SamloveError
+from samlove.errors import NO_LOCKS, RequestError, SamloveError
 
 _VERSIONS = ("ETag", "etag", "md5", "mtime", "LastModified", "last_modified")  # services give a version in one of these
 _BLOCK = 1 << 23  # bytes per read
@@ -55,11 +56,14 @@ class Cache:
 
     @classmethod
     def of_environment(cls) -> "Cache":
-        folder = os.environ.get("STORES_CACHE") or Path.home() / ".cache" / "stores"
         gigabytes = os.environ.get("STORES_CACHE_GB", "50")
         try:
-            return cls(Path(folder), int(float(gigabytes) * 1e9))
-        except ValueError:
+            folder = Path(os.environ.get("STORES_CACHE") or "~/.cache/stores").expanduser()
+        except RuntimeError:
+            raise RequestError("~/.cache/stores: the home folder is unknown; set STORES_CACHE or HOME") from None
+        try:
+            return cls(folder, int(float(gigabytes) * 1e9))
+        except (ValueError, OverflowError):
             raise RequestError(f"STORES_CACHE_GB: expected a number, found {gigabytes!r}") from None
 
     def open(self, url: str, remote: _Remote) -> BinaryIO:
@@ -89,7 +93,7 @@ class Cache:
             partial.unlink(missing_ok=True)  # left by a killed process: we hold this file's fetch lock
             self._make_room(url, remote.st_size)
             file = partial.open("wb")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file, fcntl.LOCK_EX)
             file.truncate(remote.st_size)
         try:
             with file:
@@ -119,8 +123,22 @@ class Cache:
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
         with open(self.folder / f"{name}.lock", "wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file, fcntl.LOCK_EX)
             yield
+
+
+def _lock(file: IO[Any], kind: int) -> None:
+    """flock. Raises RequestError if the file system has no locks."""
+    try:
+        fcntl.flock(file, kind)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        folder = Path(file.name).parent
+        raise RequestError(
+            f"{folder}: a file system without file locks ({error.strerror}), which the download cache needs; "
+            "set STORES_CACHE to a folder on a local disk"
+        ) from None
 
 
 def _open_shared(path: Path) -> BinaryIO | None:
@@ -129,7 +147,7 @@ def _open_shared(path: Path) -> BinaryIO | None:
         file = path.open("rb")
     except FileNotFoundError:
         return None
-    fcntl.flock(file, fcntl.LOCK_SH)
+    _lock(file, fcntl.LOCK_SH)
     if not os.fstat(file.fileno()).st_nlink:  # it was dropped between open and lock
         file.close()
         return None
@@ -140,9 +158,10 @@ def _open_shared(path: Path) -> BinaryIO | None:
 
 def _drop(path: Path) -> bool:
     """Remove a file unless it is in use; returns whether it was removed."""
-    with path.open("rb") as file:
+    # NFS grants an exclusive lock only on a file that is open for writing.
+    with path.open("r+b" if os.access(path, os.W_OK) else "rb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         path.unlink()
@@ -252,7 +271,8 @@ class RemotePath:
 
 
 AnyPath = Path | RemotePath
-OPEN = 4  # shards that one reader of a remote store keeps open; the cache may drop any others
+MOST_OPEN = 1024  # files that one reader keeps open, whatever the system allows
+REMOTE_OPEN = 4  # shards that one reader of a remote store keeps open; the cache may drop any others
 
 
 def as_path(root: str | AnyPath, cache: Cache | None = None) -> AnyPath:
@@ -262,7 +282,14 @@ def as_path(root: str | AnyPath, cache: Cache | None = None) -> AnyPath:
     return Path(root) if isinstance(root, str) else root
 
 
-def keep_open(opened: dict, root: AnyPath) -> None:
-    """Close the shard opened first if more than OPEN shards of a remote store are open; existing views keep it open."""
-    if isinstance(root, RemotePath) and len(opened) > OPEN:
-        del opened[next(iter(opened))]
+def keep_open(opened: dict, root: AnyPath, files: int = 1) -> None:
+    """Make room in `opened` for one more shard, which takes `files` open files, by closing the one opened first.
+
+    A reader keeps at most a sixteenth of the open files that the system allows to a process, because several readers
+    share it. Arrays that are views of a closed shard stay valid and keep its file open.
+    """
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    usable = MOST_OPEN if allowed == resource.RLIM_INFINITY else min(allowed // 16, MOST_OPEN)
+    limit = REMOTE_OPEN if isinstance(root, RemotePath) else max(1, usable // max(files, 1))
+    for name in list(opened)[: max(0, len(opened) - limit + 1)]:
+        opened.pop(name, None)  # unless another thread has closed it

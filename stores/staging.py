@@ -181,6 +181,11 @@ class Staging:
                     f"{self.path}: {key!r}: {name}: expected a non-empty array of {', '.join(DTYPES)}, "
                     f"found {array.dtype.name} {array.shape}"
                 )
+            if self.compression != "none" and array.nbytes > LIMIT:
+                raise SamloveError(
+                    f"{self.path}: {key!r}: {name}: expected at most {LIMIT} bytes to compress, found {array.nbytes}; "
+                    "store it with compression none"
+                )
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise SamloveError(
                     f"{self.path}: {key!r}: {name}: expected finite values, found infinity or NaN in "

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from samlove.errors import SamloveError
+from stores.arrow import Column, read_batch
 from stores.fingerprint import parse_json
 from stores.manifest import identity, refuse_replaced
 from stores.remote import AnyPath
@@ -31,11 +32,7 @@ _TYPES = {TEXT: pa.large_string(), BYTES: pa.large_binary(), **{name: pa.type_fo
 ORDER = "order"  # the column that `sorted_by` adds
 _METADATA = b"samlove"  # key of the table's metadata in the schema
 _FLUSH = 1 << 16  # rows that a writer holds in memory
-_MAGIC = b"ARROW1\0\0"
-# What pyarrow and json raise for a damaged file. StopIteration: the file ends before the next message.
-_BROKEN = (
-    pa.ArrowException, StopIteration, OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, MemoryError
-)  # fmt: skip
+_BROKEN = (OSError, ValueError, KeyError, TypeError)  # for a damaged file
 
 
 class TableWriter:
@@ -161,42 +158,37 @@ class Table:
         numbers: dict[str, np.ndarray] = {}
         texts: dict[str, tuple[np.ndarray, memoryview]] = {}
         try:
-            batch = _read_batch(self._bytes())
-            found = {field.name: field.type for field in batch.schema}
-            wanted = {name: _TYPES[kind] for name, kind in self._types.items()}
-            if found != wanted:
-                raise ValueError(f"expected columns {', '.join(wanted)}, found {', '.join(found)}")
-            self._rows: int = batch.num_rows
-            self.metadata: dict[str, Any] = dict(parse_json((batch.schema.metadata or {})[_METADATA]))
-            for name, column in zip(found, batch.columns, strict=True):
-                values, text = self._values(name, column)
-                if text is None:
+            batch = read_batch(self._bytes())
+            found = {name: column.kind for name, column in batch.columns.items()}
+            if found != self._types:
+                raise ValueError(f"expected columns {self._types}, found {found}")
+            self._rows: int = batch.rows
+            self.metadata: dict[str, Any] = dict(parse_json(batch.metadata[_METADATA]))
+            for name, column in batch.columns.items():
+                values = self._values(name, column)
+                if column.kind in INTEGERS:
                     numbers[name] = values
                 else:
-                    texts[name] = values, text
+                    texts[name] = values, column.texts
         except _BROKEN as error:
             raise self.damaged(f"{type(error).__name__}: {error}") from None
         self._numbers, self._texts = numbers, texts
 
-    def _bytes(self) -> pa.Buffer:
+    def _bytes(self) -> memoryview:
         if isinstance(self._source, bytes):
-            return pa.py_buffer(self._source)
+            return memoryview(self._source)
         with self._source.open("rb") as file:
             mapped = _map(file)
         refuse_replaced(self._source, self._identity)
-        return mapped
+        return memoryview(mapped)
 
-    def _values(self, name: str, column: pa.Array) -> tuple[np.ndarray, memoryview | None]:
-        """The numbers of a column, or the ends of its texts, and the texts. Raises ValueError if they do not fit."""
-        validity, values, *data = column.buffers()
-        if validity is not None and column.null_count or column.offset:
-            raise ValueError(f"column {name}: expected no nulls")
-        kind = self._types[name]
-        dtype, count = (kind, self._rows) if kind in INTEGERS else ("int64", self._rows + 1)
-        found, size = np.frombuffer(values or b"", np.uint8), count * np.dtype(dtype).itemsize
-        if len(found) < size:
-            raise ValueError(f"column {name}: expected {size} bytes, found {len(found)}")
-        return found[:size].view(dtype), None if kind in INTEGERS else memoryview(data[0] or b"")
+    def _values(self, name: str, column: Column) -> np.ndarray:
+        """The numbers of a column, or the ends of its texts. Raises ValueError if there are fewer than rows."""
+        dtype, count = (column.kind, self._rows) if column.kind in INTEGERS else ("int64", self._rows + 1)
+        size = count * np.dtype(dtype).itemsize
+        if len(column.numbers) < size:
+            raise ValueError(f"column {name}: expected {size} bytes, found {len(column.numbers)}")
+        return np.frombuffer(column.numbers[:size], dtype)
 
     def damaged(self, reason: str) -> SamloveError:
         """An error that names the file."""
@@ -246,44 +238,3 @@ class Table:
         if not 0 <= row < self._rows:
             raise self.damaged(f"column {ORDER}: row {row} of {self._rows}")
         return int(row)
-
-
-def _read_batch(file: pa.Buffer) -> pa.RecordBatch:
-    """The only record batch of an Arrow IPC file; its buffers are views of `file`."""
-    if file.size < len(_MAGIC) or file[: len(_MAGIC)].to_pybytes() != _MAGIC:
-        raise ValueError("not an Arrow IPC file")
-    messages = pa.ipc.MessageReader.open_stream(file[len(_MAGIC) :])
-    schema = pa.ipc.read_schema(messages.read_next_message())
-    if any(type_ not in _TYPES.values() for type_ in schema.types):
-        raise ValueError(f"unexpected column types {', '.join(map(str, schema.types))}")
-    message = messages.read_next_message()
-    if message.type != "record batch" or _is_compressed(message.metadata.to_pybytes()):
-        raise ValueError("expected one uncompressed record batch")
-    batch = pa.ipc.read_record_batch(message, schema)
-    batch.validate()
-    try:
-        messages.read_next_message()
-    except StopIteration:
-        return batch
-    raise ValueError("expected one record batch, found more")
-
-
-def _is_compressed(metadata: bytes) -> bool:
-    """Whether a record batch's message says that its buffers are compressed; pyarrow would decompress them unasked.
-
-    Reads two flatbuffers tables: Message (its field 2 is the header) and RecordBatch (its field 3 is the compression).
-    pyarrow has verified the message.
-    """
-
-    def number(place: int, size: int, signed: bool = False) -> int:
-        return int.from_bytes(metadata[place : place + size], "little", signed=signed)
-
-    def field(table: int, which: int) -> int:
-        """The place of a field; 0 if the table does not have it."""
-        fields = table - number(table, 4, signed=True)
-        entry = 4 + 2 * which
-        offset = number(fields + entry, 2) if entry < number(fields, 2) else 0
-        return table + offset if offset else 0
-
-    header = field(number(0, 4), 2)
-    return bool(field(header + number(header, 4), 3))

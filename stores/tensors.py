@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from samlove.errors import SamloveError
+from stores.fingerprint import parse_json
 from stores.manifest import BLOCK, identity, refuse_replaced
 
 HEADER_KEY = "samlove"
@@ -37,8 +38,10 @@ def from_metadata(metadata: Mapping[str, str] | None, path: Path) -> dict[str, A
     if text is None:
         raise SamloveError(f"{path}: expected a checkpoint of samlove, found a safetensors file without its header")
     try:
-        header = dict(json.loads(text))
-    except (ValueError, TypeError) as error:
+        header = parse_json(text)
+        if not isinstance(header, dict):
+            raise ValueError(f"found {type(header).__name__}")
+    except ValueError as error:
         raise SamloveError(f"{path}: expected a JSON object as its header ({error}); regenerate the file") from None
     header.pop("crc32c", None)
     return header
@@ -95,7 +98,7 @@ def damage(path: Path, deep: bool) -> str:
     with open(path, "rb") as file:
         try:
             header = _header_bytes(file)
-            entries = json.loads(header[_LENGTH:])
+            entries = parse_json(header[_LENGTH:])
             ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
             size = len(header) + max(ends, default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -147,8 +150,8 @@ class TensorReader:
         return len(self._keys)
 
     def read(self, key: str) -> np.ndarray:
-        """One tensor. Raises SamloveError if none has this name."""
+        """One tensor. Raises SamloveError if none has this name, or if NumPy has no such dtype or shape."""
         try:
             return self._open().get_tensor(key)
-        except SafetensorError as error:
-            raise SamloveError(f"{self.path}: no tensor {key!r} ({error})") from None
+        except (SafetensorError, TypeError, AttributeError, ValueError, MemoryError) as error:
+            raise SamloveError(f"{self.path}: no tensor {key!r} that can be read ({error})") from None

@@ -26,7 +26,10 @@ from stores import (
     TensorReader,
     export_store,
 )
-from stores.feature_writer import DTYPES
+from stores.features import INDEX
+from stores.listing import FILES
+from stores.manifest import NAME, list_files, seal, write_json
+from stores.staging import DTYPES
 
 SHAPE = (3, 4, 4)
 KEYS = [
@@ -225,6 +228,15 @@ def files_of(path: Path) -> list[Path]:
 
 def tree(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in files_of(path)}
+
+
+def to_schema_1(path: Path) -> None:
+    """Rewrite a feature store as earlier versions wrote it: without tables, all lists in the manifest."""
+    store = FeatureStore.open(path)
+    shards = [{"name": name, "keys": keys} for name, keys in store.shards.items()]
+    for name in (INDEX, FILES, NAME):
+        (path / name).unlink()
+    write_json(path / NAME, seal({**store.manifest, "schema": 1, "shards": shards, "files": list_files(path)}))
 
 
 def assert_same(kind: Kind, path: Path, items: Items) -> None:

@@ -107,8 +107,8 @@ def test_a_compressed_store_is_smaller_and_zarr_reads_the_same_values(tmp_path):
         (tmp_path / compression).mkdir()
         store = make_store(tmp_path / compression, "int8", compression=compression)
         sizes[compression] = sum(p.stat().st_size for p in store.path.rglob("c/**/*") if p.is_file())
-        for shard in store.manifest["shards"]:
-            group = zarr.open_group(store.path / shard["name"], mode="r")
+        for shard in store.shards:
+            group = zarr.open_group(store.path / shard, mode="r")
             for row, key in enumerate(group.attrs["keys"]):
                 for name, value in store.read_stored(key).items():
                     np.testing.assert_array_equal(value, group[name][row])

@@ -101,7 +101,7 @@ def test_a_flipped_bit_or_a_truncated_file_is_found_on_import(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "part", ["keys", "files/manifest.json", "arrays/bool", "files/shard-00000.zarr/bool/zarr.json"]
+    "part", ["files/index.arrow", "files/manifest.json", "arrays/bool", "files/shard-00000.zarr/bool/zarr.json"]
 )
 def test_a_file_with_a_missing_part_is_refused(tmp_path, part):
     make_store(tmp_path, KEYS)
@@ -118,7 +118,7 @@ def test_a_name_that_points_outside_the_folder_is_refused(tmp_path):
     export_store(tmp_path / "store", tmp_path / "one.h5")
     with h5py.File(tmp_path / "one.h5", "a") as file:
         file["files"].create_group("..")["evil"] = np.zeros(3, np.uint8)
-    with pytest.raises(SamloveError, match="points outside the folder"):
+    with pytest.raises(SamloveError, match=r"one\.h5: cannot be imported: .*expected (a|the) plain name"):
         import_store(tmp_path / "one.h5", tmp_path / "deep" / "back")
     assert not list(tmp_path.rglob("evil"))
 
@@ -129,11 +129,10 @@ def test_nothing_is_written_to_another_folder_that_the_manifest_names(tmp_path):
     before = tree(tmp_path / "store")
     with h5py.File(tmp_path / "one.h5", "a") as file:
         manifest = json.loads(file["files/manifest.json"][()].tobytes())
-        for shard in manifest["shards"]:
-            shard["name"] = f"../store/{shard['name']}"
+        manifest["arrays"]["../../store/shard-00000.zarr/float32"] = manifest["arrays"].pop("float32")
         del file["files/manifest.json"]
         file["files/manifest.json"] = np.frombuffer(json.dumps(manifest).encode(), np.uint8)
         file["arrays/float32"][:] = 7
-    with pytest.raises(SamloveError, match="points outside the folder"):
+    with pytest.raises(SamloveError, match=r"one\.h5: cannot be imported: .*expected (a|the) plain name"):
         import_store(tmp_path / "one.h5", tmp_path / "back")
     assert tree(tmp_path / "store") == before
