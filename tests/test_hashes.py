@@ -129,6 +129,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "text": lambda cache: cache.write_bytes(b"no database" * 1000),
     "truncated": lambda cache: cache.write_bytes(cache.read_bytes()[: cache.stat().st_size // 2]),
     "zeros": lambda cache: cache.write_bytes(cache.read_bytes()[:4096] + bytes(cache.stat().st_size - 4096)),
+    "not_utf8": lambda cache: cache.write_bytes(
+        cache.read_bytes().replace(b"tablehashes", b"table\xff\xff\xff\xff\xff\xff")
+    ),
     "another_table": make_other_table,
     "too_large": lambda cache: os.truncate(cache, hashes.LIMIT + 1),
 }
@@ -156,9 +159,9 @@ def test_no_flipped_bit_gives_a_wrong_hash(cache: Path, files: list[Path]) -> No
 
 def test_values_of_other_types_are_not_used(cache: Path, files: list[Path]) -> None:
     digests(cache, files)
-    for value in (None, 3, "text", 1.5, b"", b"short"):
+    for value in ("NULL", "3", "'text'", "1.5", "x''", "x'ffff'", "CAST(x'ffff' AS TEXT)"):
         with sqlite3.connect(cache) as connection:
-            connection.execute("UPDATE hashes SET value = ?", [value])
+            connection.execute(f"UPDATE hashes SET value = {value}")
         connection.close()
         assert digests(cache, files) == true_digests(files)
 

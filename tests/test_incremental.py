@@ -174,6 +174,18 @@ def test_a_damaged_store_is_recomputed_where_it_must_be(project: Project, name: 
     assert verify(project.root / "numbers", deep=True) == []
 
 
+def test_nothing_that_a_store_does_not_list_is_reused(project: Project) -> None:
+    shutil.rmtree(project.root / "scratch")
+    (project.root / "private").mkdir()
+    (project.root / "private" / "secret").write_text("x")
+    (project.root / "numbers" / "shard-00000.zarr" / "link").symlink_to(project.root / "private")
+    (project.root / "numbers" / "shard-00001.zarr" / "file").write_text("x")
+    store = project.run()
+    assert sorted(project.encoder.computed) == list(range(100, 200))
+    assert not [path for path in store.path.rglob("*") if path.name in ("link", "file", "secret")]
+    assert verify(store.path, deep=True) == []
+
+
 def test_shards_that_an_interrupted_run_only_linked_do_not_hide_better_ones(project: Project) -> None:
     values = {key: n + 1 for n, key in enumerate(project.sources)} | {"k249": 249}
     for key, value in values.items():

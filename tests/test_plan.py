@@ -99,7 +99,9 @@ def test_a_disk_with_too_little_room_is_said(
 ) -> None:
     select(checkout, "refavs")
     dataset = checkout / "configs" / "refavs" / "dataset.yaml"
-    dataset.write_text(dataset.read_text().replace("mask_size: 256", "mask_size: 250000"))
+    dataset.write_text(
+        dataset.read_text().replace("mask_size: 256", "mask_size: 8192").replace("frames: 10", "frames: 8192")
+    )
     monkeypatch.chdir(checkout)
     assert not run(calibrate=False)
     printed = capsys.readouterr().out

@@ -21,6 +21,7 @@ import torch
 
 from samlove.bench.timing import in_turns, timed
 from stores import ShardReader, ShardWriter
+from stores.chunks import use_zarr_defaults
 
 SHAPES = {
     "audio": (10, 128),
@@ -105,6 +106,7 @@ def zarr(samples: Sequence[Sample], root: Path) -> Pass:
     """One array per feature, uncompressed; one video per chunk, eight per shard."""
     import zarr
 
+    use_zarr_defaults()
     group = zarr.create_group(root)
     for name, shape in SHAPES.items():
         array = group.create_array(

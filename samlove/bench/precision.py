@@ -80,7 +80,7 @@ def run(clips: int = CLIPS) -> dict:
 
 def _write(folder: Path, clips: list[Clip], dtype: Sam2Dtype, compression: Compression) -> FeatureStore:
     encoder = Sam2ImageEncoder(
-        Sam2Config(**MICRO, dtype=dtype, compression=compression),
+        Sam2Config.model_validate({**MICRO, "dtype": dtype, "compression": compression}),
         torch.device("cpu"),
     )
     root = folder / f"{dtype} {compression}"

@@ -20,7 +20,7 @@ def check_profile(profile: str) -> None:
 
 def section(profile: str, name: str, kind: type[S], **changes: Any) -> S:
     """One section of a profile, which need not be the active one, with some values changed."""
-    return kind(**{**yaml.safe_load(Path("configs", profile, f"{name}.yaml").read_text()), **changes})
+    return kind(**{**yaml.safe_load(Path("configs", profile, f"{name}.yaml").read_text(encoding="utf-8")), **changes})
 
 
 def device_name(device: torch.device) -> str:

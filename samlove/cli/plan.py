@@ -63,10 +63,10 @@ def run(calibrate: bool) -> bool:
 
 def _files(entry: Planned, settings: Settings, counts: Counts) -> int:
     kind, name = entry.path.split("/")
-    if kind == "features":  # manifest, index, list of files, failures; per shard zarr.json; per array zarr.json and data
+    if kind == "features":  # four files; per shard one zarr.json, and per array zarr.json and data
         arrays = ARRAYS[name] * (2 if name.startswith("sam2") and settings.sam2.dtype == "int8" else 1)  # and scales
         return 4 + -(-sum(entry.items.values()) // PER_SHARD[name]) * (1 + 2 * arrays)
-    if kind == "shards":  # manifest, index, list of files
+    if kind == "shards":  # three files; one per shard
         return 3 + -(-counts[name].folders // settings.pack.videos_per_shard)
     return 1 + len(settings.infer.controls) * (name in CONTROLLED_SPLITS)
 

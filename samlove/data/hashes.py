@@ -23,6 +23,7 @@ LIMIT = 4 * 10**9  # bytes: room for about 40 million files; a larger cache star
 WAIT_S = 10.0  # for another process that is writing
 _NAME, _TAG = 16, 8  # bytes
 _BATCH = 500  # files per query and per transaction; SQLite may limit the values in a query to 999
+_ERRORS = (sqlite3.Error, UnicodeError)  # UnicodeError: SQLite quotes damaged text in its message
 _DAMAGED = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -43,7 +44,7 @@ class FileHashes:
                 self._connection = _connect(self._cache)
             except OSError:
                 pass  # no cache, then
-            except sqlite3.Error as error:
+            except _ERRORS as error:
                 self._give_up(error)
         return self
 
@@ -80,7 +81,7 @@ class FileHashes:
                     query = f"SELECT name, value FROM hashes WHERE name IN ({','.join('?' * len(part))})"
                     try:
                         rows += self._connection.execute(query, part)
-                    except sqlite3.Error as error:
+                    except _ERRORS as error:
                         self._give_up(error)
         return {name: value for name, value in rows if isinstance(value, bytes)}
 
@@ -96,10 +97,10 @@ class FileHashes:
             try:
                 with self._connection:  # one transaction
                     self._connection.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?)", new)
-            except sqlite3.Error as error:
+            except _ERRORS as error:
                 self._give_up(error)
 
-    def _give_up(self, error: sqlite3.Error) -> None:
+    def _give_up(self, error: Exception) -> None:
         """Go on without the cache; delete it if it is damaged."""
         self._close()
         if self._cache and getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF in _DAMAGED:
@@ -119,10 +120,11 @@ def _connect(cache: Path) -> sqlite3.Connection:
         _delete(cache)
     query = "" if _has_locks(cache.parent) else "?nolock=1"
     connection = sqlite3.connect(cache.absolute().as_uri() + query, WAIT_S, uri=True, check_same_thread=False)
+    connection.text_factory = bytes  # a damaged value need not be UTF-8
     try:
         connection.execute("PRAGMA synchronous=OFF")  # what a power failure damages is noticed
         connection.execute("CREATE TABLE IF NOT EXISTS hashes (name BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID")
-    except sqlite3.Error:
+    except _ERRORS:
         connection.close()
         raise
     return connection

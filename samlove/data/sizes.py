@@ -21,6 +21,7 @@ from samlove.config import (
     TrainConfig,
     VisualConfig,
     load,
+    local_path,
     read_sam2_config,
 )
 from samlove.data.dataset import RefAvsFolder
@@ -191,9 +192,9 @@ def vit_shape(visual: VisualConfig) -> tuple[int, int]:
 def text_width(text: TextConfig) -> int:
     """Width of a token: from the weights' config.json, if it is there, else TEXT_WIDTH."""
     try:
-        config: dict[str, Any] = json.loads((Path(text.weights) / "config.json").read_text())
+        config: dict[str, Any] = json.loads((local_path(text.weights) / "config.json").read_text(encoding="utf-8"))
         return int(config.get("text_config", config)["hidden_size"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return TEXT_WIDTH
 
 
