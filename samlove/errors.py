@@ -12,6 +12,7 @@ from pathlib import Path
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota exceeded, file size limit exceeded
 OPEN_FILES = (errno.EMFILE, errno.ENFILE)  # too many open files: of this process, of the machine
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # the file system has no file locks
+UTF8 = "run: export PYTHONUTF8=1, and the same command again"
 
 
 class SamloveError(Exception):
@@ -29,7 +30,7 @@ class RequestError(SamloveError):
 def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
     """Make `main` end with one line on stderr: exit status 1 or 2 for a SamloveError, 1 for an OSError or Ctrl-C.
 
-    Whatever the locale, printing never fails: a character that it lacks is printed as an escape sequence.
+    Printing never fails: a character that is missing in the locale's encoding is printed as an escape sequence.
     """
 
     @functools.wraps(main)
@@ -46,6 +47,13 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:
             if not _reader_gone(error):
                 print(f"error: {os_error_line(error)}", file=sys.stderr)
+            _drop_unwritable_output()
+            sys.exit(1)
+        except UnicodeEncodeError as error:  # printing raises none, so it is the name of a file
+            if sys.getfilesystemencoding() == "utf-8":
+                raise
+            name = error.object.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            print(f"error: {name}: not a file name in this locale ({error.encoding}); {UTF8}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
             print("stopped; run the same command again to resume (some stages start over)", file=sys.stderr)
@@ -55,15 +63,20 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def _reader_gone(error: OSError) -> bool:
-    """Whether the program that reads our output has ended, as `head` does; the rest of the output is then dropped."""
+    """Whether the program that reads our output has ended, as `head` does; nobody wants the rest."""
     if not isinstance(error, BrokenPipeError) or sys.stdout is None:
         return False
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)  # 0: report only that the other end is closed
-    if not poll.poll(0):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
-    return True
+    return bool(poll.poll(0))
+
+
+def _drop_unwritable_output() -> None:
+    """Drop what stdout still holds if it cannot be written: Python would try and fail once more when it exits."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def os_error_line(error: OSError) -> str:

@@ -6,15 +6,21 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from samlove.cli import doctor, main
 from samlove.data.sizes import read_settings
+from samlove.features.audio_embed import import_audio_embed
+from stores import export_store
+from tests.impostors import IMPOSTORS
+from tests.repository import git, make_repository
 
 ROOT = Path(__file__).parents[1]
 
@@ -148,6 +154,100 @@ def test_bench_ends_with_one_json_object() -> None:
     assert result["difference"] < 1e-6
 
 
+# --- files that are no artefacts, and places that cannot be written -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: path.write_text('{"J&F": 1}'), "a different kind of file; expected a feature store"),
+        (lambda path: path.write_bytes(b""), "a different kind of file; expected a feature store"),
+        (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100)), ""),
+        (lambda path: path.mkdir(), "expected "),
+        (lambda path: (path / "features" / "audio").mkdir(parents=True), "expected "),
+        (lambda path: path.mkdir() or (path / "shard-000000.tar").touch(), ""),
+        (lambda path: path.mkdir() or (path / "manifest.json").write_text('{"name": "an app"}'), "/manifest.json: "),
+        (lambda path: path.mkdir() or (path / "manifest.json").write_text("null"), "/manifest.json: "),
+        (lambda path: path.symlink_to("gone"), "link to gone, which does not exist; expected a feature store"),
+        (os.mkfifo, "a device, pipe or socket; expected a feature store"),
+    ],
+)
+@pytest.mark.parametrize("command", [("info",), ("verify",), ("verify", "--deep")], ids=" ".join)
+def test_what_is_no_artefact_is_said_in_one_line_and_never_to_be_deleted(
+    make: Callable[[Path], object],
+    says: str,
+    command: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "any"
+    make(path)
+    monkeypatch.setattr("sys.argv", ["samlove", "store", *command, str(path)])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    printed = capsys.readouterr()
+    line = printed.out + printed.err
+    assert ended.value.code in (1, 2)
+    assert line.count("\n") == 1
+    assert f"{path}" in line and says in line
+    assert not re.search("delete|remove|overwrit", line)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("store")
+    (root / "embed").mkdir()
+    torch.save(torch.zeros(10, 128), root / "embed" / "a.pt")
+    import_audio_embed(root / "embed", root / "audio")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("new/folder/x", None),
+        ("file/x", "Not a directory"),
+        ("folder", "already exists and will not be overwritten"),
+        ("dangling", "already exists and will not be overwritten"),
+        ("dangling/x", "File exists"),
+        ("/proc/x", "/proc"),
+        ("x" * 250, "File name too long"),
+    ],
+)
+@pytest.mark.parametrize("command", ["export", "import", "import .pt"])
+def test_a_store_is_written_to_any_new_place_or_leaves_nothing(
+    place: str,
+    says: str | None,
+    command: str,
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    exported = tmp_path / "audio.h5"
+    export_store(store / "audio", exported)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("gone")
+    before = sorted(tmp_path.rglob("*"))
+    source = {"export": store / "audio", "import": exported, "import .pt": store / "embed"}[command]
+    target = tmp_path / place
+    monkeypatch.setattr("sys.argv", ["samlove", "store", command.split()[0], str(source), str(target)])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    printed = capsys.readouterr()
+    if says is None:
+        assert not ended.value.code, printed.err
+        assert target.exists()
+        assert sorted(path.name for path in target.parent.iterdir()) == [target.name]
+    else:
+        assert ended.value.code in (1, 2)
+        assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+        assert says in printed.err
+        assert sorted(tmp_path.rglob("*")) == before
+
+
 # --- doctor ----------------------------------------------------------------------------------------------------------
 
 
@@ -161,21 +261,126 @@ def test_doctor_lists_what_the_paper_profile_is_missing(checkout: Path) -> None:
         assert "-> " in lines[place + 1]
 
 
-def test_doctor_accepts_what_is_there(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    select(checkout, "refavs")
-    for path in ("audio/vggish-10086976.pth", "visual/vit_base_patch16_224.safetensors", "sam2/sam2_hiera_large.pt"):
-        file = checkout / "weights" / "refavs" / path
-        file.parent.mkdir(parents=True)
-        file.write_bytes(b"x")
-    (checkout / "weights" / "refavs" / "text" / "distilroberta-base").mkdir(parents=True)
+@pytest.fixture
+def micro(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clone with the weights of the micro profile; the working folder."""
+    shutil.copytree(ROOT / "weights" / "micro", checkout / "weights" / "micro")
+    (checkout / "samlove" / "micro").mkdir(parents=True)
+    shutil.copy(ROOT / "samlove" / "micro" / "sam2_micro.yaml", checkout / "samlove" / "micro")
+    make_repository(checkout)
+    monkeypatch.chdir(checkout)
+    return checkout
+
+
+def missing() -> dict[str, doctor.Finding]:
+    """What doctor finds missing; a GPU may be."""
+    return {f.what: f for f in doctor.examine(read_settings()) if f.missing and f.what != "GPU memory"}
+
+
+def test_doctor_accepts_what_is_there(micro: Path) -> None:
+    select(micro, "refavs")
+    for section in ("audio", "visual", "text", "sam2"):
+        shutil.copy(micro / "configs" / "micro" / f"{section}.yaml", micro / "configs" / "refavs")
     for part in ("media", "gt_mask"):
-        (checkout / "data" / "dataset" / "refavs" / part).mkdir(parents=True)
-    (checkout / "data" / "dataset" / "refavs" / "metadata.csv").write_text(
+        (micro / "data" / "dataset" / "refavs" / part).mkdir(parents=True)
+    (micro / "data" / "dataset" / "refavs" / "metadata.csv").write_text(
         "vid,uid,split,fid,exp\na_0_10000,a_0_10000_dog_1,train,1,the dog\n"
     )
-    monkeypatch.chdir(checkout)
-    missing = {finding.what for finding in doctor.examine(read_settings()) if finding.missing}
-    assert missing <= {"GPU memory"}
+    assert missing().keys() <= {"disk"}
+
+
+WEIGHTS = {
+    "audio weights": "audio/vggish.safetensors",
+    "visual weights": "visual/vit.safetensors",
+    "text weights": "text/roberta/model.safetensors",
+    "SAM 2 checkpoint": "sam2/sam2.safetensors",
+}
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("empty", "git lfs", "html", "numpy scalar"),
+        ("truncated safetensors", "truncated, old format", "git lfs", "npz"),
+    ],
+)
+def test_doctor_says_what_is_there_in_place_of_weights(kinds: tuple[str, ...], micro: Path) -> None:
+    for path, kind in zip(WEIGHTS.values(), kinds, strict=True):
+        (micro / "weights/micro" / path).unlink()
+        IMPOSTORS[kind][0](micro / "weights/micro" / path)
+    found = missing()
+    assert found.keys() == WEIGHTS.keys()
+    for finding, path, kind in zip(found.values(), WEIGHTS.values(), kinds, strict=True):
+        assert re.search(f"weights/micro/{path}: .*{IMPOSTORS[kind][1]}", f"{finding.found}; {finding.remedy}")
+        assert re.search(r", or get the original: git restore weights/micro/\S+$", finding.remedy)
+
+
+def test_doctor_says_which_weights_are_of_another_model(micro: Path) -> None:
+    weights = micro / "weights" / "micro"
+    shutil.copy(weights / "audio/vggish.safetensors", weights / "visual/vit.safetensors")
+    shutil.copy(weights / "visual/vit.safetensors", weights / "sam2/sam2.safetensors")
+    config = weights / "text/roberta/config.json"
+    config.write_text(config.read_text().replace('"roberta"', '"bert"'))
+    found = missing()
+    assert found.keys() == {"visual weights", "text weights", "SAM 2 checkpoint"}
+    assert "these are not the weights of timm's vit_tiny_r_s16_p8_224 as configured" in found["visual weights"].found
+    assert "these are not the weights of this SAM 2 as configured" in found["SAM 2 checkpoint"].found
+    assert "expected model_type 'roberta', found 'bert'" in found["text weights"].found
+
+
+def test_doctor_says_which_paths_lead_nowhere(micro: Path) -> None:
+    weights = micro / "weights" / "micro"
+    for path, target in (("audio/vggish.safetensors", "/gone"), ("sam2/sam2.safetensors", "sam2.safetensors")):
+        (weights / path).unlink()
+        (weights / path).symlink_to(target)
+    (weights / "visual/vit.safetensors").unlink()
+    (weights / "visual/vit.safetensors").mkdir()
+    shutil.rmtree(weights / "text/roberta")
+    found = {what: finding.found for what, finding in missing().items()}
+    assert found == {
+        "audio weights": "weights/micro/audio/vggish.safetensors: link to /gone, which does not exist",
+        "visual weights": "weights/micro/visual/vit.safetensors: a folder; expected timm's weights of "
+        "vit_tiny_r_s16_p8_224",
+        "text weights": "weights/micro/text/roberta: no such file",
+        "SAM 2 checkpoint": "weights/micro/sam2/sam2.safetensors: link to sam2.safetensors, which leads back to it",
+    }
+
+
+def test_doctor_says_that_dvc_cannot_run_and_goes_on(micro: Path) -> None:
+    shutil.rmtree(micro / ".git")
+    (micro / "weights/micro/audio/vggish.safetensors").unlink()
+    found = missing()
+    assert found.keys() == {"repository", "audio weights"}
+    assert "no git repository with a commit" in found["repository"].found
+    assert "git init" in found["repository"].remedy
+    git(micro, "init")
+    git(micro, "commit", "--allow-empty", "-m", "start")
+    (micro / "data").symlink_to("configs")
+    assert "data: link to configs" in missing()["repository"].found
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (
+            lambda root: (root / "media/a/frames").rmdir() or (root / "media/a/frames").symlink_to("/tmp"),
+            "media/a/frames",
+        ),
+        (lambda root: (root / "metadata.csv").write_text("vid,uid\n"), "metadata.csv"),
+        (lambda root: (root / "metadata.csv").write_bytes(b"\xff\xfe"), "metadata.csv"),
+    ],
+)
+def test_doctor_names_a_dataset_that_cannot_be_used(spoil: Callable[[Path], object], says: str, micro: Path) -> None:
+    (micro / "configs/micro/dataset.yaml").write_text("synth: null\n")
+    root = micro / "data/dataset/micro"
+    (root / "media/a/frames").mkdir(parents=True)
+    (root / "gt_mask").mkdir()
+    (root / "metadata.csv").write_text("vid,uid,split,fid,exp\na,a_cat_1,train,0,it\n")
+    assert not missing()
+    spoil(root)
+    found = missing()
+    assert found and found.keys() <= {"dataset", "disk"}
+    assert all(says in finding.found for finding in found.values())
 
 
 def test_doctor_finds_nothing_missing_for_the_bundled_profile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +407,6 @@ def test_doctor_finds_a_link_where_a_dataset_would_be_generated(
     place = checkout / "data" / "dataset" / "refavs"
     place.parent.mkdir(parents=True)
     place.symlink_to("elsewhere")
-    dataset = doctor.examine(read_settings())[0]
+    dataset = next(finding for finding in doctor.examine(read_settings()) if finding.what == "dataset")
     assert dataset.missing and "is a link" in dataset.found
     assert "synth: null in configs/refavs/dataset.yaml" in dataset.remedy

@@ -221,7 +221,9 @@ def test_workers_started_in_another_folder_are_refused(
     assert not Path("store").exists()
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense"])
+@pytest.mark.parametrize(
+    "address", ["tcp://127.0.0.1:9", "nonsense", "tcp://127.0.0.1:-1", "tls://127.0.0.1:9", "inproc://x"]
+)
 def test_a_missing_scheduler_gives_one_line(
     tmp_path: Path, make: Callable, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
@@ -287,8 +289,9 @@ def test_the_slurm_job_script_follows_the_configuration(configs: Path) -> None:
         script = cluster.job_script()
     for line in ("#SBATCH --cpus-per-task=8", "#SBATCH -t 04:00:00", "#SBATCH --gres=gpu:1", "--nthreads 2"):
         assert line in script
-    with pytest.raises(RequestError, match="slurm.yaml: .*moon"):
-        slurm_cluster(config.model_copy(update={"options": {"moon": 1}}))
+    for wrong in ({"options": {"moon": 1}}, {"options": {"interface": "moon"}}, {"memory": "moon"}):
+        with pytest.raises(RequestError, match="slurm.yaml: .*moon"):
+            slurm_cluster(config.model_copy(update=wrong))
 
 
 @pytest.fixture

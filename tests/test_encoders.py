@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from samlove.config import AudioConfig, Sam2Config, TextConfig, VisualConfig
 from samlove.data.dataset import RefAvsFolder
+from samlove.data.sizes import text_width
 from samlove.errors import RequestError, SamloveError
 from samlove.features.encoders.base import to_store
 from samlove.features.encoders.clip_image import ClipImageEncoder
@@ -27,8 +28,10 @@ from samlove.model.sam2_build import checkpoint_path, instantiate_sam2, load_sam
 from samlove.model.weights import load_state_dict
 from stores.codec import decode
 from tests import small_encoders as small
+from tests.impostors import IMPOSTORS
 
 CPU = torch.device("cpu")
+STRANGE = ("\n", "\x1b", "weights_only", "PyTorch")  # in messages of torch: colour codes, advice to load unsafely
 TEXTS = ["the red star", "the object making the loudest sound of all", "it"]
 
 
@@ -113,7 +116,7 @@ def test_fingerprint_is_json_and_needs_no_network(encoder_and_sources: tuple[Any
             lambda: Sam2ImageEncoder(Sam2Config(config="configs/sam2/sam2_hiera_t.yaml", checkpoint="no/sam2.pt"), CPU),
             "no/sam2.pt.*SAM 2 checkpoint.*hub:facebook/sam2.*dl.fbaipublicfiles.com",
         ),
-        (lambda: Sam2ImageEncoder(Sam2Config(config="no.yaml", checkpoint=""), CPU), "no.yaml.*sam2_hiera_l.yaml"),
+        (lambda: Sam2ImageEncoder(Sam2Config(config="no.yaml", checkpoint="no.pt"), CPU), "no.yaml.*sam2_hiera_l.yaml"),
     ],
 )
 def test_missing_weights_are_reported_with_how_to_get_them(build: Callable[[], Any], says: str) -> None:
@@ -138,17 +141,66 @@ def test_weights_are_read_as_float32_from_any_dtype(tmp_path: Path) -> None:
         torch.testing.assert_close(found["a"], torch.arange(3.0))
 
 
-class Unwanted:
-    """Stands for code that a pickle could run."""
+@pytest.mark.parametrize("kind", IMPOSTORS)
+def test_a_file_in_place_of_weights_is_refused_in_plain_words(kind: str, tmp_path: Path) -> None:
+    make, says = IMPOSTORS[kind]
+    path = tmp_path / "weights.pt"
+    make(path)
+    with pytest.raises(SamloveError, match=rf"^{path}: .*{says}") as raised:
+        load_state_dict(path)
+    assert not [word for word in STRANGE if word in str(raised.value)]
 
 
-def test_a_pickle_with_more_than_tensors_is_refused(tmp_path: Path) -> None:
-    torch.save({"a": Unwanted()}, tmp_path / "w.pt")
-    with pytest.raises(SamloveError, match=r"w\.pt: not readable as weights"):
-        load_state_dict(tmp_path / "w.pt")
-    (tmp_path / "damaged.safetensors").write_bytes(b"damaged")
-    with pytest.raises(SamloveError, match="damaged.safetensors: not readable as weights"):
-        load_state_dict(tmp_path / "damaged.safetensors")
+def test_the_content_of_a_file_not_its_name_decides_how_it_is_read(tmp_path: Path) -> None:
+    network = torch.nn.Linear(2, 2)
+    save_file(network.state_dict(), tmp_path / "w.pt")
+    torch.save(dict(network.named_parameters()), tmp_path / "w.safetensors")
+    for path in (tmp_path / "w.pt", tmp_path / "w.safetensors"):
+        found = load_state_dict(path)
+        assert set(found) == {"weight", "bias"}
+        np.testing.assert_array_equal(found["weight"].numpy(), network.weight.detach().numpy())
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USER", "nobody of that name")
+    audio = small.audio_config(tmp_path / "w").model_copy(update={"weights": "~/w/vggish.pth"})
+    visual = small.vit_config(tmp_path / "w").model_copy(update={"weights": "~/w/vit.pth"})
+    text = small.roberta_config(tmp_path / "t").model_copy(update={"weights": "~/t"})
+    sam2 = small.sam2_config(tmp_path / "w").model_copy(update={"checkpoint": "~/w/sam2.pt", "config": "~/sam2.yaml"})
+    (tmp_path / "sam2.yaml").write_bytes(Path(small.TINY_SAM2).read_bytes())
+    for encoder in (VggishEncoder(audio, 1, CPU), VitEncoder(visual, CPU), RobertaEncoder(text, CPU)):
+        assert len(encoder.fingerprint()["weights_sha256"]) == 64
+    assert Sam2ImageEncoder(sam2, CPU).network
+    assert text_width(text) == 16
+    with pytest.raises(RequestError, match="~nobody-of-that-name/w: ~ .* home folder is unknown"):
+        VitEncoder(visual.model_copy(update={"weights": "~nobody-of-that-name/w"}), CPU)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: path.symlink_to("/gone"), "link to /gone, which does not exist"),
+        (lambda path: path.symlink_to(path), "link to .*, which leads back to it"),
+        (
+            lambda path: path.parent.rmdir() or path.parent.symlink_to("/gone"),
+            "is a link to /gone, which does not exist",
+        ),
+        (lambda path: path.mkdir(), "a folder"),
+    ],
+)
+def test_what_is_there_instead_of_weights_is_named(make: Callable[[Path], object], says: str, tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "w"
+    path.parent.mkdir()
+    make(path)
+    for build in (
+        lambda: VggishEncoder(AudioConfig(weights=str(path)), 1, CPU),
+        lambda: VitEncoder(VisualConfig(weights=str(path)), CPU),
+        lambda: checkpoint_path(str(path)),
+        *([] if path.is_dir() else [lambda: RobertaEncoder(TextConfig(weights=str(path)), CPU)]),
+    ):
+        with pytest.raises(RequestError, match=rf"^{path}: .*{says}; expected "):
+            build()
 
 
 def test_the_error_for_wrong_weights_names_the_mismatch(tmp_path: Path) -> None:
@@ -245,6 +297,26 @@ def test_postprocess_is_pca_and_eight_bits(tmp_path: Path, folder: RefAvsFolder)
         VggishEncoder(encoder.config, 1, CPU)
 
 
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({"pca_means": np.zeros(128)}, "expected VGGish's PCA, arrays pca_eigen_vectors and pca_means"),
+        (torch.zeros(3), "expected VGGish's PCA"),
+        (
+            {"pca_eigen_vectors": np.zeros((64, 64)), "pca_means": np.zeros(64)},
+            r"a PCA of 128 values, found \(64, 64\)",
+        ),
+        ({"pca_eigen_vectors": "x", "pca_means": np.zeros(128)}, "expected VGGish's PCA"),
+        ({"pca_eigen_vectors": np.array([object()])}, "holds .*besides tensors"),
+    ],
+)
+def test_another_file_in_place_of_the_pca_is_refused(value: Any, says: str, tmp_path: Path) -> None:
+    encoder = VggishEncoder(small.audio_config(tmp_path, postprocess=True), 1, CPU)
+    torch.save(value, tmp_path / "vggish_pca_params-970ea276.pth")
+    with pytest.raises(SamloveError, match=rf"vggish_pca_params-970ea276.pth: .*{says}.*; download https.*\.pth$"):
+        _ = encoder.postprocessor
+
+
 # --- frames ----------------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +340,34 @@ def test_vit_position_embeddings_are_resampled_to_a_different_size(tmp_path: Pat
     trained = load_state_dict(tmp_path / "vit.pth")["pos_embed"]
     torch.testing.assert_close(encoder.network.pos_embed.data, resample_abs_pos_embed(trained, (4, 4)))
     assert encoder.encode([torch.zeros(2, 3, 64, 64, dtype=torch.uint8)])[0]["visual"].shape == (2, 17, 32)
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (
+            {"patch_size": 32, "img_size": 64},
+            r"patch_embed.proj.weight is \(32, 3, 32, 32\), expected \(32, 3, 16, 16\)",
+        ),
+        ({"patch_size": 8, "img_size": 32}, "patch_embed.proj.weight is"),
+        ({"pre_norm": True}, "unexpected norm_pre.weight"),
+        ({"reg_tokens": 4}, "unexpected reg_token"),
+        ({"class_token": False, "global_pool": "avg"}, "missing cls_token"),
+        ({"depth": 2}, "unexpected blocks.1."),
+        ({"embed_dim": 64}, "cls_token is"),
+        ({"init_values": 1e-5}, "unexpected blocks.0.ls1.gamma"),
+    ],
+    ids=str,
+)
+def test_the_weights_of_another_vit_are_refused(other: dict[str, Any], says: str, tmp_path: Path) -> None:
+    """Of other patch sizes, timm's own function would resample the patches and compute something else."""
+    import timm
+
+    config = small.vit_config(tmp_path)
+    network = timm.create_model(small.VIT, **{"num_classes": 0, "img_size": 32, **small.VIT_ARGS, **other})
+    save_file(network.state_dict(), config.weights)
+    with pytest.raises(SamloveError, match=f"not the weights of timm's {small.VIT} as configured: .*{says}"):
+        _ = VitEncoder(config, CPU).network
 
 
 @pytest.mark.parametrize("model", ["resnet18", "no_such_model"])
@@ -334,6 +434,111 @@ def test_a_folder_with_a_missing_weight_is_refused(tmp_path: Path) -> None:
         RobertaEncoder(config, CPU).encode(["it"])
 
 
+def change(path: Path, **values: object) -> None:
+    """Set keys of a JSON file; ... removes one."""
+    found = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in found.items() if value is not ...}))
+
+
+def save_bert(folder: Path) -> None:
+    """A BERT whose weights transformers would load as a RoBERTa of the same sizes without an error."""
+    from transformers import BertConfig, BertModel
+
+    sizes = json.loads((folder / "config.json").read_text())
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    BertModel(
+        BertConfig(**{name: sizes[name] for name in names}, max_position_embeddings=40, type_vocab_size=1)
+    ).save_pretrained(folder)
+
+
+def save_wordpiece(folder: Path) -> None:
+    from transformers import BertTokenizer
+
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *small.LETTERS, "##a"]
+    BertTokenizer(vocab={name: i for i, name in enumerate(names)}).save_pretrained(folder)
+
+
+def wrap(folder: Path) -> None:
+    """As sentence-transformers saves some models."""
+    inside = folder / "0_Transformer"
+    inside.mkdir()
+    for path in [path for path in folder.iterdir() if path.is_file()]:
+        path.rename(inside / path.name)
+    (folder / "modules.json").write_text("[]")
+
+
+def add_a_layer(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    further = {name.replace(".layer.0.", ".layer.1."): value.clone() for name, value in tensors.items()}
+    save_file(further | tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def unlink(*names: str) -> Callable[[Path], None]:
+    return lambda folder: [(folder / name).unlink() for name in names] and None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (save_bert, "config.json: expected model_type 'roberta', found 'bert'; set weights: hub:distilbert/distilrob"),
+        (
+            lambda f: change(f / "config.json", model_type="camembert"),
+            "expected model_type 'roberta', found 'camembert'",
+        ),
+        (lambda f: change(f / "config.json", model_type=...), "expected model_type 'roberta', found None"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json: expected the configuration of a model"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json: expected the configuration of a model"),
+        (unlink("config.json"), "config.json: no such file; expected as a part of DistilRoBERTa; set weights"),
+        (unlink("model.safetensors"), "model.safetensors or pytorch_model.bin: no such file; expected as a part"),
+        (wrap, "the model is in a folder inside it; set weights: .*/0_Transformer"),
+        (lambda f: change(f / "config.json", num_hidden_layers=2), "weights of RobertaModel missing: encoder.layer.1"),
+        (add_a_layer, "weights of RobertaModel not in config.json: roberta.encoder.layer.1"),
+        (lambda f: change(f / "config.json", intermediate_size=64), "whose shapes differ from config.json: encoder"),
+        (save_wordpiece, "tokenizer .* expected class RobertaTokenizer, found BertTokenizer"),
+        (lambda f: change(f / "config.json", pad_token_id=0), "tokenizer .* expected pad_token_id 0, found 1"),
+        (unlink("tokenizer.json"), "not readable as a RobertaTokenizer|tokenizer does not fit"),
+        (unlink("tokenizer.json", "tokenizer_config.json"), "tokenizer does not fit"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors: expected tensors .* an empty file"),
+    ],
+)
+def test_a_folder_of_another_model_or_tokenizer_is_refused(
+    spoil: Callable[[Path], object], says: str, tmp_path: Path
+) -> None:
+    config = small.roberta_config(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(SamloveError, match=f"^{tmp_path}.*{says}") as raised:
+        RobertaEncoder(config, CPU).encode(["it"])
+    assert "\n" not in str(raised.value)
+
+
+def test_clip_folders_are_checked_too(tmp_path: Path) -> None:
+    roberta = small.roberta_config(tmp_path / "roberta").weights
+    clip = small.clip_folder(tmp_path / "clip")
+    expected = "expected model_type 'clip' or 'clip_{}_model', found 'roberta'; .*openai/clip"
+    with pytest.raises(RequestError, match=expected.format("vision")):
+        ClipImageEncoder(VisualConfig(encoder="clip", weights=roberta), CPU)
+    with pytest.raises(RequestError, match=expected.format("text")):
+        ClipTextEncoder(TextConfig(encoder="clip", weights=roberta), CPU)
+    with pytest.raises(RequestError, match="expected model_type 'roberta', found 'clip'"):
+        RobertaEncoder(TextConfig(weights=str(clip)), CPU)
+    (clip / "tokenizer.json").unlink()
+    with pytest.raises(SamloveError, match="tokenizer does not fit the network or is incomplete: expected tokens 54"):
+        _ = ClipTextEncoder(TextConfig(encoder="clip", weights=str(clip)), CPU).tokenizer
+
+
+def test_code_in_a_model_folder_is_never_run(tmp_path: Path) -> None:
+    config = small.roberta_config(tmp_path / "roberta")
+    ran = tmp_path / "ran"
+    (tmp_path / "roberta" / "code.py").write_text(f"open({str(ran)!r}, 'w')")
+    change(tmp_path / "roberta" / "config.json", auto_map={"AutoModel": "code.A", "AutoTokenizer": "code.B"})
+    change(tmp_path / "roberta" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.B", None]})
+    RobertaEncoder(config, CPU).encode(["it"])
+    change(tmp_path / "roberta" / "tokenizer_config.json", tokenizer_class="B")
+    with pytest.raises(SamloveError, match="tokenizer does not fit"):
+        RobertaEncoder(config, CPU).encode(["it"])
+    assert not ran.exists()
+
+
 # --- SAM 2 -----------------------------------------------------------------------------------------------------------
 
 
@@ -366,6 +571,14 @@ def test_both_cache_points_equal_what_sam2_computes(tmp_path: Path) -> None:
         conv = [decoder.conv_s0(before[LEVELS[0]]), decoder.conv_s1(before[LEVELS[1]]), before[LEVELS[2]]]
     for name, wanted in zip(LEVELS, conv, strict=True):
         torch.testing.assert_close(found["post_conv"][name], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sam2_checkpoint_of_another_size_is_refused(tmp_path: Path) -> None:
+    config = small.sam2_config(tmp_path)
+    other = tmp_path / "other.yaml"
+    other.write_text(Path(small.TINY_SAM2).read_text().replace("d_model: 64", "d_model: 32"))
+    with pytest.raises(SamloveError, match="sam2.pt: these are not the weights of this SAM 2 as configured"):
+        _ = Sam2ImageEncoder(config.model_copy(update={"config": str(other)}), CPU).network
 
 
 def test_a_sam2_checkpoint_of_the_hub_equals_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

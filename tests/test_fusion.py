@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from samlove.config import FusionConfig
-from samlove.errors import RequestError
 from samlove.model.fusion import Block, Fusion
 
 B, N, P, L, D = 3, 4, 6, 5, 32
@@ -181,8 +180,3 @@ def test_narrow_and_wide_models_start_with_tokens_of_similar_size():
         fusion = Fusion(FusionConfig(dim=dim, blocks=2, heads=4), DIMS, prompt_dim=64)
         sizes.append(fusion(**inputs()).std().item())
     assert 0.2 < sizes[0] < 2 and 0.2 < sizes[1] < 2
-
-
-def test_a_width_that_is_not_a_multiple_of_the_heads_is_refused():
-    with pytest.raises(RequestError, match="found dim 30, heads 4"):
-        make(dim=30)

@@ -198,6 +198,17 @@ def test_controls_change_the_predictions(run):
     assert ((masks["0.0"][0] > 127) == (np.asarray(true) > 0)).mean() > 0.7
 
 
+def test_true_masks_of_one_video_may_differ_in_size(run):
+    masks = []
+    for scale in (1, 2):
+        mask = np.zeros((24 * scale, 40 * scale), np.uint8)
+        mask[6 * scale : 18 * scale, 10 * scale : 30 * scale] = 255
+        Image.fromarray(mask).save(run.folder.mask_path("clip0", 2, 0))
+        run.infer(["true_mask"], run.rows[run.rows["media_id"] == "clip0"])
+        masks.append(run.bins("true_mask")["0.2"][0] > 127)
+    assert (masks[0] != masks[1]).mean() < 0.05
+
+
 def test_plan_swaps_audio_between_videos_and_texts_between_objects():
     jobs = plan(expressions(), CONTROLS)
     assert jobs == plan(expressions(), CONTROLS)

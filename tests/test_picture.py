@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from samlove.cli.results import render_results, write_picture
-from samlove.data.dataset import RefAvsFolder
+from samlove.data.dataset import RefAvsFolder, load_mask
 from samlove.errors import RequestError
 from samlove.scoring.evaluate import evaluate, write
 from samlove.scoring.report.clips import FILL, FRAME_WIDTH, draw_frame
@@ -38,6 +38,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "configs", root / "configs")
     (root / "configs" / "profile.yaml").write_text("profile: micro\n")
     return root
+
+
+def masks_of(row: dict, folder: RefAvsFolder) -> np.ndarray:
+    """The object's ground-truth masks, bool (T, H, W)."""
+    return np.stack([load_mask(path) for path in folder.mask_paths(row["media_id"], row["fid"], FRAMES)])
 
 
 @pytest.fixture
@@ -87,7 +92,7 @@ def test_a_picture_shows_the_frames_with_their_masks(rows: pd.DataFrame) -> None
     row = choose_row(rows, folder, FRAMES)
     reader = PredictionReader(Path("data/micro/predictions") / row["split"] / "predictions.h5")
     picture = np.asarray(draw_picture(row, folder, reader)).astype(int)
-    bins, masks = reader.read(row["row_id"]), folder.load_masks(row["media_id"], row["fid"], FRAMES)
+    bins, masks = reader.read(row["row_id"]), masks_of(row, folder)
     for t, path in enumerate(folder.frame_paths(row["media_id"], FRAMES)):
         frame = np.asarray(draw_frame(np.asarray(Image.open(path)), bins[t], masks[t])).astype(int)
         left = MARGIN + t * (FRAME_WIDTH + GAP)
@@ -100,11 +105,11 @@ def test_a_picture_shows_the_frames_with_their_masks(rows: pd.DataFrame) -> None
 def test_the_default_row_is_a_seen_expression_that_needs_sound_but_not_sight(rows: pd.DataFrame) -> None:
     folder = RefAvsFolder("data/dataset/micro")
     row = choose_row(rows, folder, FRAMES)
-    masks = folder.load_masks(row["media_id"], row["fid"], FRAMES)
+    masks = masks_of(row, folder)
     assert row["split"] == "test_s" and row["sound"] and not row["sight"] and AREA[0] <= masks.mean() <= AREA[1]
     better = rows[(rows["split"] == "test_s") & rows["sound"] & ~rows["sight"] & (rows["JF"] > row["JF"])]
     for other in better.to_dict("records"):
-        area = folder.load_masks(other["media_id"], other["fid"], FRAMES).mean()
+        area = masks_of(other, folder).mean()
         assert not AREA[0] <= area <= AREA[1]
     assert choose_row(rows.sample(frac=1, random_state=1), folder, FRAMES)["row_id"] == row["row_id"]
 

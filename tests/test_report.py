@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from pipelines.evaluate import main as run_evaluate
 from pipelines.report import main as run_report
@@ -122,6 +123,13 @@ def test_a_run_without_curves_controls_cues_and_null_rows_still_renders(tmp_path
     assert "different dataset" not in text
 
 
+def test_masks_of_different_sizes_in_one_video_are_drawn(data, tmp_path):
+    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "set" / "gt_mask").rglob("00001.png"):
+        Image.open(path).resize((10, 10)).save(path)
+    assert page_of(tmp_path).count("<img") == 4 * 3
+
+
 def test_before_evaluate_there_is_no_report(tmp_path):
     with pytest.raises(RequestError, match="dvc repro evaluate"):
         page_of(tmp_path)
@@ -137,6 +145,7 @@ def test_examples_go_from_best_to_worst_in_each_split(data):
     null = [row["S"] for row, _ in chosen[6:]]
     assert null == sorted(null)
     assert len(choose(rows, 100)) == 6 + 6 + 4  # no row twice
+    assert [len(choose(rows, clips)) for clips in range(4)] == [0, 1, 2, 3]
 
 
 def test_loudness_is_that_of_each_second():

@@ -1,6 +1,8 @@
 """LAVS-synth: the same seed gives the same bytes, and the files match the ground truth."""
 
 import hashlib
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,11 @@ import yaml
 from PIL import Image
 
 from pipelines import dataset as stage
-from samlove.errors import RequestError
+from samlove.errors import RequestError, one_line_errors
 from samlove.synth.expressions import expressions
 from samlove.synth.scene import COLOURS, SECONDS, SEEN, UNSEEN, render, sample_scene
 from samlove.synth.voice import RATE, TIMBRES, mix
-from samlove.synth.write import SCALES, plan, write_dataset
+from samlove.synth.write import SCALES, Scale, check_replaceable, plan, rewrite_dataset, write_dataset
 
 
 def tree(root: Path) -> dict[str, str]:
@@ -146,6 +148,111 @@ def test_nothing_is_overwritten(folder: Path) -> None:
     with pytest.raises(RequestError, match="expected one of"):
         write_dataset(folder.parent / "new", seed=0, scale="huge")
     assert tree(folder) == before and not (folder.parent / "new").exists()
+
+
+@pytest.fixture
+def tiny(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The tree of a dataset of seed 3 and the scale `tiny`, which exists for this test."""
+    monkeypatch.setitem(SCALES, "tiny", Scale(dict.fromkeys(SCALES["small"].clips, 1), 32, 1, 1))
+    out = tmp_path_factory.mktemp("tiny") / "lavs"
+    write_dataset(out, seed=3, scale="tiny")
+    return tree(out)
+
+
+@pytest.mark.parametrize(
+    "kind", ["new", "below new folders", "empty", "link", "current folder", "left by a killed run"]
+)
+def test_a_new_or_empty_folder_of_any_kind_is_written(
+    kind: str, tiny: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "out"
+    if kind == "below new folders":
+        place = place / "a" / "b"
+    elif kind != "new":
+        place.mkdir()
+    if kind == "link":
+        (tmp_path / "link").symlink_to("out")
+    if kind == "left by a killed run":
+        (place / ".partial" / "media").mkdir(parents=True)
+    monkeypatch.chdir(place if kind == "current folder" else tmp_path)
+    out = {"link": "link", "current folder": "."}.get(kind, str(place.relative_to(tmp_path)))
+    write_dataset(Path(out), seed=3, scale="tiny")
+    assert tree(place) == tiny
+    assert {path.name for path in tmp_path.iterdir()} <= {"out", "link"}
+    assert sorted(path.name for path in place.iterdir()) == ["cues.csv", "gt_mask", "media", "metadata.csv"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("file", "a file; expected a new or empty folder"),
+        ("below a file", r"cannot be made \(Not a directory\)"),
+        ("dangling", "link to nowhere, which does not exist; expected a new or empty folder"),
+        ("loop", "link to out, which leads back to it"),
+        ("full", "already exists and is not an empty folder"),
+    ],
+)
+def test_anything_else_is_refused_and_nothing_is_left(kind: str, says: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if kind in ("file", "below a file"):
+        out.write_text("content")
+    elif kind == "full":
+        out.mkdir()
+        (out / "file").write_text("content")
+    else:
+        out.symlink_to({"dangling": "nowhere", "loop": "out"}[kind])
+    before = sorted(path for path in tmp_path.rglob("*"))
+    place = out / "below" if kind == "below a file" else out
+    with pytest.raises(RequestError, match=f"^{place}: {says}.*; (remove it or )?choose another path$"):
+        write_dataset(place, seed=3, scale="small")
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+@pytest.fixture
+def mount_point(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    place = tmp_path / "mounted"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], capture_output=True).returncode:
+        pytest.skip("needs permission to mount a file system")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_mount_point_is_written_and_a_full_or_read_only_disk_leaves_nothing(
+    mount_point: Path, tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = one_line_errors(lambda out: write_dataset(out, seed=3, scale="tiny"))
+    for out in (mount_point, mount_point / "below"):
+        with pytest.raises(SystemExit, match="1"):
+            write(out)
+        assert capsys.readouterr().err.splitlines()[-1].endswith("free some space and run the same command again")
+        assert list(mount_point.iterdir()) == []
+    subprocess.run(["mount", "-o", "remount,size=100m", mount_point], check=True)
+    write(mount_point)
+    assert tree(mount_point) == tiny
+    subprocess.run(["mount", "-o", "remount,ro", mount_point], check=True)
+    with pytest.raises(SystemExit, match="2"):
+        write(mount_point / "below")
+    assert capsys.readouterr().err.endswith("below: cannot be made (Read-only file system); choose another path\n")
+    monkeypatch.chdir(mount_point.parent)
+    with pytest.raises(RequestError, match="mounted: is a mount point"):
+        check_replaceable(mount_point)
+
+
+def test_what_was_there_stays_if_the_new_dataset_cannot_be_written(
+    tiny: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(tmp_path / "lavs", seed=3, scale="tiny")
+    before = tree(tmp_path)
+
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("samlove.synth.write._write_tables", fail)
+    with pytest.raises(OSError, match="No space left"):
+        rewrite_dataset(tmp_path / "lavs", seed=4, scale="tiny")
+    assert tree(tmp_path) == before
 
 
 # --- the stage `dataset` ---------------------------------------------------------------------------------------------

@@ -1,16 +1,19 @@
 """`make demo`: prints what will run and about how long it takes, runs it, prints the result and what to try next."""
 
 import subprocess
+import sys
 import time
 from collections import Counter
 from typing import NamedTuple
 
 from samlove.cli.results import render_results
 from samlove.config import active_profile
+from samlove.data.layout import layout
+from samlove.environment import check_git, check_repository, check_user
 from samlove.errors import RequestError, SamloveError, one_line_errors
 
 PROFILE = "micro"
-DVC = ["dvc", "repro"]
+DVC = [sys.executable, "-m", "dvc", "repro"]  # the script `dvc` of a copied environment runs the original's Python
 
 
 class Part(NamedTuple):
@@ -53,6 +56,8 @@ def main() -> None:
             f"configs/profile.yaml selects {active_profile()!r}, but make demo runs {PROFILE!r}; "
             f"write 'profile: {PROFILE}' there, or run: dvc repro"
         )
+    for check in (check_user, check_git, check_repository, layout().check_folders):
+        check()
     pending = stages_to_run()
     if pending:
         print(render_plan(pending, machine_speed()), flush=True)

@@ -13,6 +13,7 @@ import typer
 from samlove.cli.help import GroupedHelp, examples
 from samlove.cli.store import store
 from samlove.config import DatasetConfig, load
+from samlove.environment import check_code
 from samlove.errors import RequestError, one_line_errors
 
 UsageError = cast(type[Exception], typer.BadParameter.__base__)  # click's or, in newer versions, typer's copy of it
@@ -60,7 +61,8 @@ class Scale(StrEnum):
 def doctor() -> None:
     """Check what the active profile needs, and say how to get it.
 
-    Checks dataset, weights, disk and GPU memory. Exits with status 1 if anything is missing.
+    Checks git and DVC, dataset, weights (by loading them), disk and GPU memory. Exits with status 1 if anything is
+    missing.
     """
     from samlove.cli.doctor import examine, render
     from samlove.data.sizes import read_settings
@@ -154,7 +156,7 @@ def picture(
 @app.command(rich_help_panel=TOOLS, epilog=examples("samlove synth --out lavs --seed 0 --scale small"))
 def synth(
     out: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")],
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same bytes.")],
     scale: Annotated[Scale, typer.Option(help="Number and size of the videos.")] = Scale.demo,
 ) -> None:
     """Write the generated dataset LAVS-synth, in the Ref-AVS layout."""
@@ -221,8 +223,31 @@ def bench_train(
     run(profile, videos, steps, rounds)
 
 
+@bench.command(
+    "scale",
+    epilog=examples("samlove bench scale", "samlove bench scale --sizes 3000,30000,300000,1000000 --folder /scratch"),
+)
+def bench_scale(
+    sizes: Annotated[str, typer.Option(metavar="N,N,...", help="Increasing numbers of videos.")] = "3000,30000",
+    folder: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where to write temporary files, 13 kB per video. Default: the system's."),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Seconds after which a step is given up.")] = 1800,
+) -> None:
+    """Write, open, list, sample and verify more and more tiny videos, and compare time and memory.
+
+    Also plans and runs an extraction for each number of videos. The default takes about 3 minutes, a million videos
+    take an hour. Needs Linux.
+    """
+    from samlove.bench.scale import parse_sizes, run
+
+    run(parse_sizes(sizes), folder, limit)
+
+
 @one_line_errors
 def main() -> None:
+    check_code()
     try:
         status = app(standalone_mode=False)
     except UsageError as error:

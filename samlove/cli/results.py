@@ -18,7 +18,8 @@ def render_results() -> str:
     paths = layout()
     for path in (paths.metrics, paths.details, paths.report):
         _check_exists(path)
-    table = render_table(json.loads(paths.metrics.read_text()), json.loads(paths.details.read_text()))
+    metrics, details = (json.loads(path.read_text(encoding="utf-8")) for path in (paths.metrics, paths.details))
+    table = render_table(metrics, details)
     return f"{table}\n\nreport: {paths.report.resolve()}"
 
 

@@ -106,6 +106,7 @@ def retry(path: Annotated[Path, typer.Argument(help="A feature store of this pro
     from samlove.data.digest import code_digest
     from samlove.errors import SamloveError
     from samlove.features.cluster import chosen_cluster
+    from samlove.features.encoders.base import Sources
     from samlove.features.extract import extract
     from stores import FeatureStore
     from stores.fingerprint import check_fingerprint
@@ -121,12 +122,13 @@ def retry(path: Annotated[Path, typer.Argument(help="A feature store of this pro
     made = {**found.manifest["fingerprint"], "code": found.manifest.get("code")}
     asked = {**job.encoder.fingerprint(), "code": code_digest(type(job.encoder))}
     check_fingerprint(made, asked, path, f"dvc repro {stage}")
-    if gone := [key for key in [*found.keys(), *failed] if key not in job.sources]:
+    known = dict.fromkeys([*found.keys(), *failed])
+    if gone := [key for key in known if key not in job.sources]:
         raise SamloveError(
             f"{path}: {len(gone)} of its items are no longer in the index, first {gone[0]!r}; "
             f"the index has changed; run: dvc repro {stage}"
         )
-    sources = {key: source for key, source in job.sources.items() if key in found or key in failed}
+    sources = Sources((key for key in job.sources if key in known), job.sources.__getitem__)
     print(f"{name}: {extract(replace(job, sources=sources), chosen_cluster())}")
     left = FeatureStore.open(path).failures
     print(f"{path}: recovered {len(failed) - len(left)} of {len(failed)} failed items; now run: dvc commit {stage}")

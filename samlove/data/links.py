@@ -69,7 +69,7 @@ def _remedy(link: Path) -> str:
 
 def _is_utf8(name: str) -> bool:
     try:
-        name.encode()
-    except UnicodeEncodeError:  # a lone surrogate stands for a byte that is not UTF-8
+        os.fsencode(name).decode()  # its bytes, whatever the locale
+    except UnicodeDecodeError:
         return False
     return True

@@ -381,13 +381,13 @@ def pretrain(out: Path, minutes: float, seed: int, weights: Path | None = None, 
             export(mean, out / "sam2.safetensors")
             saved = spent
         if line:
-            with open(out / "log.jsonl", "a") as log:
+            with open(out / "log.jsonl", "a", encoding="utf-8") as log:
                 print(json.dumps({"seconds": round(spent), "step": step} | line), file=log)
     pool.worker.terminate()
     export(mean, out / "sam2.safetensors")
     scores = {"minutes": minutes, "seed": seed, "steps": step, "clips": pool.drawn}
     scores |= evaluate(mean, scored_clips, seed)
-    (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(scores))
 
 

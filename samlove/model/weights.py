@@ -165,7 +165,7 @@ def _recognise_zip(path: Path) -> tuple[str, str] | None:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        return "a truncated or damaged file of torch.save, or another ZIP archive", AGAIN
+        return "a truncated or damaged file of torch.save, or a different ZIP archive", AGAIN
     names = [member.filename for member in members]
     if names and all(name.endswith(".npy") for name in names):
         return "a NumPy archive", EXPORT

@@ -5,6 +5,7 @@ so neither the number of processes nor their order matters.
 """
 
 import csv
+import io
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
@@ -16,11 +17,13 @@ import soundfile
 from PIL import Image
 from tqdm import tqdm
 
-from samlove.errors import RequestError
+from samlove.errors import RequestError, absence
 from samlove.synth.expressions import SHARES, Expression, expressions
 from samlove.synth.scene import SECONDS, SEEN, UNSEEN, Scene, background, render, sample_scene
 from samlove.synth.voice import RATE, mix
 
+PARTIAL = ".partial"  # the end, or the whole, of the name of an unfinished folder
+CONTENT = ("media", "gt_mask", "cues.csv", "metadata.csv")
 SPLITS = ("train", "val", "test_s", "test_u")  # test_n is made from videos of test_s, as in Ref-AVS
 VID_LETTERS = list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_")
 SOUND_ASKED = frozenset(  # templates whose target must sound: without the sound, nothing matches them
@@ -64,48 +67,68 @@ class Clip:
 
 
 def write_dataset(out: Path, seed: int, scale: str) -> None:
-    """Write LAVS-synth to `out`, which must not exist or must be empty; published by one rename.
+    """Write LAVS-synth to `out`, which must not exist or must be an empty folder, a link to one, or a mount point.
 
-    scale is a key of SCALES. Raises RequestError if it is not, or if `out` is not empty.
+    A new folder is published by one rename; into an empty one, metadata.csv is moved last. After an error, nothing is
+    left. scale is a key of SCALES. Raises RequestError if it is not, or if `out` is anything else or cannot be made.
     """
     if scale not in SCALES:
         raise RequestError(f"scale: expected one of {sorted(SCALES)}, found {scale!r}")
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.lexists(out) and not out.is_dir():
+        raise RequestError(f"{out}: {absence(out)}; expected a new or empty folder; choose another path")
+    inside = out.is_dir()  # it stays: a link, a mount point and the current folder cannot be replaced
+    scratch = out / PARTIAL if inside else out.with_name(out.name + PARTIAL)
+    if inside and any(path != scratch for path in out.iterdir()):
         raise RequestError(f"{out}: already exists and is not an empty folder; remove it or choose another path")
-    scratch = out.with_name(out.name + ".partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    clips = plan(seed, SCALES[scale])
-    scratch.mkdir(parents=True)
-    side = SCALES[scale].short_side
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a killed run
+    try:
+        scratch.mkdir(parents=True)
+    except OSError as error:
+        raise RequestError(f"{out}: cannot be made ({error.strerror}); choose another path") from None
+    try:
+        _write_all(plan(seed, SCALES[scale]), scratch, SCALES[scale].short_side)
+        if inside:
+            for name in CONTENT:
+                os.replace(scratch / name, out / name)
+            scratch.rmdir()
+        else:
+            os.replace(scratch, out)
+    except BaseException:
+        for left in [scratch, *(out / name for name in CONTENT if inside)]:
+            shutil.rmtree(left, ignore_errors=True)
+        raise
+
+
+def _write_all(clips: list[Clip], root: Path, short_side: int) -> None:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        jobs = pool.map(_write_clip, clips, [scratch] * len(clips), [side] * len(clips), chunksize=8)
+        jobs = pool.map(_write_clip, clips, [root] * len(clips), [short_side] * len(clips), chunksize=8)
         list(tqdm(jobs, total=len(clips), unit="video", desc="LAVS-synth", mininterval=2))
-    _write_tables(clips, scratch)
-    if out.exists():
-        out.rmdir()
-    os.replace(scratch, out)
+    _write_tables(clips, root)
 
 
 def rewrite_dataset(out: Path, seed: int, scale: str) -> None:
-    """Write LAVS-synth to `out` as `write_dataset` does, and remove the LAVS-synth that was there.
+    """Write LAVS-synth to `out` as `write_dataset` does, and then remove the LAVS-synth that was there.
 
     Raises RequestError, with nothing removed, as `check_replaceable` does.
     """
     check_replaceable(out)
-    replaced = out.with_name(out.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
+    new, replaced = out.with_name(out.name + ".new"), out.with_name(out.name + ".replaced")
+    for left in (new, replaced):  # by a killed run
+        shutil.rmtree(left, ignore_errors=True)
+    write_dataset(new, seed, scale)
     if out.exists():
         out.rename(replaced)
-    write_dataset(out, seed, scale)
+    new.rename(out)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def check_replaceable(out: Path) -> None:
-    """Raise RequestError if `out` is a link, or is anything but an empty folder or LAVS-synth."""
+    """Raise RequestError if `out` is a link or a mount point, or is anything but an empty folder or LAVS-synth."""
     remedy = f"remove it, or set synth: null in configs/{out.name}/dataset.yaml to use it"
-    if out.is_symlink():
-        raise RequestError(f"{out}: is a link, so no dataset is generated there; {remedy}")
+    if out.is_symlink() or out.is_mount():
+        kind = "link" if out.is_symlink() else "mount point"
+        raise RequestError(f"{out}: is a {kind}, so no dataset is generated there; {remedy}")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "cues.csv").is_file()):
         raise RequestError(f"{out}: expected LAVS-synth or nothing, found other files; {remedy}")
 
@@ -200,11 +223,16 @@ def _write_clip(clip: Clip, root: Path, short_side: int) -> None:
         samples = np.zeros(SECONDS * RATE, dtype=np.int16)
     else:
         samples = mix(clip.sound, np.random.default_rng(clip.sound_seed))
-    soundfile.write(root / "media" / clip.media_id / "audio.wav", samples, RATE, subtype="PCM_16")
+    wav = io.BytesIO()  # written to a file, libsndfile would not say why that fails
+    soundfile.write(wav, samples, RATE, subtype="PCM_16", format="WAV")
+    (root / "media" / clip.media_id / "audio.wav").write_bytes(wav.getvalue())
 
 
 def _write_tables(clips: list[Clip], root: Path) -> None:
-    with open(root / "metadata.csv", "w", newline="") as meta, open(root / "cues.csv", "w", newline="") as side:
+    with (
+        open(root / "metadata.csv", "w", newline="", encoding="utf-8") as meta,
+        open(root / "cues.csv", "w", newline="", encoding="utf-8") as side,
+    ):
         metadata, cues = csv.writer(meta), csv.writer(side)
         metadata.writerow(["vid", "uid", "split", "fid", "exp"])
         cues.writerow(["uid", "fid", "exp", "template", "sight", "sound", "time"])

@@ -24,10 +24,10 @@ INSIDE = ("*/config.json", "snapshots/*/config.json")  # of sentence-transformer
 def resolve_folder(weights: str, what: str, name: str, model_types: tuple[str, ...]) -> Path:
     """The local folder that `weights` names; "hub:NAME" downloads it from the Hugging Face Hub.
 
-    name: the Hub name of the paper's model, for the message. model_types: those of config.json that are accepted; of
-    other architectures, transformers may load the weights without an error and compute something else.
-    Raises RequestError, saying what the folder is and how to get it, if it or one of its files is missing, or if it is
-    of another architecture; SamloveError if one of its files is damaged.
+    name: the Hub name of the paper's model, for the message. model_types: the architectures in config.json that are
+    accepted; transformers may load the weights of a different one without an error, and compute something else.
+    Raises RequestError, saying what the folder is and how to get it, if it or one of its files is missing, or if it has
+    a different architecture; SamloveError if one of its files is damaged.
     """
     remedy = f"set weights: hub:{name}, or run: hf download {name} --local-dir FOLDER"
     if weights.startswith(HUB):
@@ -59,8 +59,8 @@ def _model_type(config: Path) -> Any:
     """The architecture that a config.json names. Raises SamloveError if it is not such a file."""
     try:
         return json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise SamloveError(f"{config}: expected the configuration of a model, found other content; {AGAIN}") from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise SamloveError(f"{config}: expected the configuration of a model, found something else; {AGAIN}") from error
 
 
 def _weights(folder: Path) -> Path:
@@ -79,8 +79,8 @@ def sha256_model(folder: Path) -> str:
 def load_network(model: Any, folder: Path, **options: Any) -> Any:
     """A transformers class loaded from a folder, float32, in evaluation mode, without network access.
 
-    Raises SamloveError if the weights are not exactly those of the configuration: one is missing or of another shape,
-    or there are further layers. transformers would only warn.
+    Raises SamloveError if the weights are not exactly those of the configuration: one is missing or has a different
+    shape, or there are further layers. transformers would only warn.
     """
     from transformers.utils import logging
 
@@ -104,7 +104,7 @@ def load_network(model: Any, folder: Path, **options: Any) -> Any:
     prefix = f"{network.base_model_prefix}."
     for what, names in (
         ("missing", loaded["missing_keys"]),
-        ("of other shapes than in config.json", [name for name, *_ in loaded["mismatched_keys"]]),
+        ("whose shapes differ from config.json", [name for name, *_ in loaded["mismatched_keys"]]),
         ("not in config.json", [n for n in loaded["unexpected_keys"] if _numberless(n.removeprefix(prefix)) in own]),
     ):
         if names:

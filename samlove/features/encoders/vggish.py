@@ -156,6 +156,8 @@ def load_pca(path: Path) -> tuple[Tensor, Tensor]:
     with torch.serialization.safe_globals([*kinds, (_reconstruct, old_name)]):
         values = read_torch(path, f"download {RELEASE}{PCA_FILE}")
     try:
+        if not isinstance(values, dict):
+            raise TypeError(type(values).__name__)
         matrix = torch.as_tensor(values["pca_eigen_vectors"]).float()
         means = torch.as_tensor(values["pca_means"]).float().reshape(-1, 1)
     except (TypeError, KeyError, IndexError, ValueError, RuntimeError) as error:
