@@ -8,6 +8,7 @@ with zarr itself. A chunk is decompressed only if it says that it holds exactly 
 
 import math
 import mmap
+import re
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from stores.remote import AnyPath
 
 Compression = Literal["none", "zstd"]
 LIMIT = 1 << 31  # bytes of one item's compressed array: more is refused before memory is reserved for it
-KINDS = "biuf"  # numpy kinds: bool, int, uint, float
+_DTYPE = re.compile(r"bool|u?int\d+|float\d+")
 _CODECS = ["bytes", "crc32c"]  # of the index and of uncompressed chunks
 _ZSTD = ["bytes", "zstd", "crc32c"]
 _LEVEL = 3  # zstd's default
@@ -71,7 +72,8 @@ class Layout:
             shape, chunk = _lengths(meta["shape"]), _lengths(sharding["chunk_shape"])
             step = [min(chunk[1], shape[1])] if shape[1:] else []  # rows of a chunk; none if an item is a single number
             rows = [-(-n // height) * height for n, height in zip(shape[1:2], step, strict=True)]
-            dtype, zstd = np.dtype(str(meta["data_type"])), names == _ZSTD
+            name, zstd = str(meta["data_type"]), names == _ZSTD
+            dtype = np.dtype(name if _DTYPE.fullmatch(name) else object)  # NumPy would read some other texts as code
             found = {
                 "data_type": meta["data_type"],
                 "shard": meta["chunk_grid"]["configuration"]["chunk_shape"],
@@ -80,7 +82,7 @@ class Layout:
                 "keys": meta["chunk_key_encoding"],
             }
             expected = {
-                "data_type": dtype.name if dtype.kind in KINDS else "bool, int or float",
+                "data_type": "bool, int or float" if dtype.hasobject else dtype.name,
                 "shard": [shape[0], *rows, *shape[2:]],
                 "chunk": (1, *step, *shape[2:]),
                 "codecs": ["sharding_indexed", _ZSTD if zstd else _CODECS, _CODECS, "end", *_orders(dtype)],

@@ -78,6 +78,8 @@ def _files_to_copy(store: FeatureStore, folder: Path) -> Iterator[tuple[str, byt
 
     No other file is copied, and none with different content: a store from elsewhere may contain links to any file.
     """
+    if not store.manifest.get("files"):
+        raise SamloveError(f"{folder / NAME}: lists no files (written by an older version); {RECOMPUTE}")
     yield NAME, (folder / NAME).read_bytes()
     for file in listed_files(folder, store.manifest, RECOMPUTE):
         parts = file.path.split("/")

@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import warnings
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def _fault_in_child(path: Path) -> str:
 
 def _limit(what: int, value: int) -> None:
     _, most = resource.getrlimit(what)
-    resource.setrlimit(what, (min(value, most % 2**63), most))  # -1 stands for no limit
+    with suppress(ValueError, OSError):  # not every system limits the address space
+        resource.setrlimit(what, (min(value, most % 2**63), most))  # -1 stands for no limit
 
 
 def _fault(path: Path) -> str:

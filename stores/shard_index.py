@@ -10,6 +10,7 @@ and including this one.
 """
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from stores.tar import KINDS, scan_tar
 INDEX = "index.arrow"
 COLUMNS = {"key": TEXT, "shard": "int32", "layout": "int32", "place": BYTES, "rows": BYTES, "end": "int64"}
 ROWS = "rows"
+_DTYPE = re.compile(r"[<>|]?[biuf]\d+")  # NumPy would read some other texts as code
 
 
 # Name, dtype, shape, offset and order of an array. A JSON text has dtype None, and its length in bytes as shape.
@@ -171,7 +173,7 @@ def _member_kind(
         raise ValueError(f"expected a member, found {[name, dtype, order, dims]}")
     if dtype is None:
         return name, None, "C", 1
-    kind = np.dtype(dtype if isinstance(dtype, str) else "O")
+    kind = np.dtype(dtype if isinstance(dtype, str) and _DTYPE.fullmatch(dtype) else object)
     if kind.kind not in KINDS or kind.hasobject:
         raise ValueError(f"{name}: expected bool, int or float numbers, found dtype {dtype!r}")
     return name, kind, "F" if order == "F" else "C", dims

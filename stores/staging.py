@@ -20,7 +20,7 @@ import numpy as np
 import zarr
 
 from samlove.errors import SamloveError
-from stores.chunks import Compression, compressors, use_zarr_defaults
+from stores.chunks import LIMIT, Compression, compressors, use_zarr_defaults
 from stores.earlier import Shard, link_folder, missing_keys, shard_name
 from stores.fingerprint import fingerprint_id
 from stores.listing import File

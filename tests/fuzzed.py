@@ -266,6 +266,13 @@ def manifest(folder: Path) -> Attempt:
         verify(root, deep=rng.random() < 0.1)
         open_artefact(root)
         if root == store:
+            if rng.random() < 0.2:  # as the store of before, whose rows are reused
+                keys = ["a", "ü", "c", "d"]
+                writer = FeatureStoreWriter(
+                    folder / "new", folder / "scratch", {"encoder": "x"}, keys, 2, 2, previous=[store]
+                )
+                list(writer.todo())
+                shutil.rmtree(folder / "scratch", ignore_errors=True)
             _read_features(FeatureStore.open(root))
         else:
             _read_shards(ShardReader(root))
@@ -282,6 +289,11 @@ def table(folder: Path) -> Attempt:
     roots = (store, folder / "shards")
     saved = {path: path.read_bytes() for root in roots for path in root.glob("*.*") if path.is_file()}
     tables = [path for path in saved if path.suffix == ".arrow"]
+    texts = {
+        b"<f8": (b"(2,", b"|O8", b"<U8", b"<f4", b"|V8"),
+        b'"C"': (b'"F"', b'"X"', b"123"),
+        b"rows": (b"ro\\s", b"x   "),
+    }
 
     def attempt(rng: random.Random) -> None:
         _restore(saved)
@@ -292,6 +304,9 @@ def table(folder: Path) -> Attempt:
             at = rng.randrange(len(data) // size) * size if rng.random() < 0.7 else rng.randrange(len(data) - 8)
             change = rng.choice((rng.choice(NUMBERS), rng.randrange(256**size), data[at] ^ 1 << rng.randrange(8)))
             data[at : at + size] = (change % 256**size).to_bytes(size, "little")
+        if rng.random() < 0.1:
+            text = rng.choice(list(texts))
+            data = data.replace(text, rng.choice(texts[text]))
         if rng.random() < 0.2:
             data = bytearray(mutate(bytes(data), rng))
         path.write_bytes(data)

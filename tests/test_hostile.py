@@ -8,6 +8,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -309,6 +310,7 @@ def change_layout(meta: dict) -> dict[str, Callable[[], object]]:
         "text": lambda: meta.update(data_type="str"),
         "date": lambda: meta.update(data_type="datetime64[s]"),
         "record": lambda: meta.update(data_type="f4,f4"),
+        "half a tuple": lambda: meta.update(data_type="(2,"),
         "dtype that is no text": lambda: meta.update(data_type={"name": "float32"}),
         "big-endian": lambda: sharding["codecs"][0]["configuration"].update(endian="big"),
         "big-endian index": lambda: sharding["index_codecs"][0]["configuration"].update(endian="big"),
@@ -694,6 +696,21 @@ def test_shard_sets_hold_no_pickles(tmp_path):
     (tmp_path / "0.tar").write_bytes(member("a.x.npy", stream.getvalue()) + bytes(1024))
     with pytest.raises(SamloveError, match="found dtype"):
         scan_tar(tmp_path / "0.tar")
+
+
+def test_values_that_could_not_be_read_back_are_not_written(tmp_path):
+    huge = np.broadcast_to(np.float32(0), (LIMIT // 4 + 1,))
+    writer = FeatureStoreWriter(tmp_path / "store", tmp_path / "scratch", {}, ["a"], 1, compression="zstd")
+    with pytest.raises(SamloveError, match=f"'a': x: expected at most {LIMIT} bytes"):
+        writer.write_shard(0, {"a": {"x": huge}})
+    with pytest.raises(RequestError, match=f"expected rows of at most {LIMIT} bytes"):
+        PredictionWriter(tmp_path / "p.h5", 1, 2**16, np.zeros(1, np.float32))
+
+
+def test_every_test_that_the_documentation_names_exists():
+    named = set(re.findall(r"test_\w+", Path(__file__, "../../docs/security.md").resolve().read_text()))
+    files = {path.stem for path in Path(__file__).parent.glob("test_*.py")}
+    assert len(named) > 20 and named <= files | globals().keys()
 
 
 def test_arrays_that_do_not_fit_in_their_file_are_refused(tmp_path):

@@ -69,6 +69,14 @@ def test_a_missing_store_or_file_is_a_request_error(tmp_path):
         import_store(tmp_path / "none.h5", tmp_path / "store")
 
 
+def test_a_store_that_lists_no_files_is_not_exported(tmp_path):
+    store = make_store(tmp_path, KEYS[:2])
+    (store.path / "manifest.json").write_text(json.dumps({**store.manifest, "schema": 2, "files": {}}))
+    with pytest.raises(SamloveError, match=r"manifest\.json: lists no files"):
+        export_store(store.path, tmp_path / "one.h5")
+    assert {p.name for p in tmp_path.iterdir()} == {"store"}
+
+
 def test_a_damaged_item_is_not_exported(tmp_path):
     store = make_store(tmp_path, KEYS[:4])
     data = next(p for p in (store.path / "shard-00001.zarr" / "float32" / "c").rglob("*") if p.is_file())

@@ -329,6 +329,7 @@ def test_an_index_with_a_wrong_entry_is_refused_when_the_sample_is_read(tmp_path
         [[["x", "|O", "C", 1]]],
         [[["x", "<U8", "C", 1]]],
         [[["x", "nothing", "C", 1]]],
+        [[["x", "(2,", "C", 1]]],
         [[["x", ["<f4"], "C", 1]]],
         [[["x", "<f4", "X", 1]]],
         [[["x", "<f4", "C", -1]]],
