@@ -61,12 +61,13 @@ def test_a_run_prints_the_growth_of_each_step_and_one_json_object(
 
 @pytest.mark.slow
 def test_the_command_measures_every_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["samlove", "bench", "scale", "--sizes", "20,200"])
-    with pytest.raises(SystemExit, match="0|None"):
+    monkeypatch.setattr("sys.argv", ["samlove", "bench", "scale", "--sizes", "40"])
+    with pytest.raises(SystemExit) as ended:
         main()
+    assert not ended.value.code
     steps = json.loads(capsys.readouterr().out.splitlines()[-1])["steps"]
     assert steps.keys() == STEPS.keys()
-    assert all(steps[name][videos]["seconds"] >= 0 for name in STEPS for videos in ("20", "200"))
+    assert all(row["40"]["seconds"] >= 0 for row in steps.values())
 
 
 @pytest.mark.parametrize("text", ["", "x", "3000,", "30,3", "3,3", "0,3", "-1", "3.5"])
