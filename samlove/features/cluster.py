@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import dask
@@ -76,7 +76,8 @@ def _client(cluster: Any, what: str) -> Iterator[Client]:
         yield client
 
 
-def _local_cluster(workers: int, threads: int | None) -> SpecCluster:
+@contextmanager
+def _local_cluster(workers: int, threads: int | None) -> Iterator[SpecCluster]:
     """One worker runs in this process. Several run in their own processes, one GPU each, and restart if they die."""
     options: dict[str, Any] = {
         "nthreads": TASKS,
@@ -91,9 +92,14 @@ def _local_cluster(workers: int, threads: int | None) -> SpecCluster:
         options |= {"host": LOOPBACK, "silence_logs": QUIET, "preload": [__name__]}
         spec = {i: {"cls": Nanny, "options": options | {"env": _environment(i, threads)}} for i in range(workers)}
         scheduler |= {"protocol": "tcp://", "host": LOOPBACK, "port": 0}
-    return SpecCluster(
+    cluster = SpecCluster(
         workers=spec, scheduler={"cls": Scheduler, "options": scheduler}, silence_logs=QUIET, name="samlove"
     )
+    try:
+        yield cluster
+    finally:
+        with suppress(AssertionError):  # Dask's close() fails on a worker that is about to restart; it ends with us
+            cluster.close()
 
 
 def _environment(worker: int, threads: int | None) -> dict[str, str]:

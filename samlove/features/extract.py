@@ -26,6 +26,7 @@ from typing import Any
 from uuid import uuid4
 
 from distributed import Client, Future, KilledWorker, wait
+from distributed.comm import CommClosedError
 from tqdm import tqdm
 
 from samlove.data.digest import code_digest, source_ids
@@ -187,16 +188,17 @@ def _compute(job: Job, writer: FeatureStoreWriter, token: str, cluster: Cluster,
                 f"{job.out}: gave up on {error.task} because every worker that ran it died, usually out of memory: "
                 f"use fewer workers, or smaller shards in pipelines/{job.out.name.split('_')[0]}.py"
             ) from error
-        except CancelledError as error:
+        except (CancelledError, CommClosedError) as error:
             raise SamloveError(
                 f"{job.out}: lost the Dask scheduler; run the same command again, it computes only missing items"
             ) from error
         finally:
             progress.close()
             del HERE[run]
-            if client.status == "running":  # the scheduler is reachable
-                client.unregister_worker_plugin(run)  # if the run ends early, workers stop after their batch
-                _settle(client, running)
+            if client.status == "running":
+                with suppress(CommClosedError):  # the scheduler has just gone
+                    client.unregister_worker_plugin(run)  # if the run ends early, workers stop after their batch
+                    _settle(client, running)
     return [failure for number, _ in todo for failure in failures[number]]
 
 
