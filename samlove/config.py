@@ -5,6 +5,7 @@ the values. An unknown key or a value of the wrong type is an error that names t
 """
 
 import os
+import reprlib
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +15,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -211,7 +211,8 @@ class SlurmConfig(Section):
     options: dict[str, Any] = {}  # arguments of dask_jobqueue.SLURMCluster
 
 
-ClusterConfig = Annotated[LocalConfig | SchedulerConfig | SlurmConfig, Field(discriminator="kind")]
+ClusterConfig = LocalConfig | SchedulerConfig | SlurmConfig
+CLUSTERS: dict[str, type[ClusterConfig]] = {"local": LocalConfig, "scheduler": SchedulerConfig, "slurm": SlurmConfig}
 SECTIONS: dict[str, type[Section]] = {
     "dataset": DatasetConfig,
     "audio": AudioConfig,
@@ -229,6 +230,7 @@ S = TypeVar("S", bound=Section)
 T = TypeVar("T")
 CLUSTER = "cluster"  # the folder of configs/ that is not a profile
 NO_PROFILES = (CLUSTER, "dataset")  # data/dataset holds the datasets of all profiles
+SHOWN = 5  # faults of a file that a message lists
 
 
 def _read_yaml(path: Path) -> dict:
@@ -250,8 +252,10 @@ def _read_yaml(path: Path) -> dict:
         raise RequestError(f"{path}: not YAML: {line}{what}") from None
     except (YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that does not exist
         raise RequestError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except (LookupError, TypeError):  # ruamel's, about `!!bool abc`, `!!int ""` and a list of mappings as a key
+        raise RequestError(f"{path}: not YAML: a value does not fit its tag, or a list is a key") from None
     if not isinstance(values, dict):
-        found = "an empty file" if values is None else "a list" if isinstance(values, list) else repr(values)
+        found = "an empty file" if values is None else "a list" if isinstance(values, list) else _shown(values)
         raise RequestError(f"{path}: expected keys and values, found {found}")
     return values
 
@@ -261,17 +265,19 @@ def active_profile(configs: Path = Path("configs")) -> str:
     values = _read_yaml(configs / "profile.yaml")
     known = sorted(p.name for p in configs.iterdir() if p.is_dir() and p.name not in NO_PROFILES)
     if set(values) != {"profile"} or values["profile"] not in known:
-        raise RequestError(f"{configs / 'profile.yaml'}: expected 'profile: NAME' with NAME in {known}, found {values}")
+        raise RequestError(
+            f"{configs / 'profile.yaml'}: expected 'profile: NAME' with NAME in {known}, found {_shown(values)}"
+        )
     return values["profile"]
 
 
-def load(section: type[S], configs: Path = Path("configs")) -> S:
-    """The active profile's settings of one section, e.g. `load(TrainConfig)`.
+def load(section: type[S], configs: Path = Path("configs"), profile: str | None = None) -> S:
+    """The settings of one section, e.g. `load(TrainConfig)`. profile: None for the active one.
 
     Raises RequestError if the file is missing, or holds an unknown key or a value of the wrong type.
     """
     name = next(n for n, c in SECTIONS.items() if c is section)
-    profile = active_profile(configs)
+    profile = profile or active_profile(configs)
     path = configs / profile / f"{name}.yaml"
     values = _read_yaml(path)
     if section is DatasetConfig:
@@ -282,17 +288,20 @@ def load(section: type[S], configs: Path = Path("configs")) -> S:
     return _check(lambda: section.model_validate(values), path)
 
 
-def load_cluster(name: str, configs: Path = Path("configs")) -> LocalConfig | SchedulerConfig | SlurmConfig:
+def load_cluster(name: str, configs: Path = Path("configs")) -> ClusterConfig:
     """The workers of feature stages, from configs/cluster/<name>.yaml. They do not affect what is computed.
 
     Raises RequestError as `load` does, or if there is no such file.
     """
     path = configs / CLUSTER / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in (configs / CLUSTER).glob("*.yaml"))
-        raise RequestError(f"SAMLOVE_CLUSTER={name}: expected one of {', '.join(known)} in {path.parent}")
-    adapter: TypeAdapter = TypeAdapter(ClusterConfig)
-    return _check(lambda: adapter.validate_python(_read_yaml(path)), path)
+    known = sorted(p.stem for p in (configs / CLUSTER).glob("*.yaml"))
+    if name not in known:
+        raise RequestError(f"SAMLOVE_CLUSTER={_shown(name)}: expected one of {', '.join(known)} in {configs / CLUSTER}")
+    values = _read_yaml(path)
+    kind = values.get("kind")
+    if not isinstance(kind, str) or kind not in CLUSTERS:
+        raise RequestError(f"{path}: kind: expected {' or '.join(CLUSTERS)}, found {_shown(kind)}")
+    return _check(lambda: CLUSTERS[kind].model_validate(values), path)
 
 
 def local_path(setting: str) -> Path:
@@ -336,8 +345,21 @@ def _check(make: Callable[[], T], path: Path) -> T:
         return make()
     except ValidationError as error:
         faults = []
-        for fault in error.errors():
+        for fault in error.errors()[:SHOWN]:
             kind, reason = fault["type"], fault["msg"].removeprefix("Value error, ")
             reason = {"extra_forbidden": "no such setting", "string_type": f"{reason} (in quotes)"}.get(kind, reason)
-            faults.append(f"{'.'.join(map(str, fault['loc']))}: {reason}, found {fault['input']!r}")
+            key = ".".join(_shown(part).strip("'") for part in fault["loc"])
+            faults.append(f"{key}: {reason}" + f", found {_shown(fault['input'])}" * (kind != "missing"))
+        if error.error_count() > SHOWN:
+            faults.append(f"and {error.error_count() - SHOWN} more faults")
         raise RequestError(f"{path}: {'; '.join(faults)}") from None
+
+
+def _shown(value: object) -> str:
+    """The value on one line, cut short: with aliases, a file of a few lines can hold a value of a billion parts."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 2, 200, 200
+    try:
+        return short.repr(value)
+    except ValueError:  # of Python, about the digits of an integer
+        return "a number with thousands of digits"

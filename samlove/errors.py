@@ -4,6 +4,7 @@ import errno
 import functools
 import io
 import os
+import re
 import select
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota exceeded, file size limit exceeded
 OPEN_FILES = (errno.EMFILE, errno.ENFILE)  # too many open files: of this process, of the machine
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # the file system has no file locks
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 UTF8 = "run: export PYTHONUTF8=1, and the same command again"
 
 
@@ -42,11 +44,11 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
             main(*args, **kwargs)
             print(end="", flush=True)  # what is still in the buffer may not fit on the disk
         except SamloveError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             sys.exit(error.exit_status)
         except OSError as error:
             if not _reader_gone(error):
-                print(f"error: {os_error_line(error)}", file=sys.stderr)
+                print(f"error: {printable(os_error_line(error))}", file=sys.stderr)
             _drop_unwritable_output()
             sys.exit(1)
         except UnicodeEncodeError as error:  # printing raises none, so it is the name of a file
@@ -60,6 +62,11 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(1)
 
     return wrapped
+
+
+def printable(text: str) -> str:
+    """A text as one line, with escape sequences in place of control characters, which could change the terminal."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _reader_gone(error: OSError) -> bool:

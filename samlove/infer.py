@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from samlove.config import CONTROLLED_SPLITS, InferConfig
+from samlove.data.arrays import check_arrays
 from samlove.data.dataset import RefAvsFolder, load_mask, resize_mask
 from samlove.data.digest import rows_digest, source_digests
 from samlove.errors import RequestError, SamloveError
@@ -92,13 +93,12 @@ class Sources:
         return self.sam2.shapes[LEVELS[-1]][0]
 
     def check(self, header: Header, checkpoint: Path, rows: pd.DataFrame) -> None:
-        """Raise SamloveError if a store differs from what the checkpoint was trained on, or if an item is missing."""
-        widths = {name: getattr(self, name).shapes[name][-1] for name in ("audio", "visual", "text")}
-        found = {**widths, "frames": self.visual.shapes["visual"][0], "frames of sam2": self.frames}
+        """Raise SamloveError if a store differs from what the checkpoint was trained on, or lacks an array or item."""
         for name in STORES:
             remedy = f"dvc repro {name} pack train ({checkpoint} was trained on the expected features)"
             store = getattr(self, name)
             check_fingerprint(store.manifest["fingerprint"], header.features.get(name, {}), store.path, remedy)
+            check_arrays(name, store)
             missing = [key for key in rows["exp" if name == "text" else "media_id"].unique() if key not in store]
             if missing:
                 known = {failure.key: f"{failure.stage} failed: {failure.error}" for failure in store.failures}
@@ -107,6 +107,8 @@ class Sources:
                     f"{missing[0]!r} ({known.get(missing[0], 'built from a different index')}); every row "
                     f"needs a prediction; run: dvc repro -f -s {name}, or drop the row by a policy in dataset.yaml"
                 )
+        widths = {name: getattr(self, name).shapes[name][-1] for name in ("audio", "visual", "text")}
+        found = {**widths, "frames": self.visual.shapes["visual"][0], "frames of sam2": self.frames}
         wanted = {**header.dims, "frames of sam2": header.dims["frames"]}
         remedy = f"dvc repro pack train ({checkpoint} was trained on the expected sizes)"
         check_fingerprint(found, wanted, self.visual.path, remedy)

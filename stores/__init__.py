@@ -9,6 +9,7 @@
 `fingerprint`: what an artefact was computed from; rejects an artefact with a different fingerprint.
 """
 
+from stores import environment  # noqa: F401
 from stores.feature_writer import FeatureStoreWriter
 from stores.features import Failure, FeatureStore
 from stores.hdf5 import ExportReader, export_store, import_store

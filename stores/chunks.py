@@ -20,7 +20,7 @@ from numcodecs.zstd import Zstd
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from stores.fingerprint import differing, parse_json
-from stores.remote import AnyPath
+from stores.remote import AnyPath, regular
 
 Compression = Literal["none", "zstd"]
 LIMIT = 1 << 31  # bytes of one item's compressed array: more is refused before memory is reserved for it
@@ -63,7 +63,7 @@ class Layout:
     @classmethod
     def read(cls, folder: AnyPath) -> "Layout":
         """The layout in an array's zarr.json. Raises OSError or ValueError if it is missing, damaged or different."""
-        text = _regular(folder / "zarr.json").read_text(encoding="utf-8")
+        text = regular(folder / "zarr.json").read_text(encoding="utf-8")
         try:
             meta = parse_json(text)
             ((sharding, codec),) = [(codec["configuration"], codec["name"]) for codec in meta["codecs"]]
@@ -109,12 +109,6 @@ def _lengths(value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _regular(path: AnyPath) -> AnyPath:
-    if not path.is_file():  # opening a pipe would wait for a writer
-        raise FileNotFoundError(f"{path}: expected a file, found none")
-    return path
-
-
 class ShardArray:
     """One array, (keys, *item shape), of one shard. Holds a memory map of its file; must not be pickled.
 
@@ -124,7 +118,7 @@ class ShardArray:
     def __init__(self, folder: AnyPath) -> None:
         self._layout = layout = Layout.read(folder)
         self.shape: tuple[int, ...] = layout.shape
-        with _regular(folder.joinpath("c", *["0"] * len(layout.shape))).open("rb") as file:
+        with regular(folder.joinpath("c", *["0"] * len(layout.shape))).open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if not layout.zstd and math.prod(self.shape) * layout.dtype.itemsize > len(self._map):
             raise ValueError(f"{folder}: {self.shape} {layout.dtype} does not fit in {len(self._map)} bytes")

@@ -22,7 +22,7 @@ from stores.chunks import Layout, ShardArray
 from stores.fingerprint import canonical_json, parse_json
 from stores.listing import listed_files
 from stores.manifest import Files, crc32c_file, files_below, read_manifest
-from stores.remote import AnyPath
+from stores.remote import AnyPath, regular
 
 Arrays = dict[str, np.ndarray]
 _DAMAGED = (SamloveError, KeyError, ValueError, TypeError, AttributeError)  # or written by an older version
@@ -43,7 +43,7 @@ def shard_number(name: str) -> int:
 def shard_attributes(shard: AnyPath) -> dict[str, Any]:
     """The attributes of a shard's group. Raises SamloveError if it is missing or damaged."""
     try:
-        return dict(parse_json((shard / "zarr.json").read_text(encoding="utf-8"))["attributes"])
+        return dict(parse_json(regular(shard / "zarr.json").read_text(encoding="utf-8"))["attributes"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise SamloveError(f"{shard}: expected a Zarr group with its keys ({reason}); recompute the store") from None

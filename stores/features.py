@@ -27,7 +27,7 @@ from stores.codec import decode, is_coded, shapes
 from stores.earlier import shard_attributes, shard_name, shard_number
 from stores.listing import check_beside
 from stores.manifest import NAME, check_part, identity, read_manifest, refuse_replaced
-from stores.remote import AnyPath, as_path, keep_open
+from stores.remote import AnyPath, as_path, keep_open, regular
 from stores.table import TEXT, Table, TableWriter
 
 Arrays = dict[str, np.ndarray]
@@ -155,7 +155,7 @@ class FeatureStore:
     def failures(self) -> list[Failure]:
         """The failure log. Raises SamloveError if it is missing or damaged."""
         try:
-            with (self.path / FAILURES).open("r", newline="", encoding="utf-8") as file:
+            with regular(self.path / FAILURES).open("r", newline="", encoding="utf-8") as file:
                 return read_failures(file)
         except (OSError, ValueError) as error:
             raise SamloveError(f"{self.path / FAILURES}: not a failure log ({error}); {REMEDY}") from None

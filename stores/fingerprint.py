@@ -6,14 +6,15 @@ every preprocessing setting, dtype, library versions. Two stores with equal fing
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from samlove.errors import RequestError, SamloveError
-from stores.remote import AnyPath
+from samlove.errors import RequestError, SamloveError, absence
+from stores.remote import AnyPath, regular
 
 DEPTH = 64  # of JSON from elsewhere
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)  # of a JSON text, or one without an end
@@ -23,10 +24,11 @@ MISSING = "missing"  # shown for a field that only the other fingerprint has
 def sha256_file(path: str | Path) -> str:
     """Hex sha256 of a file's bytes. Raises RequestError if the file cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open(regular(Path(path)), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise RequestError(f"{path}: expected a readable file, found: {error.strerror}") from None
+        found = error.strerror or absence(Path(path))
+        raise RequestError(f"{path}: expected a readable file, found: {found}") from None
 
 
 def sha256_tree(folder: str | Path) -> str:
@@ -60,8 +62,9 @@ def canonical_json(value: Mapping[str, Any]) -> str:
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text from elsewhere.
 
-    Raises ValueError if it is not JSON, repeats a name in an object, has NaN or infinity, or is nested more than DEPTH
-    levels deep: Python fails to read, write or compare values that are nested deeply.
+    Raises ValueError if it is not JSON, repeats a name in an object, has NaN or infinity (also as 1e999), half of a
+    surrogate pair, which UTF-8 cannot encode, or is nested more than DEPTH levels deep: Python fails to read, write or
+    compare values that are nested deeply.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -70,14 +73,20 @@ def parse_json(text: str | bytes) -> Any:
             raise ValueError(f"an object with a repeated name among {[name for name, _ in pairs][:5]}")
         return found
 
-    def refuse(constant: str) -> None:
+    def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not JSON")
+
+    def finite(number: str) -> float:
+        return float(number) if math.isfinite(float(number)) else refuse(number)
 
     text = text if isinstance(text, str) else text.decode()
     steps = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[][{}]", _STRING.sub("", text)))
     if max(accumulate(steps), default=0) > DEPTH:
         raise ValueError(f"nested more than {DEPTH} levels deep")
-    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def fingerprint_id(fingerprint: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 import zarr
 
-from samlove.errors import FULL, RequestError, SamloveError
+from samlove.errors import FULL, RequestError, SamloveError, absence
 from stores.chunks import Layout, ShardArray, use_zarr_defaults
 from stores.codec import decode
 from stores.features import (
@@ -35,7 +35,8 @@ from stores.features import (
 )
 from stores.fingerprint import parse_json
 from stores.listing import listed_files
-from stores.manifest import NAME, READABLE, check_part, read_manifest, refuse_existing, replace_folder
+from stores.manifest import NAME, check_part, parse_manifest, read_manifest, refuse_existing, replace_folder
+from stores.remote import regular
 from stores.sealed import BROKEN, Handle, create, open_checked, seal
 from stores.table import Table
 
@@ -86,9 +87,9 @@ def _files_to_copy(store: FeatureStore, folder: Path) -> Iterator[tuple[str, byt
         if parts[0] in store.shards and parts[2:3] == [DATA]:
             continue
         try:
-            content = _inside(folder, file.path).read_bytes()
+            content = regular(_inside(folder, file.path)).read_bytes()
         except OSError as error:
-            raise SamloveError(f"{folder / file.path}: cannot be read ({error.strerror}); {RECOMPUTE}") from None
+            raise SamloveError(f"{folder / file.path}: cannot be read ({error}); {RECOMPUTE}") from None
         if f"{google_crc32c.value(content):08x}" != file.crc32c:
             raise SamloveError(f"{folder / file.path}: damaged: its bytes do not match its checksum; {RECOMPUTE}")
         yield file.path, content
@@ -109,11 +110,11 @@ class ExportReader:
     def __init__(self, file: str | Path) -> None:
         self.path = Path(file)
         if not self.path.is_file():
-            raise RequestError(f"{self.path}: no such file; run: samlove store export, or: dvc pull")
+            raise RequestError(f"{self.path}: {absence(self.path)}; run: samlove store export, or: dvc pull")
         self._handle = Handle(self.path)
         try:
             opened = self._handle.open()
-            self.manifest: dict[str, Any] = parse_json(opened["files"][NAME][()].tobytes())
+            self.manifest: dict[str, Any] = parse_manifest(opened["files"][NAME][()].tobytes())
             failure_log = io.StringIO(opened["files"][FAILURES][()].tobytes().decode(), newline="")
             self.failures: list[Failure] = read_failures(failure_log)
             self._index = Table(self._find_index(opened["files"]), INDEX_COLUMNS, REMEDY, sorted_by="key")
@@ -127,8 +128,6 @@ class ExportReader:
         def read(shard: str) -> dict[str, Any]:
             return parse_json(files[f"{shard}/zarr.json"][()].tobytes())["attributes"]
 
-        if self.manifest["schema"] not in READABLE:
-            raise ValueError(f"expected schema {' or '.join(map(str, READABLE))}, found {self.manifest['schema']}")
         return (
             files[INDEX][()].tobytes()
             if self.manifest["schema"] > 1
@@ -137,8 +136,8 @@ class ExportReader:
 
     def _check(self, arrays: h5py.Group) -> None:
         """Raise SamloveError, or one of BROKEN, unless the arrays are those in the manifest."""
-        fingerprint, shards, keys = (self.manifest[name] for name in ("fingerprint", "shards", "keys"))
-        if not isinstance(fingerprint, dict) or not isinstance(shards, int | list) or keys != len(self):
+        _, shards, keys = (self.manifest[name] for name in ("fingerprint", "shards", "keys"))
+        if not isinstance(shards, int | list) or keys != len(self):
             raise ValueError(f"expected a store's manifest, with {len(self)} keys, found {keys}")
         for name, spec in self.manifest["arrays"].items():
             check_part(name, "arrays")
@@ -177,7 +176,7 @@ def import_store(file: str | Path, path: str | Path) -> int:
     """
     file, path = Path(file), Path(path)
     if not file.is_file():
-        raise RequestError(f"{file}: no such file; expected a file that samlove store export wrote")
+        raise RequestError(f"{file}: {absence(file)}; expected a file that samlove store export wrote")
     refuse_existing(path)
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed run

@@ -49,7 +49,7 @@ class Artefact:
 def open_artefact(path: str | Path) -> Artefact:
     """The artefact at `path`. Raises RequestError if there is none, SamloveError if it cannot be opened."""
     path = Path(path)
-    if (path / FAILURES).is_file():
+    if (path / FAILURES).is_file() or any(path.glob("shard-*.zarr")):
         return _open_features(path)
     if path.is_dir() and ((path / INDEX).is_file() or any(path.glob("*.tar"))):
         return _open_shards(path)
@@ -146,7 +146,10 @@ def _arrays(item: Item) -> dict[str, dict[str, Any]]:
 
 
 def _size(folder: Path) -> tuple[int, int]:
-    sizes = [path.stat().st_size for path in files_below(folder).values()]
+    try:
+        sizes = [path.stat().st_size for path in files_below(folder).values()]
+    except OSError as error:  # a link whose target does not exist
+        raise SamloveError(f"{error.filename}: {absence(Path(error.filename))}; restore the file") from None
     return len(sizes), sum(sizes)
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import google_crc32c
 
-from samlove.errors import RequestError, SamloveError
+from samlove.errors import RequestError, SamloveError, absence
 from stores.fingerprint import canonical_json, parse_json
-from stores.remote import AnyPath
+from stores.remote import AnyPath, regular
 
 SCHEMA = 2  # of the feature stores and shard sets that this package writes
 READABLE = (1, 2)  # schema 1 lists all files and shards in the manifest
@@ -81,14 +81,31 @@ def read_manifest(folder: AnyPath, remedy: str) -> dict[str, Any]:
     """
     path = folder / NAME
     try:
-        manifest = parse_json(path.read_text(encoding="utf-8"))
+        return parse_manifest(regular(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RequestError(f"{path}: no such file; {remedy}") from None
+        found = absence(path) if isinstance(path, Path) else "no such file"
+        raise RequestError(f"{path}: {found}; {remedy}") from None
     except (OSError, ValueError) as error:
         raise SamloveError(f"{path}: cannot be read ({error}); {remedy}") from None
-    if not isinstance(manifest, dict) or manifest.get("schema") not in READABLE:
-        found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
-        raise SamloveError(f"{path}: expected schema {' or '.join(map(str, READABLE))}, found {found}; {remedy}")
+
+
+def parse_manifest(text: str | bytes) -> dict[str, Any]:
+    """The manifest in a JSON text. Raises ValueError if it is none, is of another schema, or a field has another form.
+
+    Which of the fields there are depends on the artefact, and is not checked here.
+    """
+    manifest = parse_json(text)
+    schema = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
+    if schema not in READABLE:
+        raise ValueError(f"expected schema {' or '.join(map(str, READABLE))}, found {schema}")
+    if not isinstance(manifest.get("fingerprint", {}), dict):
+        raise ValueError(f"expected a fingerprint by field, found {manifest['fingerprint']!r}")
+    arrays = manifest.get("arrays", {})
+    for spec in arrays.values() if isinstance(arrays, dict) else [arrays]:
+        shape = spec.get("shape") if isinstance(spec, dict) else None
+        named = isinstance(spec, dict) and isinstance(spec.get("dtype"), str)
+        if not named or not isinstance(shape, list) or not all(type(length) is int for length in shape):
+            raise ValueError(f"expected arrays with shape and dtype, found {spec!r}")
     return manifest
 
 

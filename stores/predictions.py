@@ -18,7 +18,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from samlove.errors import RequestError, SamloveError
+from samlove.errors import RequestError, SamloveError, absence
 from stores.chunks import LIMIT
 from stores.fingerprint import canonical_json, parse_json
 from stores.sealed import BROKEN, Handle, create, seal
@@ -104,7 +104,7 @@ class PredictionReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise RequestError(f"{self.path}: no such file; run: dvc repro infer, or: dvc pull")
+            raise RequestError(f"{self.path}: {absence(self.path)}; run: dvc repro infer, or: dvc pull")
         self._handle = Handle(self.path)
         try:
             file = self._handle.open()

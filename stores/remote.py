@@ -28,9 +28,9 @@ from fnmatch import fnmatch
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple, TypeVar
 
-from samlove.errors import NO_LOCKS, RequestError, SamloveError
+from samlove.errors import NO_LOCKS, RequestError, SamloveError, absence
 
 _VERSIONS = ("ETag", "etag", "md5", "mtime", "LastModified", "last_modified")  # services give a version in one of these
 _BLOCK = 1 << 23  # bytes per read
@@ -43,6 +43,8 @@ class _Remote(NamedTuple):
 
 
 def _remote(info: dict[str, Any]) -> _Remote:
+    if info.get("size") is None:
+        raise ValueError(f"the server does not state the size of {info.get('name')}; use one that does")
     version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
     return _Remote(info["size"], version.strip('"'))  # some services quote it in one call, not in another
 
@@ -220,7 +222,7 @@ class RemoteFolder:
             listed: dict[str, dict[str, Any]] = system.find(root, detail=True)
             for name, info in listed.items():  # plain HTTP lists only names
                 listed[name] = info if info.get("size") is not None else system.info(name)
-        return {name[len(root) :].lstrip("/"): _remote(info) for name, info in listed.items()}
+            return {name[len(root) :].lstrip("/"): _remote(info) for name, info in listed.items()}
 
 
 @dataclass(frozen=True)
@@ -271,6 +273,7 @@ class RemotePath:
 
 
 AnyPath = Path | RemotePath
+P = TypeVar("P", bound=AnyPath)
 MOST_OPEN = 1024  # files that one reader keeps open, whatever the system allows
 REMOTE_OPEN = 4  # shards that one reader of a remote store keeps open; the cache may drop any others
 
@@ -280,6 +283,19 @@ def as_path(root: str | AnyPath, cache: Cache | None = None) -> AnyPath:
     if isinstance(root, str) and "://" in root:
         return RemotePath(RemoteFolder(root, cache or Cache.of_environment()))
     return Path(root) if isinstance(root, str) else root
+
+
+def regular(path: P) -> P:
+    """The path, unchanged. Call it before opening a file from elsewhere.
+
+    Raises FileNotFoundError if there is no file, OSError if there is something else in its place: opening a pipe would
+    wait for a writer, and a device has no end.
+    """
+    if not path.is_file():
+        if isinstance(path, Path) and path.exists():
+            raise OSError(f"{path}: expected a file, found {absence(path)}")
+        raise FileNotFoundError(f"{path}: expected a file, found none")
+    return path
 
 
 def keep_open(opened: dict, root: AnyPath, files: int = 1) -> None:

@@ -113,6 +113,9 @@ class ShardIndex:
                 self.layouts.append([_member_kind(*member) for member in layout])
         except (KeyError, TypeError, ValueError) as error:
             raise self._table.damaged(f"layouts: {error}") from None
+        ends, most = self.row_ends[-1:].tolist(), self._table.size("rows")  # a row has at least a byte of text
+        if ends and not 0 <= ends[0] <= most:
+            raise self._table.damaged(f"expected at most {most} rows, found {ends[0]}")
 
     def __len__(self) -> int:
         return len(self._table)

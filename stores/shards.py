@@ -11,6 +11,7 @@ for shard sets of schema 1, whose index was a JSON text.
 
 import io
 import json
+import math
 import mmap
 import os
 import shutil
@@ -23,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from samlove.errors import RequestError, SamloveError
+from samlove.errors import RequestError, SamloveError, absence
 from stores.listing import FILES, File, check_beside, listed_files, seal_folder
 from stores.manifest import NAME, identity, read_manifest, refuse_replaced, replace_folder
-from stores.remote import AnyPath, RemotePath, as_path, keep_open
+from stores.remote import AnyPath, RemotePath, as_path, keep_open, regular
 from stores.shard_index import INDEX, ROWS, Member, ShardIndex, ShardIndexWriter, scan_shards
 from stores.tar import BLOCK, ESCAPED, KINDS, check_name, escape_key
 
@@ -190,7 +191,7 @@ class ShardReader:
     def preload(self) -> None:
         """Read every shard completely, so that it is in the system's page cache for all processes."""
         for path in self._paths():
-            with path.open("rb") as file:
+            with regular(path).open("rb") as file:
                 while file.read(_BLOCK):
                     pass
 
@@ -228,7 +229,7 @@ class ShardReader:
     def _map(self, shard: int) -> mmap.mmap:
         path = self.root / self._names[shard]
         try:
-            with path.open("rb") as file:
+            with regular(path).open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise SamloveError(f"{path}: cannot be memory-mapped ({error}); {REMEDY}") from None
@@ -243,11 +244,12 @@ def _view(mapped: mmap.mmap, member: Member) -> Any:
     _, dtype, shape, offset, order = member
     if offset < 0 or (shape and min(shape) < 0):
         raise ValueError(f"offset {offset}, shape {shape}")
+    size = shape[0] if dtype is None else math.prod(shape) * dtype.itemsize
+    if offset + size > len(mapped):  # NumPy's own check overflows
+        raise ValueError(f"ends at {offset + size}")
     if dtype is not None:
         return np.ndarray(shape, dtype, mapped, offset, order=order)
-    if offset + shape[0] > len(mapped):
-        raise ValueError(f"ends at {offset + shape[0]}")
-    return json.loads(mapped[offset : offset + shape[0]])
+    return json.loads(mapped[offset : offset + size])
 
 
 def _sizes_of_tars(root: AnyPath) -> dict[str, int]:
@@ -255,7 +257,10 @@ def _sizes_of_tars(root: AnyPath) -> dict[str, int]:
     if isinstance(root, RemotePath):
         return {path.name: path.stat().st_size for path in root.glob("*.tar")}
     try:
-        with os.scandir(root) as entries:
-            return {entry.name: entry.stat().st_size for entry in entries if entry.name.endswith(".tar")}
+        names = [name for name in os.listdir(root) if name.endswith(".tar")]
     except (FileNotFoundError, NotADirectoryError):
         return {}
+    try:
+        return {name: (root / name).stat().st_size for name in names}
+    except OSError as error:
+        raise SamloveError(f"{error.filename}: {absence(Path(error.filename))}; {REMEDY}") from None

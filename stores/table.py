@@ -24,7 +24,7 @@ from samlove.errors import SamloveError
 from stores.arrow import Column, read_batch
 from stores.fingerprint import parse_json
 from stores.manifest import identity, refuse_replaced
-from stores.remote import AnyPath
+from stores.remote import AnyPath, regular
 
 INTEGERS = {"int32": "i", "int64": "q", "uint32": "I"}  # column type -> its typecode in `array`
 TEXT, BYTES = "text", "bytes"  # the other column types
@@ -177,7 +177,7 @@ class Table:
     def _bytes(self) -> memoryview:
         if isinstance(self._source, bytes):
             return memoryview(self._source)
-        with self._source.open("rb") as file:
+        with regular(self._source).open("rb") as file:
             mapped = _map(file)
         refuse_replaced(self._source, self._identity)
         return memoryview(mapped)
@@ -201,6 +201,10 @@ class Table:
     def numbers(self, name: str) -> np.ndarray:
         """An integer column: a read-only view (rows,). Its values are as found in the file, unchecked."""
         return self._numbers[name]
+
+    def size(self, name: str) -> int:
+        """The bytes of all values of a text or bytes column."""
+        return len(self._texts[name][1])
 
     def bytes_at(self, name: str, row: int) -> bytes:
         """The value of a text or bytes column in one row. Raises SamloveError if it is not inside the file."""

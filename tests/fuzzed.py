@@ -161,7 +161,8 @@ def _read_features(store: FeatureStore | ExportReader) -> None:
 
 def _read_shards(reader: ShardReader) -> None:
     for number in range(len(reader)):
-        reader[number]
+        for value in reader[number].values():
+            value.tobytes() if isinstance(value, np.ndarray) else None
 
 
 def zarr(folder: Path) -> Attempt:
@@ -299,10 +300,13 @@ def table(folder: Path) -> Attempt:
         _restore(saved)
         path = rng.choice(tables)
         data = bytearray(saved[path])
+        words = [at for at in range(0, len(data), 8) if 0 < int.from_bytes(data[at : at + 8], "little") < 2**20]
         for _ in range(rng.choice((1, 1, 2, 4))):
             size = rng.choice((1, 2, 4, 8))
             at = rng.randrange(len(data) // size) * size if rng.random() < 0.7 else rng.randrange(len(data) - 8)
             change = rng.choice((rng.choice(NUMBERS), rng.randrange(256**size), data[at] ^ 1 << rng.randrange(8)))
+            if rng.random() < 0.3:  # an offset, a length or the end of a text, which overflows if a size is added
+                at, size, change = rng.choice(words), 8, rng.choice((change, 2**63 - 1, 2**63 - 64))
             data[at : at + size] = (change % 256**size).to_bytes(size, "little")
         if rng.random() < 0.1:
             text = rng.choice(list(texts))

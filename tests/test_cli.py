@@ -368,6 +368,7 @@ def test_doctor_says_that_dvc_cannot_run_and_goes_on(micro: Path) -> None:
         ),
         (lambda root: (root / "metadata.csv").write_text("vid,uid\n"), "metadata.csv"),
         (lambda root: (root / "metadata.csv").write_bytes(b"\xff\xfe"), "metadata.csv"),
+        (lambda root: (root / "metadata.csv").unlink() or os.mkfifo(root / "metadata.csv"), "metadata.csv: neither"),
     ],
 )
 def test_doctor_names_a_dataset_that_cannot_be_used(spoil: Callable[[Path], object], says: str, micro: Path) -> None:

@@ -16,13 +16,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import dask.config as dask_config
 import pytest
 import torch
 from torch import nn
 
 from samlove.config import LocalConfig, SchedulerConfig, SlurmConfig, load_cluster
 from samlove.errors import RequestError, SamloveError
-from samlove.features.cluster import Cluster, chosen_cluster, slurm_cluster
+from samlove.features.cluster import Cluster, chosen_cluster, connect, slurm_cluster
 from samlove.features.encoders.base import Arrays
 from samlove.features.encoders.vggish import VggishEncoder
 from samlove.features.extract import Job, Report, extract
@@ -242,6 +243,16 @@ def test_a_worker_that_always_dies_gives_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("setting", [("temporary-directory", "/proc/x"), ("distributed.scheduler.worker-ttl", "moon")])
+def test_a_users_own_setting_of_dask_with_which_no_worker_starts_is_named(setting: tuple[str, str]) -> None:
+    with (
+        dask_config.set(dict([setting])),
+        pytest.raises(SamloveError, match=rf"workers of this machine cannot start .*{setting[1]}.*DASK_\*"),
+        connect(LocalConfig(kind="local", workers=1)),
+    ):
+        pass
+
+
 class Deadly(VggishEncoder):
     def encode(self, items: list) -> list[Arrays]:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -267,9 +278,12 @@ def test_the_environment_selects_the_cluster(configs: Path, monkeypatch: pytest.
     assert chosen_cluster() == LocalConfig(kind="local")
     monkeypatch.setenv("SAMLOVE_CLUSTER", "scheduler")
     assert isinstance(chosen_cluster(), SchedulerConfig)
-    monkeypatch.setenv("SAMLOVE_CLUSTER", "cloud")
-    with pytest.raises(RequestError, match="SAMLOVE_CLUSTER=cloud: expected one of local, scheduler, slurm in"):
-        chosen_cluster()
+    for name in ("cloud", "", "../micro/audio", "a\nb"):
+        monkeypatch.setenv("SAMLOVE_CLUSTER", name)
+        with pytest.raises(RequestError) as refused:
+            chosen_cluster()
+        known = "expected one of local, scheduler, slurm in configs/cluster"
+        assert str(refused.value) == f"SAMLOVE_CLUSTER={name!r}: {known}"
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 from dvc.utils.serialize import load_yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from samlove.config import (
+    CLUSTERS,
     SECTIONS,
-    ClusterConfig,
     DatasetConfig,
     FusionConfig,
     TrainConfig,
@@ -61,6 +61,10 @@ def test_the_dataset_is_where_dvc_watches_it(configs: Path) -> None:
         load(DatasetConfig, configs)
 
 
+# Ten lines that hold a list of ten billion parts: each line lists the one before ten times.
+LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -80,6 +84,14 @@ def test_the_dataset_is_where_dvc_watches_it(configs: Path) -> None:
         ("blocks: !!python/object:os.x {}\n", r"not YAML: line 1: .*tag"),
         ("blocks: 2024-13-01\n", r"not YAML: month"),
         ("[" * 500, r"not YAML"),
+        ("blocks: !!bool abc\n", r"not YAML: a value does not fit its tag"),
+        ("blocks: !!int ''\n", r"not YAML: a value does not fit its tag"),
+        ("? [[{}]]\n: 1\n", r"not YAML: .*list is a key"),
+        ('"a\\nb\\e[31m": 1\n', r"a\\nb\\x1b\[31m: no such setting, found 1"),
+        (f"blocks: 0x{'f' * 5000}\n", r"blocks: .*found a number with thousands of digits"),
+        (f"blocks: {'x' * 10**5}\n", r"blocks: .*found 'x+\.\.\.x+'$"),
+        ("".join(f"a{n}: 1\n" for n in range(1000)), r"a4: no such setting, found 1; and 995 more faults$"),
+        (LAUGHS, r"a0: no such setting, found \[.*; and 5 more faults$"),
     ],
 )
 def test_wrong_values_are_one_line_that_names_the_file(configs: Path, text: str, message: str) -> None:
@@ -88,7 +100,7 @@ def test_wrong_values_are_one_line_that_names_the_file(configs: Path, text: str,
     with pytest.raises(RequestError, match=message) as caught:
         load(FusionConfig, configs)
     assert str(caught.value).startswith(f"{path}: ")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
     assert caught.value.exit_status == 2
 
 
@@ -188,9 +200,8 @@ def all_numbers() -> Iterator[Number]:
     for name, section in SECTIONS.items():
         schema = section.model_json_schema()
         yield from numbers_in(name, schema, schema.get("$defs", {}))
-    schema = TypeAdapter(ClusterConfig).json_schema()
-    for definition in schema["$defs"].values():
-        yield from numbers_in(definition["properties"]["kind"]["const"], definition, {})
+    for name, cluster in CLUSTERS.items():
+        yield from numbers_in(name, cluster.model_json_schema(), {})
 
 
 NUMBERS = list(all_numbers())
@@ -271,10 +282,22 @@ def test_the_largest_and_smallest_numbers_train_or_end_with_one_line(settings: d
         assert "expected numbers, found NaN" in str(error) or "not finite" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("text", "found"), [("workers: 1", "None"), ("kind: pbs", "'pbs'"), (LAUGHS + "kind: *a9", r"\[\[.*")]
+)
+def test_an_unknown_kind_of_cluster_is_one_line(configs: Path, text: str, found: str) -> None:
+    (configs / "cluster" / "local.yaml").write_text(text)
+    with pytest.raises(RequestError, match=rf"local.yaml: kind: expected local or scheduler or slurm, found {found}$"):
+        load_cluster("local", configs)
+
+
 def test_unknown_profile_is_an_error_that_lists_the_profiles(configs: Path) -> None:
     (configs / "dataset").mkdir()  # a reserved name: data/dataset holds the datasets of all profiles
     (configs / "profile.yaml").write_text("profile: macro\n")
     with pytest.raises(RequestError, match=r"\['micro', 'refavs'\], found .*macro"):
+        load(FusionConfig, configs)
+    (configs / "profile.yaml").write_text(LAUGHS)
+    with pytest.raises(RequestError, match=r"\['micro', 'refavs'\], found \{'a0': "):
         load(FusionConfig, configs)
 
 

@@ -175,7 +175,7 @@ def test_a_file_that_is_no_audio_is_reported(tmp_path: Path) -> None:
     with pytest.raises(SamloveError, match="absent.wav: no such file"):
         load_audio(tmp_path / "absent.wav")
     (tmp_path / "text.wav").write_text("not a sound")
-    with pytest.raises(SamloveError, match="text.wav: audio cannot be decoded"):
+    with pytest.raises(SamloveError, match="text.wav: expected one of the formats WAV, .*, found something else"):
         load_audio(tmp_path / "text.wav")
     soundfile.write(tmp_path / "nan.wav", np.array([0.0, np.nan]), RATE, subtype="FLOAT")
     with pytest.raises(SamloveError, match="nan.wav: expected finite samples"):

@@ -203,11 +203,47 @@ def test_what_is_there_instead_of_weights_is_named(make: Callable[[Path], object
             build()
 
 
+def test_a_link_to_a_folder_that_dvc_would_not_follow_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC watches weights/PROFILE/STAGE, which may be a link itself; see also tests/test_links.py."""
+    text, audio = small.roberta_config(tmp_path / "models" / "text"), small.audio_config(tmp_path / "models" / "audio")
+    monkeypatch.chdir(tmp_path)
+    stages = Path("weights/mine")
+    stages.mkdir(parents=True)
+    for stage in ("text", "audio"):
+        (stages / stage).symlink_to(tmp_path / "models" / stage)
+    builds = (
+        lambda inside: RobertaEncoder(text.model_copy(update={"weights": f"{inside('text')}"}), CPU),
+        lambda inside: VggishEncoder(audio.model_copy(update={"weights": f"{inside('audio')}/vggish.pth"}), 1, CPU),
+    )
+    for build in builds:
+        build(lambda stage: stages / stage)
+    for stage in ("text", "audio"):
+        (stages / stage).unlink()
+        (stages / stage).mkdir()
+        (stages / stage / "here").symlink_to(tmp_path / "models" / stage)
+    for build in builds:
+        for root in (stages, tmp_path / stages):
+            with pytest.raises(
+                RequestError, match="/here: link to a folder, .* DVC would notice no change; .* cp -rLs"
+            ):
+                build(lambda stage, root=root: root / stage / "here")
+
+
 def test_the_error_for_wrong_weights_names_the_mismatch(tmp_path: Path) -> None:
     config = small.audio_config(tmp_path).model_copy(update={"hidden": 8})
     encoder = VggishEncoder(config, 1, CPU)
     with pytest.raises(SamloveError, match=r"4 channels and hidden width 8.*embeddings\.0\.weight is \(16, 768\)"):
         encoder.encode([(torch.zeros(1, 1, 96, 64), np.ones(1, bool))])
+
+
+def test_integers_in_place_of_weights_are_refused(tmp_path: Path) -> None:
+    config = small.vit_config(tmp_path)
+    tensors = load_state_dict(Path(config.weights))
+    torch.save({name: (value * 100).to(torch.int8) for name, value in tensors.items()}, config.weights)
+    with pytest.raises(SamloveError, match="cls_token is torch.int8, expected floating-point numbers; .* more; choose"):
+        assert VitEncoder(config, CPU).network
 
 
 def test_the_error_for_a_value_outside_the_dtype_names_the_array() -> None:
@@ -467,10 +503,25 @@ def wrap(folder: Path) -> None:
     (folder / "modules.json").write_text("[]")
 
 
-def add_a_layer(folder: Path) -> None:
+def add_a_layer(folder: Path, name: str = ".layer.") -> None:
     tensors = load_file(folder / "model.safetensors")
-    further = {name.replace(".layer.0.", ".layer.1."): value.clone() for name, value in tensors.items()}
+    further = {key.replace(f"{name}0.", f"{name}9."): value.clone() for key, value in tensors.items()}
     save_file(further | tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def quantise(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    save_file({n: (v * 100).to(torch.int8) for n, v in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+def split(folder: Path) -> None:
+    """Beside a file of weights, a list of several files, with other weights."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    save_file({n: v * 2 for n, v in tensors.items()}, folder / "part.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "part.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def unlink(*names: str) -> Callable[[Path], None]:
@@ -492,8 +543,10 @@ def unlink(*names: str) -> Callable[[Path], None]:
         (unlink("model.safetensors"), "model.safetensors or pytorch_model.bin: no such file; expected as a part"),
         (wrap, "the model is in a folder inside it; set weights: .*/0_Transformer"),
         (lambda f: change(f / "config.json", num_hidden_layers=2), "weights of RobertaModel missing: encoder.layer.1"),
-        (add_a_layer, "weights of RobertaModel not in config.json: roberta.encoder.layer.1"),
+        (add_a_layer, "weights of RobertaModel not in config.json: roberta.encoder.layer.9"),
         (lambda f: change(f / "config.json", intermediate_size=64), "whose shapes differ from config.json: encoder"),
+        (quantise, "weights of RobertaModel that are integers: roberta"),
+        (split, "index.json: expected the weights in one file, found a list of several, .*; remove it, or set we"),
         (save_wordpiece, "tokenizer .* expected class RobertaTokenizer, found BertTokenizer"),
         (lambda f: change(f / "config.json", pad_token_id=0), "tokenizer .* expected pad_token_id 0, found 1"),
         (unlink("tokenizer.json"), "not readable as a RobertaTokenizer|tokenizer does not fit"),
@@ -514,6 +567,22 @@ def test_a_folder_of_another_model_or_tokenizer_is_refused(
 def test_clip_folders_are_checked_too(tmp_path: Path) -> None:
     roberta = small.roberta_config(tmp_path / "roberta").weights
     clip = small.clip_folder(tmp_path / "clip")
+    integers = small.clip_folder(tmp_path / "integers")
+    quantise(integers)
+    deeper = small.clip_folder(tmp_path / "deeper")
+    add_a_layer(deeper, ".layers.")
+    for what in (
+        ClipImageEncoder(VisualConfig(encoder="clip", weights=str(deeper)), CPU),
+        ClipTextEncoder(TextConfig(encoder="clip", weights=str(deeper)), CPU),
+    ):
+        with pytest.raises(
+            SamloveError, match="weights of CLIP.* not in config.json: (vision|text)_model.encoder.layers"
+        ):
+            assert what.network
+    with pytest.raises(SamloveError, match="weights of CLIPVisionModel that are integers: "):
+        assert ClipImageEncoder(VisualConfig(encoder="clip", weights=str(integers)), CPU).network
+    with pytest.raises(SamloveError, match="weights of CLIPTextModel that are integers: "):
+        assert ClipTextEncoder(TextConfig(encoder="clip", weights=str(integers)), CPU).network
     expected = "expected model_type 'clip' or 'clip_{}_model', found 'roberta'; .*openai/clip"
     with pytest.raises(RequestError, match=expected.format("vision")):
         ClipImageEncoder(VisualConfig(encoder="clip", weights=roberta), CPU)

@@ -47,6 +47,13 @@ def test_each_kind_of_error_has_its_exit_status(
     assert failure(main, capsys) == (status, "error: expected this, found that\n")
 
 
+def test_names_from_a_file_cannot_break_the_line_or_change_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise SamloveError("key 'a\nb\x1b[31m\u2028\x9d東京': damaged")
+
+    assert failure(main, capsys) == (1, "error: key 'a\\nb\\x1b[31m\\u2028\\x9d東京': damaged\n")
+
+
 @pytest.mark.parametrize(
     ("name", "act", "reason"),
     [

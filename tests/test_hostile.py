@@ -16,6 +16,7 @@ import tarfile
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -32,6 +33,7 @@ from samlove.errors import RequestError, SamloveError
 from samlove.features.audio_embed import import_audio_embed
 from samlove.model.checkpoint import load_model, read_tensors, write_tensors
 from samlove.model.sam2_build import instantiate_sam2
+from samlove.model.weights import load_state_dict
 from stores import (
     ExportReader,
     Failure,
@@ -50,12 +52,12 @@ from stores import (
 from stores.chunks import LIMIT, Compression, ShardArray
 from stores.codec import decode
 from stores.fingerprint import DEPTH, parse_json
-from stores.inspect import open_artefact
-from stores.manifest import seal
+from stores.inspect import diff, open_artefact
+from stores.manifest import render_json, seal
 from stores.tar import scan_tar
 from stores.tensors import damage
 from stores.verify import verify
-from tests.store_kinds import tree
+from tests.store_kinds import to_schema_1, tree
 from tests.test_checkpoint import made  # noqa: F401
 from tests.tiny_training import CONFIG
 
@@ -427,6 +429,8 @@ def test_encoded_features_in_other_dtypes_and_shapes_are_refused():
         '{"a": "' + "\\" * 100_001,
         '"' + '\\"' * 10**5,
         "\ufeff{}",
+        '{"a": 1e999}',
+        '{"a": "\\ud800"}',
         "",
     ],
 )
@@ -441,6 +445,26 @@ def test_json_that_no_program_of_this_package_writes_is_refused(tmp_path, text):
             FeatureStore.open(store).read("a")
         assert verify(store)
         path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"fingerprint": "x"}, {"fingerprint": ["x"]}, {"fingerprint": None}, {"arrays": ["x"]}, {"arrays": {"x": 1}},
+     {"arrays": {"x": {"shape": 5, "dtype": "f"}}}, {"arrays": {"x": {"shape": [1]}}}, {"schema": 3}],
+)  # fmt: skip
+def test_a_manifest_whose_fields_have_other_forms_is_refused(tmp_path, change):
+    store = make_store(tmp_path)
+    export_store(store, tmp_path / "made.h5")
+    manifest = seal({**json.loads((store / "manifest.json").read_text()), **change})
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    for use in USES.values():
+        with pytest.raises(SamloveError, match=r"manifest\.json: cannot be read \(expected"):
+            use(store)
+    with h5py.File(tmp_path / "made.h5", "a") as file:
+        del file["files/manifest.json"]
+        file["files/manifest.json"] = np.frombuffer(json.dumps(manifest).encode(), np.uint8)
+    with pytest.raises(SamloveError, match=r"made\.h5: not a complete exported store"):
+        ExportReader(tmp_path / "made.h5")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "/etc/passwd", "a/b", "a\0b", "\ud800", "x" * 300])
@@ -522,6 +546,62 @@ def test_a_pipe_in_place_of_a_file_does_not_block(tmp_path):
     (tmp_path / "shards").mkdir()
     os.mkfifo(tmp_path / "shards" / "0.tar")
     with pytest.raises(SamloveError, match="expected a tar file"):
+        ShardReader(tmp_path / "shards")
+
+
+def relist(path: Path) -> None:
+    """Write the size and checksum of a file, which need not be a plain one, into the manifest beside it."""
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    data = path.read_bytes() if path.is_file() else b""
+    manifest["files"][path.name] = {"bytes": len(data), "crc32c": f"{google_crc32c.value(data):08x}"}
+    (path.parent / "manifest.json").write_text(render_json(seal(manifest)))
+
+
+def everything(path: Path) -> None:
+    store = FeatureStore.open(path)
+    _ = store.failures
+    for key in store.keys():
+        store.read(key)
+
+
+USES: dict[str, Callable[[Path], object]] = {
+    "read": everything,
+    "info": open_artefact,
+    "export": lambda path: export_store(path, path.parent / "made.h5"),
+    "diff": lambda path: diff(path, path),
+}
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)], ids=["pipe", "device"])
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_pipe_or_a_device_in_place_of_any_file_is_refused(tmp_path, schema, put):
+    """A pipe would block, and /dev/zero has no end. The manifest lists them as empty, which is their size."""
+    source = make_store(tmp_path / "made")
+    if schema == 1:
+        to_schema_1(source)
+    for name in [path.relative_to(source) for path in source.rglob("*") if path.is_file()]:
+        store = Path(shutil.copytree(source, tmp_path / "store"))
+        (store / name).unlink()
+        put(store / name)
+        if store / name in (store / "failures.csv", store / "index.arrow", store / "files.arrow"):
+            relist(store / name)
+        for use in ("read", "export") if len(name.parts) > 1 else USES:
+            with suppress(SamloveError):  # not every use needs every file
+                USES[use](store)
+        assert verify(store, deep=True)
+        shutil.rmtree(store)
+
+
+def test_a_link_to_nothing_in_place_of_a_file_is_named(tmp_path):
+    store = make_store(tmp_path)
+    chunk = store / "shard-00000.zarr" / "x" / "c" / "0" / "0" / "0"
+    chunk.unlink()
+    chunk.symlink_to(tmp_path / "gone")
+    with pytest.raises(SamloveError, match=rf"{chunk}: link to {tmp_path}/gone, which does not exist"):
+        open_artefact(store)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "0.tar").symlink_to(tmp_path / "gone")
+    with pytest.raises(SamloveError, match=r"0\.tar: link to .*, which does not exist"):
         ShardReader(tmp_path / "shards")
 
 
@@ -660,6 +740,48 @@ def test_the_configuration_that_a_checkpoint_names_can_call_nothing_but_sam2(tmp
         instantiate_sam2(str(path), image_encoder=False)
 
 
+@pytest.mark.parametrize(
+    "change", [{"dims": {}}, {"dims": {"audio": 6, "visual": 8, "text": 10}}, {"features": {"audio": 5}}]
+)
+def test_a_checkpoint_whose_header_has_other_fields_is_refused(made, change):  # noqa: F811
+    *_, path = made
+    tensors, stored = read_tensors(path)
+    write_tensors(path, tensors, {**stored, **change})
+    with pytest.raises(SamloveError, match=rf"expected a header of schema 1.*{next(iter(change))}"):
+        load_model(path)
+
+
+class Reserved:
+    """Unpickled, a call that reserves memory; torch allows it."""
+
+    def __init__(self, function: Callable, size: int) -> None:
+        self.call = function, (size,)
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+@pytest.mark.parametrize("function", [bytearray, torch.FloatTensor])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_reserves_memory_is_refused(tmp_path, function, zipped):
+    path = tmp_path / "a.pt"
+    torch.save(Reserved(function, 10**13), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(SamloveError, match=rf"a\.pt: holds \S*{function.__name__}, which can reserve any memory"):
+        load_state_dict(path)
+    with pytest.raises(SamloveError, match=r"a\.pt: holds"):
+        import_audio_embed(tmp_path, tmp_path / "out")
+
+
+def test_tensors_that_share_their_memory_take_no_more_than_the_file(tmp_path):
+    path, values = tmp_path / "a.pt", torch.zeros(2**16, dtype=torch.float16)
+    torch.save({str(i): values[i:] for i in range(100)}, path)
+    with pytest.raises(SamloveError, match=r"a\.pt: expected each tensor in its own memory"):
+        load_state_dict(path)
+    torch.save({str(i): values for i in range(100)}, path)  # tied weights
+    loaded = load_state_dict(path)
+    assert len(loaded) == 100 and len({tensor.data_ptr() for tensor in loaded.values()}) == 1
+
+
 class Hostile:
     def __reduce__(self) -> tuple:
         return os.mkdir, ("made-by-a-pickle",)
@@ -674,9 +796,11 @@ class Hostile:
         torch.zeros(10, 128).to_sparse(),
         torch.zeros(10, 128, dtype=torch.complex64),
         torch.full((10, 128), float("nan")),
-        torch.zeros(1).expand(10, 129),
+        torch.zeros(10, 129),
+        torch.zeros(1).expand(10, 128),
+        torch.nested.nested_tensor([torch.zeros(128)] * 10),
     ],
-    ids=["code", "dict", "meta", "sparse", "complex", "nan", "shape"],
+    ids=["code", "dict", "meta", "sparse", "complex", "nan", "shape", "expanded", "nested"],
 )
 def test_a_hostile_audio_embedding_is_refused(tmp_path, monkeypatch, value):
     monkeypatch.chdir(tmp_path)

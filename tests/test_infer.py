@@ -272,6 +272,13 @@ def test_refuses_features_with_a_different_fingerprint(run):
         run.infer()
 
 
+@pytest.mark.parametrize("arrays", [("text",), ("text_mask",), ("text", "text_mask", "masks")])
+def test_refuses_features_with_other_arrays(run, arrays):
+    run.store("text", {t: {name: np.ones(TOKENS, np.float16) for name in arrays} for t in run.rows["exp"]})
+    with pytest.raises(SamloveError, match=r"text: expected arrays .*found .*dvc repro -f -s text"):
+        run.infer()
+
+
 def test_names_the_items_that_could_not_be_encoded(run):
     embeds = {f"clip{v}": {name: np.ones((FRAMES, *SHAPES[name]), np.float16) for name in LEVELS} for v in range(2)}
     run.store("sam2_eval", embeds, failures=(Failure("clip2", "sam2", "clip2/frames/1.jpg: truncated"),))

@@ -1,5 +1,9 @@
 """The loader: the trainer's batches, exact and resumable epochs, forked and spawned workers."""
 
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +12,9 @@ from torch.utils.data import DataLoader
 from samlove.data.dataset import resize_mask
 from samlove.data.loader import ExpressionDataset, PoolSampler, collate, make_resident
 from samlove.errors import RequestError, SamloveError
-from stores import ShardWriter
+from stores import ShardReader, ShardWriter
+from stores.shard_index import COLUMNS, INDEX
+from stores.table import Table, TableWriter
 from tests.tiny_pack import PATCHES, ROWS, SIZE, L, N, features_of, make_shards, true_mask
 
 
@@ -203,3 +209,82 @@ def test_shards_of_a_different_kind_are_refused(tmp_path):
         pass
     with pytest.raises(SamloveError, match="at least one expression"):
         ExpressionDataset(tmp_path / "none")
+
+
+def change_index(root: Path, change: Callable[[dict, dict], object]) -> None:
+    """Change the second sample of an index and the table's metadata; without a manifest, no checksum is expected."""
+    old = Table(root / INDEX, COLUMNS, "", sorted_by="key")
+    rows = [
+        {
+            name: old.bytes_at(name, i) if kind == "bytes" else old.text(name, i) if kind == "text" else
+            int(old.numbers(name)[i]) for name, kind in COLUMNS.items()
+        }
+        for i in range(len(old))
+    ]  # fmt: skip
+    change(rows[1], old.metadata)
+    writer = TableWriter(COLUMNS, sorted_by="key")
+    for row in rows:
+        writer.add(**row)
+    writer.write(root / INDEX, old.metadata)
+    for name in ("manifest.json", "files.arrow"):
+        (root / name).unlink()
+
+
+def read_all(root: Path) -> None:
+    dataset = ExpressionDataset(root)
+    PoolSampler(dataset.videos, 4, seed=0, epoch=0).order()
+    collate([dataset[i] for i in range(len(dataset))])
+
+
+@pytest.mark.parametrize("numbers", [(2**63 - 1,), (2**63 - 8,), (2**40,), (-1,), (0, 2**62), (0, -1), (0, 2**63 - 1)])
+def test_arrays_outside_their_shard_are_refused(tmp_path, numbers):
+    """An offset near 2**63 overflows NumPy's own check: reading the array ended the process."""
+    make_shards(tmp_path)
+    root = tmp_path / "shards"
+    start = struct.pack(f"<{len(numbers)}q", *numbers)
+    change_index(root, lambda row, _: row.update(place=start + row["place"][len(start) :]))
+    reader = ShardReader(root)
+    with pytest.raises(SamloveError, match="not in its shard of"):
+        [value.sum() for value in reader[1].values() if isinstance(value, np.ndarray)]
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["[0]", '{"row_id": "a", "text": [0, 0], "mask": 0}', '{"row_id": "a", "text": null, "mask": 0}',
+     '{"row_id": "a", "text": true, "mask": 0}', '{"row_id": "a", "text": -1, "mask": 0}',
+     '{"row_id": "a", "text": 0, "mask": -2}', '{"row_id": "a", "text": 0, "mask": 1e400}',
+     '{"row_id": 5, "text": 0, "mask": 0}', '{"row_id": "a", "text": 0}'],
+)  # fmt: skip
+def test_rows_that_are_not_those_of_their_sample_are_refused(tmp_path, row):
+    make_shards(tmp_path)
+    change_index(tmp_path / "shards", lambda sample, _: sample.update(rows=f"[{row},{row}]".encode()))
+    with pytest.raises(SamloveError, match="is not one of sample 1"):
+        read_all(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("end", [-1, 2**62, 2**63 - 1])
+def test_numbers_of_rows_that_do_not_add_up_are_refused(tmp_path, end):
+    make_shards(tmp_path)
+    change_index(tmp_path / "shards", lambda sample, _: sample.update(end=end))
+    with pytest.raises(SamloveError, match="fewer than 0 rows"):
+        read_all(tmp_path / "shards")
+
+
+@pytest.mark.parametrize(("field", "value"), [(1, ">f2"), (1, "<f16"), (3, 1), (3, 4)])
+def test_arrays_of_another_form_than_the_pack_stage_writes_are_refused(tmp_path, field, value):
+    make_shards(tmp_path)
+
+    def change(_: dict, metadata: dict) -> None:
+        for layout in metadata["layouts"]:
+            next(member for member in layout if member[0] == "audio")[field] = value
+
+    change_index(tmp_path / "shards", change)
+    with pytest.raises(SamloveError, match="audio of a sample: expected 2 dimensions"):
+        read_all(tmp_path / "shards")
+
+
+def test_samples_of_different_shapes_are_refused(dataset):
+    items = [dict(dataset[0]), dict(dataset[1])]
+    items[1]["audio"] = items[1]["audio"][:1]
+    with pytest.raises(SamloveError, match="audio: expected one shape in all samples"):
+        collate(items)

@@ -239,6 +239,27 @@ def frames_of(kind: str) -> bytes:
     return saved(images[0], kind, save_all=True, append_images=images[1:])
 
 
+def wide_planes() -> bytes:
+    """A TIFF of 16-bit RGB whose channels follow each other, as tifffile writes (3, H, W)."""
+    whole = saved(Image.merge("RGB", [Image.fromarray(OBJECT * np.uint8(255))] * 3), "TIFF")
+    directory = int.from_bytes(whole[4:8], "little")
+    fields, count = bytearray(whole), int.from_bytes(whole[directory : directory + 2], "little")
+    for at in range(directory + 2, directory + 2 + 12 * count, 12):
+        tag, place = struct.unpack("<H6xI", fields[at : at + 12])
+        if tag == 258:  # bits of each channel
+            fields[place : place + 6] = struct.pack("<3H", 16, 16, 16)
+        elif tag == 284:  # order of the channels
+            fields[at + 8 : at + 10] = struct.pack("<H", 2)
+    return bytes(fields)
+
+
+def ended_by_zeros(kind: str, share: float, **options: object) -> bytes:
+    """An image of which a crash has kept the length and only the first part."""
+    noise = np.random.default_rng(0).integers(0, 256, (8, 12), dtype=np.uint8)
+    whole = saved(Image.fromarray(noise).resize((240, 160)), kind, **options)
+    return whole[: round(len(whole) * share)].ljust(len(whole), b"\0")
+
+
 REFUSED_FRAMES = {
     "32-bit integers": grey(np.arange(600, dtype=np.int32).reshape(SHAPE), "TIFF"),
     "floats": grey(np.random.default_rng(0).random(SHAPE, dtype=np.float32), "TIFF"),
@@ -246,6 +267,10 @@ REFUSED_FRAMES = {
     "animated GIF": frames_of("GIF"),
     "animated WebP": frames_of("WEBP"),
     "TIFF of two pages": frames_of("TIFF"),
+    "16-bit channels one after another": wide_planes(),
+    "JPEG that ends in zeros": ended_by_zeros("JPEG", 0.5, optimize=True, quality=10),
+    "progressive JPEG that ends in zeros": ended_by_zeros("JPEG", 0.9, progressive=True),
+    "PNG that ends in zeros": ended_by_zeros("PNG", 0.9),
     "more pixels than allowed": png(2**13 + 1, 2**13, 8, 0, b""),
     "more pixels than Pillow decodes": png(100_000, 100_000, 8, 0, b""),
     "text that grows when decompressed": png(1, 1, 8, 0, b"\0\0", (b"zTXt", b"a\0\0" + zlib.compress(bytes(2**27)))),
@@ -258,10 +283,30 @@ def test_frames_that_cannot_be_told_are_refused(tmp_path: Path, read: Callable[[
     path = tmp_path / "0.jpg"
     path.write_bytes(REFUSED_FRAMES[name])
     tracemalloc.start()
-    with pytest.raises(SamloveError, match="0.jpg: (expected|image cannot be decoded)"):
+    with pytest.raises(SamloveError, match="0.jpg: (expected|truncated image|image cannot be decoded)"):
         read(path)
     assert tracemalloc.get_traced_memory()[1] < 2**28
     tracemalloc.stop()
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 30 20\n%%EndComments\nshowpage\n%%EOF\n"
+OTHER_FORMATS = {
+    "EPS, a program that Pillow would run": EPS,
+    "PCX, in which truncation goes unnoticed": saved(Image.fromarray(OBJECT).convert("L"), "PCX"),
+    "PPM, of which Pillow reads 8 bits": b"P6 30 20 65535\n" + OBJECT.repeat(3).astype(">u2").tobytes(),
+    "an empty file": b"",
+    "a text": b"404 not found",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMATS)
+@pytest.mark.parametrize("read", [load_frame, image_size, is_turned, load_mask])
+def test_images_in_other_formats_are_refused(tmp_path: Path, read: Callable[[Path], object], name: str) -> None:
+    path = tmp_path / "0.jpg"
+    path.write_bytes(OTHER_FORMATS[name])
+    found = "an empty file" if name == "an empty file" else "something else or a damaged file"
+    with pytest.raises(SamloveError, match=f"0.jpg: expected an image in one of the formats PNG, .*, found {found}$"):
+        read(path)
 
 
 def test_the_limit_of_pixels_is_stated_and_masks_have_it_too(tmp_path: Path) -> None:
@@ -279,6 +324,15 @@ def test_ordinary_frames_are_what_pillow_decodes(tmp_path: Path, mode: str, kind
     except (OSError, ValueError):
         pytest.skip(f"{kind} has no {mode}")
     expected = np.asarray(Image.open(tmp_path / "0.jpg").convert("RGB"))
+    np.testing.assert_array_equal(load_frame(tmp_path / "0.jpg"), expected)
+
+
+def test_a_jpeg_with_filler_before_its_markers_and_data_after_its_end_is_read(tmp_path: Path) -> None:
+    whole = saved(Image.fromarray(OBJECT * np.uint8(255)).resize((240, 160)), "JPEG")
+    (tmp_path / "0.jpg").write_bytes(whole)
+    expected = load_frame(tmp_path / "0.jpg")
+    filled = whole.replace(b"\xff\xdb", 5 * b"\xff" + b"\xdb")
+    (tmp_path / "0.jpg").write_bytes(filled + b"trailer")
     np.testing.assert_array_equal(load_frame(tmp_path / "0.jpg"), expected)
 
 
@@ -370,6 +424,7 @@ def test_a_wav_without_samples_is_empty_whatever_chunks_follow(tmp_path: Path, a
     assert len(load_audio(tmp_path / "audio.wav")[0]) == 0
 
 
+FLOATS = struct.pack("<HHIIHH", 3, 1, RATE, 4 * RATE, 4, 32)
 REFUSED_WAVS = {
     "half of the samples": wav(samples=SOUND[:1000].tobytes(), data_size=4000),
     "all but one byte": wav()[:-1],
@@ -386,6 +441,12 @@ REFUSED_WAVS = {
     "rate 0": wav(form=struct.pack("<HHIIHH", 1, 1, 0, 0, 2, 16)),
     "rate 2^31 - 1": wav(form=struct.pack("<HHIIHH", 1, 1, 2**31 - 1, 2**31 - 1, 2, 16)),
     "more than an hour": wav(form=struct.pack("<HHIIHH", 1, 1, 1, 2, 2, 16), samples=bytes(7202)),
+    "24 bits in 4 bytes": wav(form=struct.pack("<HHIIHH", 1, 1, RATE, 4 * RATE, 4, 24), samples=bytes(4000)),
+    "16-bit integers as floats": wav(form=FLOATS, samples=SOUND.astype("<f4").tobytes()),
+    "floats of which the mean is infinite": wav(form=FLOATS, samples=np.full(99, 3e38, "<f4").tobytes()),
+    "NaN": wav(form=FLOATS, samples=np.full(99, np.nan, "<f4").tobytes()),
+    "something else": b"\0\0\0\x20ftypisom" + bytes(99),
+    "an empty file": b"",
     "no channels": wav(form=struct.pack("<HHIIHH", 1, 0, RATE, 2 * RATE, 2, 16)),
     "65535 channels": wav(form=struct.pack("<HHIIHH", 1, 65535, RATE, 2 * RATE, 2, 16)),
 }
@@ -394,7 +455,20 @@ REFUSED_WAVS = {
 @pytest.mark.parametrize("name", REFUSED_WAVS)
 def test_truncated_and_impossible_wavs_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "audio.wav").write_bytes(REFUSED_WAVS[name])
-    with pytest.raises(SamloveError, match="audio.wav: (truncated audio|expected|audio cannot be decoded)"):
+    with pytest.raises(SamloveError, match="audio.wav: (truncated audio|expected|audio cannot be decoded)") as refused:
+        load_audio(tmp_path / "audio.wav")
+    assert "BytesIO" not in str(refused.value)
+
+
+def test_floats_may_exceed_1_a_little(tmp_path: Path) -> None:
+    samples = (SOUND / 9000).astype("<f4")
+    (tmp_path / "audio.wav").write_bytes(wav(form=FLOATS, samples=samples.tobytes()))
+    np.testing.assert_array_equal(load_audio(tmp_path / "audio.wav")[0], samples)
+
+
+def test_several_ogg_streams_in_a_row_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "audio.wav").write_bytes(encoded("OGG", "VORBIS") * 2)  # libsndfile reads the first
+    with pytest.raises(SamloveError, match="audio.wav: truncated audio, or several streams in a row"):
         load_audio(tmp_path / "audio.wav")
 
 

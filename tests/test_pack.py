@@ -80,6 +80,15 @@ def test_a_row_that_a_store_does_not_know_is_an_error(tmp_path):
     assert not (tmp_path / "shards").exists()
 
 
+@pytest.mark.parametrize("name", ["audio", "visual", "text", "sam2"])
+def test_a_store_with_other_arrays_is_refused(tmp_path, name):
+    sources = make_stores(tmp_path)
+    other = sources["visual" if name == "audio" else "audio"]
+    with pytest.raises(SamloveError, match=f"{other.path}: expected arrays .*found .*run: dvc repro -f -s {name}$"):
+        pack(tmp_path / "shards", ROWS, {**sources, name: other}, make_folder(tmp_path), SIZE, 2)
+    assert not (tmp_path / "shards").exists()
+
+
 def test_a_missing_mask_is_reported(tmp_path):
     folder = make_folder(tmp_path)
     path = folder.mask_path("m_a", 2, 0)

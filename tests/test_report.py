@@ -16,7 +16,17 @@ from samlove.data.dataset import RefAvsFolder
 from samlove.errors import RequestError
 from samlove.scoring.evaluate import evaluate, write
 from samlove.scoring.report import build_report
-from samlove.scoring.report.clips import DASHES, FILL, FLOOR_DB, OUTLINE, choose, draw_frame, second_loudness
+from samlove.scoring.report.clips import (
+    DASHES,
+    FILL,
+    FLOOR_DB,
+    FRAME_WIDTH,
+    MAX_HEIGHT,
+    OUTLINE,
+    choose,
+    draw_frame,
+    second_loudness,
+)
 from samlove.scoring.report.paper import TABLE_1
 from tests.made_run import make_curves, make_run
 
@@ -128,6 +138,12 @@ def test_masks_of_different_sizes_in_one_video_are_drawn(data, tmp_path):
     for path in (tmp_path / "set" / "gt_mask").rglob("00001.png"):
         Image.open(path).resize((10, 10)).save(path)
     assert page_of(tmp_path).count("<img") == 4 * 3
+
+
+@pytest.mark.parametrize(("shape", "height"), [((1, 4000), 1), ((4000, 1), MAX_HEIGHT), ((1, 1), FRAME_WIDTH)])
+def test_frames_of_any_shape_are_drawn(shape: tuple[int, int], height: int) -> None:
+    frame, bins = np.zeros((*shape, 3), np.uint8), np.zeros((24, 24), np.uint8)
+    assert draw_frame(frame, bins, np.ones(shape, bool)).size == (FRAME_WIDTH, height)
 
 
 def test_before_evaluate_there_is_no_report(tmp_path):

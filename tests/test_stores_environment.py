@@ -1,4 +1,4 @@
-"""A store's bytes do not depend on zarr's settings, which variables and YAML files can change."""
+"""A store's bytes do not depend on the settings of zarr and HDF5, which variables and YAML files can change."""
 
 import os
 import subprocess
@@ -30,6 +30,8 @@ BROKEN = {
     "ZARR_NDBUFFER": "nothing.Buffer",
     "ZARR_ASYNC__CONCURRENCY": "0",
     "ZARR_ASYNC__TIMEOUT": "1e-9",
+    "HDF5_DRIVER": "nothing",
+    "HDF5_VOL_CONNECTOR": "nothing",
 }
 
 

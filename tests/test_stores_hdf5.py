@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -9,7 +10,15 @@ import numpy as np
 import pytest
 
 from samlove.errors import RequestError, SamloveError
-from stores import Failure, FeatureStore, FeatureStoreWriter, export_store, import_store
+from stores import (
+    ExportReader,
+    Failure,
+    FeatureStore,
+    FeatureStoreWriter,
+    PredictionReader,
+    export_store,
+    import_store,
+)
 from tests.store_kinds import KEYS, tree
 
 STORABLE = ("bool", "uint8", "int32", "int64", "float16", "float32")
@@ -67,6 +76,10 @@ def test_a_missing_store_or_file_is_a_request_error(tmp_path):
         export_store(tmp_path / "nowhere", tmp_path / "one.h5")
     with pytest.raises(RequestError, match=r"none\.h5: no such file"):
         import_store(tmp_path / "none.h5", tmp_path / "store")
+    (tmp_path / "link.h5").symlink_to("gone.h5")
+    for read in (partial(import_store, path=tmp_path / "store"), ExportReader, PredictionReader, FeatureStore.open):
+        with pytest.raises(RequestError, match=r"link to gone\.h5, which does not exist"):
+            read(tmp_path / "link.h5")
 
 
 def test_a_store_that_lists_no_files_is_not_exported(tmp_path):

@@ -123,6 +123,28 @@ def test_forked_workers_read_over_http(shards, tmp_path):
         server.shutdown()
 
 
+class NoLength(SimpleHTTPRequestHandler):
+    """A server that sends files without their size, as those that compress on the fly do."""
+
+    def send_header(self, name: str, value: str) -> None:
+        if name != "Content-Length" or self.path.endswith("/"):
+            super().send_header(name, value)
+
+    def end_headers(self) -> None:
+        self.close_connection = True
+        super().end_headers()
+
+
+def test_a_server_that_does_not_state_sizes_is_refused(shards, tmp_path):
+    handler = partial(NoLength, directory=str(shards.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/shards"
+        with pytest.raises(SamloveError, match="does not state the size of"):
+            ShardReader(as_path(url, Cache(tmp_path / "cache", 10**9)))
+        server.shutdown()
+
+
 def test_the_cache_drops_the_least_recently_used_files_to_keep_its_limit(shards, size, tmp_path):
     root = shutil.copytree(shards, tmp_path / "copy")
     path = remote(root, tmp_path / "cache", 4 * size)

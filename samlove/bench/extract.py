@@ -142,12 +142,12 @@ def _write_clips(folder: RefAvsFolder, count: int, size: tuple[int, int]) -> lis
 
 
 def _vit(profile: str, root: Path) -> Encoder:
-    config = section(profile, "visual", VisualConfig, weights=str(root / "vit.pth"))
+    config = section(profile, VisualConfig, weights=str(root / "vit.pth"))
     torch.save(build_vit(config.model, config.model_args, config.image_size).state_dict(), config.weights)
     return VitEncoder(config, default_device())
 
 
 def _sam2(profile: str, root: Path) -> Encoder:
-    config = section(profile, "sam2", Sam2Config, checkpoint=str(root / "sam2.pt"))
+    config = section(profile, Sam2Config, checkpoint=str(root / "sam2.pt"))
     torch.save({"model": instantiate_sam2(config.config).state_dict()}, config.checkpoint)
     return Sam2ImageEncoder(config, default_device())

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from samlove.config import S
+from samlove.config import S, load
 from samlove.errors import RequestError
 
 PROFILES = ("micro", "refavs")
@@ -18,9 +17,9 @@ def check_profile(profile: str) -> None:
         raise RequestError(f"--profile {profile}: expected one of {', '.join(PROFILES)}; run in the repository's root")
 
 
-def section(profile: str, name: str, kind: type[S], **changes: Any) -> S:
+def section(profile: str, kind: type[S], **changes: Any) -> S:
     """One section of a profile, which need not be the active one, with some values changed."""
-    return kind(**{**yaml.safe_load(Path("configs", profile, f"{name}.yaml").read_text(encoding="utf-8")), **changes})
+    return load(kind, profile=profile).model_copy(update=changes)
 
 
 def device_name(device: torch.device) -> str:

@@ -112,9 +112,9 @@ def _seconds(trainer: Trainer, batches: Callable[[], list[Batch]], steps: int) -
 
 def _write_shards(root: Path, profile: str, videos: int) -> None:
     """Write videos of random numbers, all different, each with EXPRESSIONS expressions for two objects."""
-    dataset = section(profile, "dataset", DatasetConfig, root="")
-    text, sam2 = section(profile, "text", TextConfig), section(profile, "sam2", Sam2Config)
-    tokens, width = vit_shape(section(profile, "visual", VisualConfig))
+    dataset = section(profile, DatasetConfig)
+    text, sam2 = section(profile, TextConfig), section(profile, Sam2Config)
+    tokens, width = vit_shape(section(profile, VisualConfig))
     size, channels = sam2_shape(sam2)
     grid, fine = size // 16, sam2.cache_point == "pre_conv"
     shapes = {
@@ -141,12 +141,12 @@ def _write_shards(root: Path, profile: str, videos: int) -> None:
 
 def _trainer(profile: str, dataset: ExpressionDataset, device: torch.device, root: Path, on_gpu: bool) -> Trainer:
     checkpoint = root / "sam2.safetensors"
-    sam2 = section(profile, "sam2", Sam2Config, checkpoint=str(checkpoint))
+    sam2 = section(profile, Sam2Config, checkpoint=str(checkpoint))
     if not checkpoint.exists():
         save_file(instantiate_sam2(sam2.config, image_encoder=False).state_dict(), checkpoint)
-    config, videos = section(profile, "train", TrainConfig), dataset.videos
+    config, videos = section(profile, TrainConfig), dataset.videos
     origin = Origin(
-        fusion=section(profile, "fusion", FusionConfig),
+        fusion=section(profile, FusionConfig),
         train=config,
         sam2=sam2,
         sam2_sha256=sha256_file(checkpoint),

@@ -97,8 +97,8 @@ def _examine_dataset(settings: Settings) -> Finding:
             f"mkdir -p {root.parent} && ln -s /path/to/Ref-AVS {root}"
         )
         return Finding("dataset", f"{root}: no {', no '.join(missing)}", True, remedy)
+    folder.check_links()  # first, because reading a pipe would wait forever
     folder.metadata()
-    folder.check_links()
     videos = sum(1 for entry in (root / "media").iterdir() if entry.is_dir())
     return Finding("dataset", f"{root}, {videos:,} videos; look for faults with: samlove audit {root}")
 

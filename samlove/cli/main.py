@@ -17,6 +17,7 @@ from samlove.environment import check_code
 from samlove.errors import RequestError, one_line_errors
 
 UsageError = cast(type[Exception], typer.BadParameter.__base__)  # click's or, in newer versions, typer's copy of it
+INTERRUPTED = 130  # what typer returns after Ctrl-C
 PROFILE = Path("configs/profile.yaml")
 BEFORE, AFTER, TOOLS = "Before a run", "After a run", "Generated data and benchmarks"  # groups of commands
 PIPELINE = """\b
@@ -256,6 +257,8 @@ def main() -> None:
             print(message)
             sys.exit(2)
         raise RequestError(" ".join(message.split())) from None
+    if status == INTERRUPTED:
+        raise KeyboardInterrupt
     sys.exit(status)
 
 

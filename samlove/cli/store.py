@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from samlove.cli.help import examples
+from samlove.errors import printable
 
 if TYPE_CHECKING:
     from stores.inspect import Artefact, Difference
@@ -32,7 +33,7 @@ def info(path: Place) -> None:
     artefact = open_artefact(path)
     print(f"{path}: {artefact.kind}")
     for name, text in _lines(artefact, path):
-        print(f"  {name:{WIDTH}}{text}")
+        print(f"  {name:{WIDTH}}{printable(text)}")
 
 
 @store.command(epilog=examples("samlove store verify --deep --live data/micro/features/visual"))
@@ -51,7 +52,7 @@ def verify(
 
     faults = faults_of(path, deep)
     for fault in faults:
-        print(fault)
+        print(printable(fault))
     if not faults:
         artefact = open_artefact(path)
         checked = "all checksums match" if deep else "names and sizes match (--deep checks every byte)"
@@ -91,7 +92,7 @@ def diff(first: Place, second: Place) -> None:
 
     difference = difference_of(first, second)
     for line in _difference(difference):
-        print(line)
+        print(printable(line))
     if difference:
         raise typer.Exit(1)
     print("no difference")
@@ -133,7 +134,7 @@ def retry(path: Annotated[Path, typer.Argument(help="A feature store of this pro
     left = FeatureStore.open(path).failures
     print(f"{path}: recovered {len(failed) - len(left)} of {len(failed)} failed items; now run: dvc commit {stage}")
     for failure in left[:SHOWN]:
-        print(f"  {failure.key}: {failure.error}")
+        print(f"  {printable(f'{failure.key}: {failure.error}')}")
 
 
 class Kept(StrEnum):

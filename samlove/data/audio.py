@@ -26,14 +26,17 @@ MAX_SAMPLES = 2**27  # over all channels; a header of a few bytes can state any 
 MAX_SECONDS = 3600
 MAX_RATE = 1_000_000  # Hz
 MAX_BYTES = 2**30
+UNKNOWN_FORMAT = 1  # libsndfile's code of this error
 
 # Programs that write to a pipe state a length before they know it: 0, or something near the largest possible, such as
 # 0x7ffff000 (sox), 0x7fffffff or 0x80000000 (arecord), 0xffffffff (ffmpeg). All of these are more than MAX_BYTES.
 PLACEHOLDER = 0x7F000000
 _IDS = (b"data", b"fmt ", b"fact", b"LIST", b"JUNK", b"bext")
+_PLAIN = (1, 3, 0xFFFE)  # kinds of WAV files: integers, floats, extensible (usually one of these)
 _HEADS: dict[bytes, Order] = {b"RIFF": "little", b"RF64": "little", b"BW64": "little", b"RIFX": "big"}
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 _OTHERS = ("FLAC", "MP3", "OGG", "AIFF", "AU", "CAF", "W64")  # formats in which a truncated file is noticed
+_KNOWN = ", ".join(("WAV", *_OTHERS))
 
 
 @contextmanager
@@ -47,7 +50,14 @@ def open_audio(path: Path) -> Iterator[soundfile.SoundFile]:
     if size > MAX_BYTES:
         raise SamloveError(f"expected at most {MAX_BYTES:,} bytes, found {size:,}")
     wav = _read_wav(path)
-    with soundfile.SoundFile(path if wav is None else io.BytesIO(plain_wav(wav))) as file:
+    try:
+        opened = soundfile.SoundFile(path if wav is None else io.BytesIO(plain_wav(wav)))
+    except soundfile.LibsndfileError as error:
+        if error.code != UNKNOWN_FORMAT:
+            raise
+        found = "something else or a damaged file" if size else "an empty file"
+        raise SamloveError(f"expected one of the formats {_KNOWN}, found {found}; convert it to WAV") from None
+    with opened as file:
         frames, rate, channels = file.frames, file.samplerate, file.channels
         if frames == 2**63 - 1:
             raise SamloveError(f"expected a {file.format} file that states its length; convert the audio to WAV")
@@ -74,25 +84,32 @@ def _read_wav(path: Path) -> bytes | None:
 
 def _check_complete(path: Path, file: soundfile.SoundFile) -> None:
     if file.format not in _OTHERS:
-        known = ", ".join(("WAV", *_OTHERS))
-        raise SamloveError(f"expected one of the formats {known}, found {file.format_info}; convert it to WAV")
+        raise SamloveError(f"expected one of the formats {_KNOWN}, found {file.format_info}; convert it to WAV")
     if file.frames == 0:
         raise SamloveError(f"expected samples, found none, or none that the header of this {file.format} file states")
     faults = [line.strip() for line in file.extra_info.splitlines() if "(should be" in line]  # libsndfile's log
     if faults:
         raise SamloveError(f"truncated audio, or a header with wrong lengths: {'; '.join(faults)}")
     if file.format == "OGG" and not _is_whole_ogg(path.read_bytes()):
-        raise SamloveError("truncated audio: expected Ogg pages with their checksums, and a last one, found others")
+        raise SamloveError(
+            "truncated audio, or several streams in a row: expected Ogg pages with their checksums, and only the last "
+            "one marked as the last, found others"
+        )
 
 
 def _is_whole_ogg(content: bytes) -> bool:
-    """Whether all pages have their checksum, which libsndfile does not demand, and the last is marked as the last."""
+    """Whether all pages have their checksum, which libsndfile does not demand, and the last is marked as the last.
+
+    libsndfile reads only the first of several streams in a row, so a page that begins a stream may not follow.
+    """
     at, last = 0, False
     while content[at : at + 4] == b"OggS" or not last:
         sizes = content[at + 27 : at + 27 + int.from_bytes(content[at + 26 : at + 27])]
         end = at + 27 + len(sizes) + sum(sizes)
         page, stated = content[at:end], content[at + 22 : at + 26]
-        if page[:4] != b"OggS" or end > len(content) or _ogg_checksum(page[:22] + bytes(4) + page[26:]) != stated:
+        if page[:4] != b"OggS" or end > len(content) or (last and page[5] & 2):
+            return False
+        if _ogg_checksum(page[:22] + bytes(4) + page[26:]) != stated:
             return False
         at, last = end, bool(page[5] & 4)
     return True
@@ -131,8 +148,7 @@ def plain_wav(content: bytes) -> bytes:
         if size > rest:
             raise SamloveError(f"truncated audio: expected {body + size:,} bytes, found {len(content):,}")
         if name == b"data":
-            if not form:
-                raise SamloveError("expected a format chunk before the samples, found none")
+            _check_form(form, order)
             return _wav(content[:4], order, form, content[body : body + size])
         if name == b"fmt ":
             form = content[body : body + size]
@@ -142,6 +158,18 @@ def plain_wav(content: bytes) -> bytes:
         if size % 2 and content[at : at + 4] not in _IDS:  # chunks begin at even offsets, but not all writers know
             at += 1
     raise SamloveError(f"truncated audio: no samples in a WAV file of {len(content):,} bytes")
+
+
+def _check_form(form: bytes, order: Order) -> None:
+    """Raise SamloveError without a format, or if there are bytes between the samples, which libsndfile would read."""
+    if not form:
+        raise SamloveError("expected a format chunk before the samples, found none")
+    kind, channels, stated, bits = (_int(form[at : at + 2], order) for at in (0, 2, 12, 14))
+    needed = channels * -(-bits // 8)
+    if kind in _PLAIN and 0 < needed < stated:
+        raise SamloveError(
+            f"expected {needed} bytes for {channels} channels of {bits} bits, found {stated}; convert it to 16 bits"
+        )
 
 
 def _only_chunks(content: bytes, at: int, order: Order) -> bool:

@@ -22,14 +22,15 @@ import pandas as pd
 from PIL import Image
 
 from samlove.data.audio import open_audio
-from samlove.data.images import open_checked, orientation, to_labels, to_rgb, turned_upright
+from samlove.data.images import identified, open_checked, orientation, to_labels, to_rgb, turned_upright
 from samlove.data.links import unwatched
-from samlove.errors import RequestError, SamloveError
+from samlove.errors import RequestError, SamloveError, absence
 
 COLUMNS = ("vid", "uid", "split", "fid", "exp")
 CUE_COLUMNS = ("uid", "fid", "exp", "template", "sight", "sound", "time")
 FRAME_NAME = re.compile(r"(0|[1-9][0-9]{0,8})\.jpg")
 MASK_NAME = re.compile(r"([0-9]{5})\.png")
+MAX_PEAK = 16  # of float samples; lossy codecs exceed 1 a little, integers saved as floats by far
 
 
 class RefAvsFolder:
@@ -69,7 +70,9 @@ class RefAvsFolder:
         """
         path = self.root / "metadata.csv"
         if not os.path.lexists(path):
-            raise RequestError(f"{path}: no such file; expected a folder in the layout of Ref-AVS (README.md shows it)")
+            raise RequestError(
+                f"{path}: {absence(path)}; expected a folder in the layout of Ref-AVS (README.md shows it)"
+            )
         return read_table(path, COLUMNS)
 
     def cues(self) -> pd.DataFrame | None:
@@ -195,7 +198,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 def is_turned(path: Path) -> bool:
     """Whether the header of an image states an EXIF orientation other than upright."""
-    with _decoding(path, "image"), Image.open(path) as image:
+    with _decoding(path, "image"), identified(path) as image:
         return orientation(image) != 1
 
 
@@ -221,10 +224,11 @@ def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
 
 
 def load_audio(path: Path) -> tuple[np.ndarray, int]:
-    """Audio: float32 (samples,) in -1..1, averaged over all channels, and its sample rate in Hz.
+    """Audio: float32 (samples,), averaged over all channels, 1 at full scale, and its sample rate in Hz.
 
     May be shorter or longer than the video; the encoder pads or trims it. Raises SamloveError with the path if the file
-    is missing, if samlove.data.audio refuses it (a truncated file, for example), or if it has non-finite samples.
+    is missing, if samlove.data.audio refuses it (a truncated file, for example), or if a sample is not finite or beyond
+    MAX_PEAK.
     """
     with _decoding(path, "audio"), open_audio(path) as file:
         expected, rate = file.frames, file.samplerate
@@ -233,6 +237,8 @@ def load_audio(path: Path) -> tuple[np.ndarray, int]:
             raise SamloveError(f"truncated audio: expected {expected:,} samples, found {len(samples):,}")
         if not np.isfinite(samples).all():
             raise SamloveError("expected finite samples, found NaN or infinity")
+        if (peak := np.abs(samples).max(initial=0)) > MAX_PEAK:
+            raise SamloveError(f"expected samples in -1..1, found {peak:g}; divide them by the largest possible value")
         return samples.mean(axis=1, dtype=np.float32), rate  # (samples,)
 
 
@@ -250,5 +256,6 @@ def _decoding(path: Path, what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             raise SamloveError(f"{path}: cannot be read: {error.strerror}") from None
-        reason = " ".join(str(error).split()).replace(str(path), "").replace("''", "it") or type(error).__name__
+        text = str(getattr(error, "error_string", error))  # libsndfile's, without the name of a file in memory
+        reason = " ".join(text.split()).replace(str(path), "").replace("''", "it") or type(error).__name__
         raise SamloveError(f"{path}: {what} cannot be decoded, possibly truncated: {reason}") from None

@@ -5,18 +5,23 @@ that they refuse, and whatever Pillow raises for one that it cannot decode; saml
 line with the path.
 """
 
+import re
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PLANAR_CONFIGURATION, TiffImageFile
 
 from samlove.errors import SamloveError
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is less than what it warns of
+# MAX_PIXELS is less than what Pillow warns of. Its other warnings are about metadata, and do not name the file.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 MAX_PIXELS = 2**26  # per image; a header of a few bytes can state any size
-LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # Pillow's names of formats that need not keep exact values
+# Pillow's names. In some of its other formats, a truncated file goes unnoticed; one of them, EPS, is a program.
+LOSSLESS = ("PNG", "BMP", "GIF", "TIFF")
+LOSSY = ("JPEG", "JPEG2000", "WEBP", "AVIF")  # need not keep exact values
 UPRIGHT = {  # EXIF orientation -> what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -35,19 +40,51 @@ class UnclearMask(SamloveError):
 def open_checked(path: Path) -> Image.Image:
     """The image at `path`, not yet decoded; of a PNG, all checksums hold, which decoding would ignore.
 
-    Raises SamloveError for an image of more than MAX_PIXELS, and for an animation or a file of several pages.
+    Raises SamloveError for other formats than LOSSLESS and LOSSY, for an image of more than MAX_PIXELS, and for an
+    animation or a file of several pages.
     """
-    with Image.open(path) as image:
+    with identified(path) as image:
         if image.width * image.height > MAX_PIXELS:
             size = f"{image.width}x{image.height}"
             raise SamloveError(f"expected at most {MAX_PIXELS:,} pixels, found {size}")
+        if image.format in ("JPEG", "MPO") and not _is_ended(path.read_bytes()):
+            raise SamloveError("truncated image: expected a JPEG with its end marker, found none")
+        if _has_wide_planes(image):
+            raise SamloveError("expected interleaved channels, found 16 bits in one channel after another; use PNG")
         image.verify()
-    image = Image.open(path)
+    image = identified(path)
     count = getattr(image, "n_frames", 1)
     if count > 1 and image.format != "MPO":  # the first image of an MPO is the photo, the others are previews
         image.close()
         raise SamloveError(f"expected one image, found {count} in the file")
     return image
+
+
+def identified(path: Path) -> Image.Image:
+    """The image at `path`, unchecked. Raises SamloveError if it has none of the formats LOSSLESS and LOSSY."""
+    try:
+        return Image.open(path, formats=[*LOSSLESS, *LOSSY])
+    except UnidentifiedImageError:
+        found = "something else or a damaged file" if path.stat().st_size else "an empty file"
+        known = ", ".join((*LOSSLESS, *LOSSY))
+        raise SamloveError(f"expected an image in one of the formats {known}, found {found}") from None
+
+
+def _is_ended(jpeg: bytes) -> bool:
+    """Whether a JPEG has an end marker after its header. Pillow also reads one that ends in zeros, as after a crash."""
+    at = 2
+    while jpeg[at : at + 1] == b"\xff" and jpeg[at + 1 : at + 2] != b"\xda":  # segments, up to the first scan
+        filler = jpeg[at + 1 : at + 2] == b"\xff"  # any number of these bytes may precede a marker
+        at += 1 if filler else 2 + int.from_bytes(jpeg[at + 2 : at + 4])
+    return jpeg.find(b"\xff\xd9", at) >= 0
+
+
+def _has_wide_planes(image: Image.Image) -> bool:
+    """Whether the channels of a TIFF have more than 8 bits and follow each other, which Pillow reads wrong."""
+    if not isinstance(image, TiffImageFile) or image.tag_v2.get(PLANAR_CONFIGURATION) != 2:
+        return False
+    bits = image.tag_v2.get(BITSPERSAMPLE, ())
+    return len(bits) > 1 and max(bits) > 8
 
 
 def orientation(image: Image.Image) -> int:
@@ -86,9 +123,9 @@ def to_labels(image: Image.Image) -> np.ndarray:
     pixels, or the colour marks none. Raises UnclearMask if the two contradict each other, if the format is lossy, or
     if values are negative or NaN.
     """
-    if image.format in LOSSY:
+    if image.format not in LOSSLESS:
         raise UnclearMask(f"expected a lossless format such as PNG, found {image.format}; export the mask again")
-    if image.mode in ("RGB", "RGBA", "LA") and ";16" in str(getattr(image, "tile", "")):
+    if image.mode[0] not in "IF" and re.search(";16[BLN]", str(getattr(image, "tile", ""))):
         raise UnclearMask("expected 8 bits per channel, found 16, of which Pillow reads 8; save the mask as 8-bit grey")
     image.load()
     image = turned_upright(image)

@@ -1,4 +1,4 @@
-"""Finds what DVC cannot watch below a dataset: links to folders, above all, in which it would notice no change."""
+"""Finds what DVC cannot watch below a folder: links to folders, above all, in which it would notice no change."""
 
 import os
 import shlex
@@ -36,7 +36,7 @@ def unwatched(folder: Path) -> Iterator[str]:
         elif entry.name == ".dvcignore":
             yield f"{path}: DVC accepts no such file in a dataset; remove it"
         elif entry.is_symlink():
-            yield from _link_problem(path)
+            yield from link_problem(path)
         elif entry.is_dir():
             if entry.name not in IGNORED:
                 yield from unwatched(path)
@@ -44,7 +44,8 @@ def unwatched(folder: Path) -> Iterator[str]:
             yield f"{path}: neither a file nor a folder; remove it"
 
 
-def _link_problem(link: Path) -> Iterator[str]:
+def link_problem(link: Path) -> Iterator[str]:
+    """One message, as `unwatched` gives, for a link to anything but a file; none for a link to a file."""
     target = os.readlink(link)
     try:
         mode = link.stat().st_mode

@@ -24,7 +24,11 @@ FEATURES = ("audio", "visual", "text", "sam2")  # the sources whose fingerprints
 _DRAWS = 1 << 16  # random numbers that the sampler draws at a time; does not affect the order
 _VIDEO_ARRAYS = ("audio", "audio_valid", "visual", "sam2_image_embed", "sam2_high_res_0", "sam2_high_res_1")
 
-_MEMBERS = (*_VIDEO_ARRAYS, "text", "text_mask", "masks", "rows")  # of every sample
+# Dimensions of the arrays of every sample, which also has `rows`, a JSON list.
+_DIMENSIONS = {
+    "audio": 2, "audio_valid": 1, "visual": 3, "sam2_image_embed": 3, "sam2_high_res_0": 3, "sam2_high_res_1": 3,
+    "text": 3, "text_mask": 2, "masks": 3,
+}  # fmt: skip
 
 
 class ExpressionDataset(Dataset):
@@ -38,11 +42,18 @@ class ExpressionDataset(Dataset):
         self.reader = ShardReader(root)
         self._held: list[dict[str, Any]] = []  # after `to`: the samples, with tensors instead of arrays
         for layout in self.reader.index.layouts:
-            names = {name for name, *_ in layout}
-            if missing := [name for name in _MEMBERS if name not in names]:
+            found = {name: (dtype, dims) for name, dtype, _, dims in layout}
+            if missing := [name for name in (*_DIMENSIONS, "rows") if name not in found]:
                 raise SamloveError(
                     f"{root}: a sample has no {', '.join(missing)}: not written by the pack stage; run: dvc repro pack"
                 )
+            for name, dims in _DIMENSIONS.items():
+                dtype, found_dims = found[name]
+                if dtype is None or not dtype.isnative or dtype.itemsize > 8 or found_dims != dims:
+                    raise SamloveError(
+                        f"{root}: {name} of a sample: expected {dims} dimensions of little-endian numbers of at most "
+                        f"8 bytes, found {found_dims} of {dtype}: not written by the pack stage; run: dvc repro pack"
+                    )
         if not len(self):
             raise SamloveError(f"{root}: expected at least one expression, found none; run: samlove audit")
 
@@ -53,7 +64,7 @@ class ExpressionDataset(Dataset):
         Raises SamloveError if the shards do not record them.
         """
         made = self.reader.manifest.get("fingerprint", {})
-        if missing := [name for name in FEATURES if name not in made]:
+        if missing := [name for name in FEATURES if not isinstance(made.get(name), dict)]:
             raise SamloveError(
                 f"{self.reader.root}: the manifest has no fingerprint of {', '.join(missing)}; run: dvc repro pack"
             )
@@ -84,8 +95,16 @@ class ExpressionDataset(Dataset):
 
     @property
     def videos(self) -> np.ndarray:
-        """The video of each item, as the number of its sample in the shards: int32 (items,)."""
-        return np.repeat(np.arange(len(self._ends), dtype=np.int32), np.diff(self._ends, prepend=0))
+        """The video of each item, as the number of its sample in the shards: int32 (items,).
+
+        Raises SamloveError if the index is damaged.
+        """
+        counts = np.diff(self._ends, prepend=0)
+        if counts.min(initial=0) < 0:
+            raise SamloveError(
+                f"{self.reader.root}: a sample with fewer than 0 rows; run: dvc repro pack, or: dvc pull"
+            )
+        return np.repeat(np.arange(len(self._ends), dtype=np.int32), counts)
 
     def to(self, device: torch.device) -> None:
         """Copy all samples to `device`; from then on, items are tensors there. Workers must not read items on a GPU.
@@ -117,6 +136,8 @@ class ExpressionDataset(Dataset):
             row = sample["rows"][i - int(self._ends[place])]  # counted from the last one, which is -1
             row_id, text, mask = row["row_id"], row["text"], row["mask"]
             masks = sample["masks"]
+            if not isinstance(row_id, str) or type(text) is not int or type(mask) is not int or text < 0 or mask < -1:
+                raise TypeError(str(row))
             return {
                 **{name: sample[name] for name in _VIDEO_ARRAYS},
                 "text": sample["text"][text],
@@ -145,12 +166,19 @@ def _blank(masks: Any) -> Any:
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stack items into a batch: every array gets a new first axis B and becomes a tensor of the same dtype.
 
+    Raises SamloveError if the shapes of an array differ.
+
     row_id and media_id become lists of str. The trainer converts numbers to float32 only on its device: this halves
     the bytes that are written here and transferred, and writing costs more than reading here.
     """
     batch: dict[str, Any] = {}
     for name, first in items[0].items():
         values = [item[name] for item in items]
+        shapes = {tuple(value.shape) for value in values if not isinstance(value, str)}
+        if len(shapes) > 1:
+            raise SamloveError(
+                f"{name}: expected one shape in all samples, found {sorted(shapes)}; run: dvc repro pack"
+            )
         if isinstance(first, np.ndarray):
             batch[name] = torch.from_numpy(np.stack(values))  # (B, ...)
         else:

@@ -18,6 +18,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from samlove.config import Section
+from samlove.data.arrays import check_arrays
 from samlove.data.dataset import RefAvsFolder, load_mask, resize_mask
 from samlove.data.digest import rows_digest
 from samlove.errors import SamloveError
@@ -70,8 +71,10 @@ def pack(
 
     rows: rows of expressions.parquet, one split: row_id, media_id, fid, exp, null. sources: audio, visual, text, sam2.
     A row whose features are in a store's failure log is left out and counted. Raises SamloveError if they are in
-    neither the store nor its failure log, or if a mask cannot be read.
+    neither the store nor its failure log, if a store has other arrays, or if a mask cannot be read.
     """
+    for name, source in sources.items():
+        check_arrays(name, source)
     packed = Packed()
     fingerprint: dict[str, Any] = {name: source.manifest["fingerprint"] for name, source in sources.items()}
     fingerprint |= {"mask_size": mask_size, "rows_sha256": rows_digest(rows), "gt_mask_sha256": gt_mask_sha256}

@@ -57,9 +57,10 @@ def _read(file: Path, dtype: Dtype) -> dict[str, np.ndarray]:
     if is_safetensors(file):
         raise SamloveError(f"{file}: expected a tensor that torch.save wrote, found a safetensors file; {TENSOR}")
     value = read_torch(file, TENSOR)
-    if not isinstance(value, torch.Tensor) or tuple(value.shape) != SHAPE:
-        found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise SamloveError(f"{file}: expected a tensor {SHAPE}, found {found}")
+    if not isinstance(value, torch.Tensor):
+        raise SamloveError(f"{file}: expected a tensor {SHAPE}, found {type(value).__name__}")
     if not is_plain(value) or value.is_complex():
         raise SamloveError(f"{file}: expected real numbers, all of them in the file, found {value.dtype}; {TENSOR}")
+    if tuple(value.shape) != SHAPE:
+        raise SamloveError(f"{file}: expected a tensor {SHAPE}, found {tuple(value.shape)}")
     return {"audio": to_store(str(file), value, dtype), "audio_valid": np.ones(SHAPE[0], bool)}

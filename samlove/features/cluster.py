@@ -92,9 +92,15 @@ def _local_cluster(workers: int, threads: int | None) -> Iterator[SpecCluster]:
         options |= {"host": LOOPBACK, "silence_logs": QUIET, "preload": [__name__]}
         spec = {i: {"cls": Nanny, "options": options | {"env": _environment(i, threads)}} for i in range(workers)}
         scheduler |= {"protocol": "tcp://", "host": LOOPBACK, "port": 0}
-    cluster = SpecCluster(
-        workers=spec, scheduler={"cls": Scheduler, "options": scheduler}, silence_logs=QUIET, name="samlove"
-    )
+    try:
+        cluster = SpecCluster(
+            workers=spec, scheduler={"cls": Scheduler, "options": scheduler}, silence_logs=QUIET, name="samlove"
+        )
+    except (RuntimeError, LookupError, ValueError, TypeError, ImportError) as error:
+        raise SamloveError(
+            f"the workers of this machine cannot start ({_line(error)}); correct or remove your own settings of Dask: "
+            "environment variables DASK_* and files in ~/.config/dask"
+        ) from error
     try:
         yield cluster
     finally:

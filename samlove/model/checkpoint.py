@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -38,8 +38,15 @@ class Origin(BaseModel):
     sam2: Sam2Config
     sam2_sha256: str
     dims: dict[str, Size]  # feature widths audio, visual and text, and the number of frames
-    features: dict  # fingerprints of the features it was trained on, as the shard sets hold them
+    features: dict[str, dict]  # fingerprints of the features it was trained on, as the shard sets hold them
     shards: dict[str, str] = {}  # split -> id of its shard set, see ExpressionDataset.id
+
+    @field_validator("dims")
+    @classmethod
+    def _has_all_dims(cls, dims: dict[str, int]) -> dict[str, int]:
+        if dims.keys() != {"audio", "visual", "text", "frames"}:
+            raise ValueError(f"expected audio, visual, text and frames, found {', '.join(dims)}")
+        return dims
 
     def build(self) -> SamLove:
         """A new model on the CPU, its fusion module initialised from torch's current random state."""

@@ -6,6 +6,7 @@ read, not its name.
 
 import os
 import pickletools
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from samlove.config import local_path
+from samlove.data.links import link_problem
 from samlove.errors import RequestError, SamloveError, absence
 
 HUB = "hub:"
@@ -40,6 +42,8 @@ IMPOSTORS: tuple[tuple[bytes | tuple[bytes, ...], str, str], ...] = (
 # What the pickle of plain tensors refers to. Not all that these modules have is allowed; torch decides that.
 TENSOR_MODULES = {"torch", "torch._utils", "torch._tensor", "torch.storage", "torch.nn.parameter", "_codecs"}
 TENSOR_NAMES = {"collections.OrderedDict", "collections.Counter"}
+# torch calls these, too, with any size: they take memory that the file does not have.
+RESERVES = re.compile(r"(__builtin__|builtins)\.bytearray|torch(\.\w+)*\.\w+Tensor")
 PROTOCOL = 2  # of torch.save's pickles; torch does not read later ones safely
 
 
@@ -56,10 +60,23 @@ def resolve_file(weights: str, what: str, remedy: str, hub_file: str | None = No
         from huggingface_hub import hf_hub_download
 
         return Path(from_hub(weights, what, remedy, lambda name: hf_hub_download(name, hub_file)))
-    path = local_path(weights)
+    path = watched_path(weights)
     if not os.path.isfile(path):
         raise RequestError(f"{path}: {absence(path)}; expected {what}; {remedy}")
     is_safetensors(path)
+    return path
+
+
+def watched_path(weights: str) -> Path:
+    """The path in a setting. Raises RequestError if DVC would notice no change there although it watches the folder.
+
+    DVC watches weights/PROFILE/STAGE, which may be a link, but does not follow links to folders inside it.
+    """
+    path = local_path(weights)
+    for part in (path, *path.parents):
+        inside = Path(os.path.relpath(part)).parts
+        if inside[:1] == ("weights",) and len(inside) > 3 and part.is_symlink() and part.is_dir():
+            raise RequestError(next(link_problem(part)))
     return path
 
 
@@ -93,12 +110,22 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     others = [f"{name} ({_kind(value)})" for name, value in tensors.items() if not is_plain(value)]
     if others:
         raise SamloveError(f"{path}: expected tensors by name, found also {_some(others)}; {EXPORT}")
-    plain = {str(name): value.detach() for name, value in tensors.items()}
-    return {name: value.float() if value.is_floating_point() else value for name, value in plain.items()}
+    plain = {_place(value): value.detach() for value in tensors.values()}  # tied weights are one tensor
+    storages = [value.untyped_storage() for value in plain.values()]
+    stored = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if (taken := sum(value.nbytes for value in plain.values())) > stored:
+        raise SamloveError(f"{path}: expected each tensor in its own memory, found {taken} bytes in {stored}; {EXPORT}")
+    converted = {place: value.float() if value.is_floating_point() else value for place, value in plain.items()}
+    return {str(name): converted[_place(value)] for name, value in tensors.items()}
+
+
+def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Where the values of a tensor are in memory, and in which form."""
+    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def load_into(module: torch.nn.Module, tensors: dict[str, torch.Tensor], path: Path, what: str) -> None:
-    """Load all weights of `module`. Raises SamloveError if a name or shape does not fit."""
+    """Load all weights of `module`. Raises SamloveError if a name, shape or kind of number does not fit."""
     own = module.state_dict()
     faults = [f"missing {name}" for name in own if name not in tensors]
     faults += [f"unexpected {name}" for name in tensors if name not in own]
@@ -106,6 +133,11 @@ def load_into(module: torch.nn.Module, tensors: dict[str, torch.Tensor], path: P
         f"{name} is {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
         for name in own
         if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    faults += [  # torch would convert the integers of quantised weights, without their scales
+        f"{name} is {tensors[name].dtype}, expected floating-point numbers"
+        for name in own
+        if name in tensors and own[name].is_floating_point() and not tensors[name].is_floating_point()
     ]
     if faults:
         raise SamloveError(
@@ -121,6 +153,8 @@ def read_torch(path: Path, remedy: str = EXPORT) -> Any:
     remedy: what to do about a file that also holds other objects.
     Raises SamloveError if it holds other objects, naming their types, or is damaged.
     """
+    if sized := [name for name in _inspect_pickle(path)[0] if RESERVES.fullmatch(name)]:
+        raise SamloveError(f"{path}: holds {_some(sized)}, which can reserve any memory, besides tensors; {remedy}")
     try:
         with open(path, "rb") as file, warnings.catch_warnings():  # given a path, torch would decide by its suffix
             warnings.simplefilter("ignore")  # about unusual pickles
@@ -128,7 +162,8 @@ def read_torch(path: Path, remedy: str = EXPORT) -> Any:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # torch raises a dozen unrelated types, and its messages advise to load unsafely
-        others, protocol = _inspect_pickle(path)
+        names, protocol = _inspect_pickle(path)
+        others = [name for name in names if name.rpartition(".")[0] not in TENSOR_MODULES and name not in TENSOR_NAMES]
         if others:
             found = f"holds {_some(others)} besides tensors; it is not loaded, because such objects can run code"
         elif protocol > PROTOCOL:
@@ -192,7 +227,7 @@ def _describe(head: bytes) -> tuple[str, str]:
 
 def is_plain(value: Any) -> bool:
     """Whether a value is a tensor that takes no more memory than the file gives it."""
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized or value.is_nested:
         return False
     return value.device.type == "cpu" and value.numel() * value.itemsize <= value.untyped_storage().nbytes()
 
@@ -202,8 +237,9 @@ def _kind(value: Any) -> str:
 
 
 def _inspect_pickle(path: Path) -> tuple[list[str], int]:
-    """The classes and functions, besides those of tensors, that the pickle in a file of torch.save refers to, sorted,
-    and its protocol. The pickle is disassembled, not executed.
+    """The classes and functions that the pickle in a file of torch.save refers to, sorted, and its protocol.
+
+    The pickle is disassembled, not executed.
     """
     found, protocol = set(), 0
     texts: list[str] = []
@@ -222,15 +258,15 @@ def _inspect_pickle(path: Path) -> tuple[list[str], int]:
                 texts += memo[value]
             elif isinstance(value, str):
                 texts.append(value)
-    others = {name for name in found if name.rpartition(".")[0] not in TENSOR_MODULES} - TENSOR_NAMES
-    return sorted(others), protocol
+    return sorted(found), protocol
 
 
 def _pickle_ops(path: Path) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-            yield from pickletools.genops(archive.read(name))
+            for member in archive.infolist():
+                if member.filename.endswith("/data.pkl"):
+                    yield from pickletools.genops(archive.read(member))
     else:
         with open(path, "rb") as file:
             for _ in range(4):  # magic number, version, byte order, object

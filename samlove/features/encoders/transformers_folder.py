@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 import samlove.model.torchvision_ops  # noqa: F401  (transformers imports torchvision)
-from samlove.config import local_path
 from samlove.errors import RequestError, SamloveError, absence
-from samlove.model.weights import AGAIN, HUB, from_hub, is_safetensors, read_torch
+from samlove.model.weights import AGAIN, HUB, from_hub, is_safetensors, load_state_dict, read_torch, watched_path
 from stores.fingerprint import sha256_file
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
+SEVERAL = "model.safetensors.index.json"  # names any files, which transformers prefers to pytorch_model.bin
 READ = ("*.json", "*.txt", *WEIGHTS)  # configuration, vocabulary, weights
 CLIP = "openai/clip-vit-base-patch16"
 INSIDE = ("*/config.json", "snapshots/*/config.json")  # of sentence-transformers, of the Hub's own cache
@@ -35,7 +35,7 @@ def resolve_folder(weights: str, what: str, name: str, model_types: tuple[str, .
 
         folder = Path(from_hub(weights, what, remedy, lambda n: snapshot_download(n, allow_patterns=list(READ))))
     else:
-        folder = local_path(weights)
+        folder = watched_path(weights)
     if not os.path.isdir(folder):
         raise RequestError(f"{folder}: {absence(folder)}; expected the folder of {what}; {remedy}")
     if not os.path.isfile(folder / "config.json"):
@@ -51,6 +51,11 @@ def resolve_folder(weights: str, what: str, name: str, model_types: tuple[str, .
     if found not in model_types:
         expected = " or ".join(map(repr, model_types))
         raise RequestError(f"{folder / 'config.json'}: expected model_type {expected}, found {found!r}; {remedy}")
+    if _weights(folder).name != WEIGHTS[0] and os.path.lexists(folder / SEVERAL):
+        raise RequestError(
+            f"{folder / SEVERAL}: expected the weights in one file, found a list of several, which transformers reads "
+            f"instead of {_weights(folder).name}; remove it, or {remedy}"
+        )
     is_safetensors(_weights(folder))
     return folder
 
@@ -79,8 +84,8 @@ def sha256_model(folder: Path) -> str:
 def load_network(model: Any, folder: Path, **options: Any) -> Any:
     """A transformers class loaded from a folder, float32, in evaluation mode, without network access.
 
-    Raises SamloveError if the weights are not exactly those of the configuration: one is missing or has a different
-    shape, or there are further layers. transformers would only warn.
+    Raises SamloveError if the weights are not exactly those of the configuration: one is missing, has a different shape
+    or is not floating-point, or there are further layers. transformers would at most warn.
     """
     from transformers.utils import logging
 
@@ -100,12 +105,20 @@ def load_network(model: Any, folder: Path, **options: Any) -> Any:
         if not is_safetensors(weights):
             read_torch(weights)  # says what is wrong with the file, if it is the file
         raise _unreadable(folder, model.__name__, error) from error
-    own = {_numberless(name) for name in network.state_dict()}
-    prefix = f"{network.base_model_prefix}."
+    own = dict(network.named_parameters())
+    layers = {_numberless(name) for name in own}
+    stored = load_state_dict(_weights(folder))
+    first = next(iter(own))
+    prefix = next((name.removesuffix(first) for name in stored if f".{name}".endswith(f".{first}")), "")
+    ours = {name: name.removeprefix(prefix) for name in stored if name.startswith(prefix)}
+    # Integers are quantised weights; transformers would convert them without their scales.
+    integers = [name for name, mine in ours.items() if mine in own and not stored[name].is_floating_point()]
+    further = [name for name, mine in ours.items() if mine not in own and _numberless(mine) in layers]
     for what, names in (
         ("missing", loaded["missing_keys"]),
         ("whose shapes differ from config.json", [name for name, *_ in loaded["mismatched_keys"]]),
-        ("not in config.json", [n for n in loaded["unexpected_keys"] if _numberless(n.removeprefix(prefix)) in own]),
+        ("that are integers", integers),
+        ("not in config.json", further),
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -15,6 +15,7 @@ from samlove.scoring.metrics import JACCARD_BIN, histogram, jaccard_of
 from stores import PredictionReader
 
 FRAME_WIDTH = 256  # pixels of an embedded frame: twice its width in a ten-column strip, so that the zoom is sharp
+MAX_HEIGHT = 2048  # pixels of an embedded frame; a higher one is compressed
 FILL = (255, 30, 130)  # predicted mask
 FILL_ALPHA = 0.5
 OUTLINE = 4  # pixels around the ground-truth mask
@@ -95,7 +96,8 @@ def second_loudness(samples: np.ndarray, rate: int, seconds: int) -> list[float]
 
 def draw_frame(frame: np.ndarray, bins: np.ndarray, truth: np.ndarray | None) -> Image.Image:
     """Draw on a frame uint8 (H, W, 3): predicted bins uint8 (h, w) filled, ground-truth mask bool (H', W') outlined."""
-    size = (FRAME_WIDTH, round(frame.shape[0] * FRAME_WIDTH / frame.shape[1]))
+    height = round(frame.shape[0] * FRAME_WIDTH / frame.shape[1])
+    size = (FRAME_WIDTH, min(max(height, 1), MAX_HEIGHT))
     canvas = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)).astype(np.float32)
     smooth = Image.fromarray(bins).resize(size, Image.Resampling.BILINEAR)
     predicted = np.asarray(smooth) >= JACCARD_BIN
