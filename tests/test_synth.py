@@ -1,7 +1,11 @@
 """LAVS-synth: the same seed gives the same bytes, and the files match the ground truth."""
 
 import hashlib
+import os
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,6 +143,22 @@ def test_a_sounding_thing_pulses_and_is_heard() -> None:
 def test_every_category_has_a_shape_a_colour_and_a_timbre() -> None:
     assert set(SEEN) | set(UNSEEN) <= set(TIMBRES) and not set(SEEN) & set(UNSEEN)
     assert len(COLOURS) == 8
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGINT, signal.SIGINT], [signal.SIGTERM]])
+def test_an_interrupt_ends_the_command_and_its_workers_at_once(signals: list[int], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "samlove.cli.main", "synth", "--out", str(tmp_path / "new"), "--seed", "0"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    assert run.stderr is not None
+    while b"video" not in run.stderr.readline(20):
+        assert run.poll() is None
+    for number in signals:
+        os.killpg(run.pid, number) if number == signal.SIGINT else run.send_signal(number)
+        time.sleep(0.2)
+    _, said = run.communicate(timeout=20)  # to the end of stderr, which the workers have open too
+    if signals == [signal.SIGINT]:
+        assert run.returncode == 1 and said.decode().splitlines()[-1].startswith("stopped; ")
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_overwritten(folder: Path) -> None:

@@ -21,7 +21,9 @@ def unwatched(folder: Path) -> Iterator[str]:
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
-        yield f"{folder}: folder cannot be read: {error.strerror}; run: chmod -R a+rX {shlex.quote(str(folder))}"
+        chmod = f"run: chmod -R a+rX {shlex.quote(str(folder))}"
+        remedy = chmod if isinstance(error, PermissionError) else "replace it with a folder"
+        yield f"{folder}: folder cannot be read: {error.strerror}; {remedy}"
         return
     for entry in entries:
         path = Path(entry.path)

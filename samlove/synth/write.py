@@ -8,9 +8,12 @@ import csv
 import io
 import os
 import shutil
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import active_children, parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import soundfile
@@ -78,7 +81,7 @@ def write_dataset(out: Path, seed: int, scale: str) -> None:
     if os.path.lexists(out) and not out.is_dir():
         raise RequestError(f"{out}: {absence(out)}; expected a new or empty folder; choose another path")
     inside = out.is_dir()  # it stays: a link, a mount point and the current folder cannot be replaced
-    scratch = out / PARTIAL if inside else out.with_name(out.name + PARTIAL)
+    scratch = out / PARTIAL if inside else out.with_name(f".{out.name}{PARTIAL}")
     if inside and any(path != scratch for path in out.iterdir()):
         raise RequestError(f"{out}: already exists and is not an empty folder; remove it or choose another path")
     shutil.rmtree(scratch, ignore_errors=True)  # left by a killed run
@@ -101,10 +104,30 @@ def write_dataset(out: Path, seed: int, scale: str) -> None:
 
 
 def _write_all(clips: list[Clip], root: Path, short_side: int) -> None:
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    others = active_children()
+    pool = ProcessPoolExecutor(os.cpu_count(), initializer=_follow_parent)
+    try:
         jobs = pool.map(_write_clip, clips, [root] * len(clips), [short_side] * len(clips), chunksize=8)
         list(tqdm(jobs, total=len(clips), unit="video", desc="LAVS-synth", mininterval=2))
+    except BaseException:  # Ctrl-C, perhaps twice, must not wait for the workers
+        for worker in set(active_children()).difference(others):
+            worker.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
     _write_tables(clips, root)
+
+
+def _follow_parent() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end with it, whatever ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def rewrite_dataset(out: Path, seed: int, scale: str) -> None:
