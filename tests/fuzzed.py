@@ -127,7 +127,7 @@ def tar(folder: Path) -> Attempt:
         path.write_bytes(data)
         reader = ShardReader(folder)
         _read_shards(reader)
-        with tarfile.open(path) as archive:  # webdataset's reader finds the same samples
+        with tarfile.open(path, "r:") as archive:  # webdataset's reader finds the same samples
             names = [member.name for member in archive]
         assert len(names) == sum(len(reader[i]) - 1 for i in range(len(reader))), names
 
