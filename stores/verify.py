@@ -68,7 +68,10 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """The manifest, or None if it cannot be used to check the other files, and its own faults."""
     if not path.is_file():
         if not any(path.parent.glob("shard-*")):
-            raise RequestError(f"{path.parent}: expected a store or a shard set, found no {NAME} and no shards")
+            raise RequestError(
+                f"{path.parent}: expected a store or a shard set, found no {NAME} and no shards; name a file or folder "
+                "inside it"
+            )
         return None, [f"{path}: missing: without it, the other files cannot be checked"]
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
 """Every parser of files from elsewhere refuses damaged files, reads nothing else, and needs little memory.
 
-See tests/fuzzing.py. docs/security.md has the figures of the long run.
+See tests/fuzzing.py. docs/benchmarks.md has the figures of the long run.
 """
 
 import pytest

@@ -35,8 +35,9 @@ FRAMES = 10
 SEEDS = range(4)
 LABELS = torch.tensor([[1, 0], [1, 1]])  # two clicks per object
 # With trained weights and three objects in a batch: the difference of a logit, and the fraction of pixels that change
-# sides. The largest of 65 cases were 0.16 and 7.2e-5.
-TRAINED_TOLERANCE, TRAINED_FLIPS = 0.2, 9e-5
+# sides. The largest of 65 cases were 0.16 and 7.2e-5 with one thread, and 0.45 and 2.1e-4 with two. The last bit of the
+# embeddings alone has the same effect on one object (docs/benchmarks.md).
+TRAINED_TOLERANCE, TRAINED_FLIPS = 0.5, 2.5e-4
 SYNTH_SEED = 5000  # of LAVS-synth; any that no other test uses
 
 
@@ -214,7 +215,7 @@ def test_stored_embeddings_agree(case, cache_point):
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
-OTHER_CLIPS = [number for number in range(13) if number != 4]  # with 4, the difference in a batch is largest
+OTHER_CLIPS = [number for number in range(13) if number != 4]  # with 4 and one thread, a batch differs most
 
 
 @pytest.fixture(scope="module", params=[4, *(pytest.param(number, marks=pytest.mark.slow) for number in OTHER_CLIPS)])
