@@ -93,10 +93,11 @@ def test_closing_does_not_wait_for_a_read_that_does_not_return(monkeypatch):
 def test_threads_read_many_shards_with_few_of_them_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards are mapped and closed all the time, by threads that take turns as often as possible."""
     monkeypatch.setattr("stores.remote.MOST_OPEN", 2)
-    names = ("audio", "audio_valid", "visual", "sam2_image_embed", "sam2_high_res_0", "sam2_high_res_1")
+    levels = dict.fromkeys(("sam2_image_embed", "sam2_high_res_0", "sam2_high_res_1"), 3)
+    dimensions = {"audio": 2, "audio_valid": 1, "visual": 3, "text": 3, "text_mask": 2, **levels}
     with ShardWriter(tmp_path / "shards", 1, fingerprint={name: {} for name in FEATURES}) as writer:
         for video in range(40):
-            sample = {name: np.full((2, 2), video, np.float32) for name in (*names, "text", "text_mask")}
+            sample = {name: np.full((2,) * count, video, np.float32) for name, count in dimensions.items()}
             masks = np.zeros((1, 2, 2), np.uint8)
             rows = [{"row_id": str(video), "text": 0, "mask": 0}]
             writer.write(str(video), {**sample, "masks": masks, "rows": rows})
@@ -105,7 +106,7 @@ def test_threads_read_many_shards_with_few_of_them_open(tmp_path: Path, monkeypa
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        batches = read_batches(dataset, order, 4, lambda items: {"visual": [i["visual"][0, 0] for i in items]}, 8)
+        batches = read_batches(dataset, order, 4, lambda items: {"visual": [i["visual"][0, 0, 0] for i in items]}, 8)
         found = [value for batch in batches for value in batch["visual"]]
     finally:
         sys.setswitchinterval(interval)
