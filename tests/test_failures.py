@@ -32,10 +32,10 @@ def write(path: Path, wave: np.ndarray, rate: int, subtype: str = "PCM_16") -> N
 
 
 BROKEN_AUDIO: dict[str, tuple[Callable[[Path], object], str]] = {
-    "zero_bytes": (lambda path: path.write_bytes(b""), "audio cannot be decoded"),
+    "zero_bytes": (lambda path: path.write_bytes(b""), "expected one of the formats WAV"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:9000]), "truncated audio: expected"),
     "missing": (lambda path: path.unlink(), "no such file; expected audio"),
-    "no_sound": (lambda path: path.write_text("hello, this is a text"), "audio cannot be decoded"),
+    "no_sound": (lambda path: path.write_text("hello, this is a text"), "expected one of the formats WAV"),
     "a_folder": (lambda path: (path.unlink(), path.mkdir()), "expected a file, found a folder"),
 }
 UNUSUAL_AUDIO: dict[str, tuple[Callable[[Path], object], list[bool]]] = {
@@ -47,10 +47,10 @@ UNUSUAL_AUDIO: dict[str, tuple[Callable[[Path], object], list[bool]]] = {
     "float": (lambda path: write(path, tone(44_100), 44_100, "FLOAT"), [True, True]),
 }
 BROKEN_FRAME: dict[str, tuple[Callable[[Path], object], str]] = {
-    "zero_bytes": (lambda path: path.write_bytes(b""), "image cannot be decoded"),
-    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-200]), "image cannot be decoded"),
+    "zero_bytes": (lambda path: path.write_bytes(b""), "expected an image in one of the formats PNG"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-200]), "truncated image: expected a JPEG"),
     "missing": (lambda path: path.unlink(), "no such file; expected image"),
-    "no_image": (lambda path: path.write_text("hello"), "image cannot be decoded"),
+    "no_image": (lambda path: path.write_text("hello"), "expected an image in one of the formats PNG"),
 }
 
 

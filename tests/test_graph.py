@@ -268,6 +268,7 @@ def test_switching_profiles_back_and_forth_reruns_and_deletes_nothing(project: P
     assert files(project.root / "data" / "refavs") == refavs
 
 
+@pytest.mark.slow
 def test_dvc_commands_keep_the_results_of_other_profiles(project: Project) -> None:
     """Except those of the last stage that ran, which DVC restores from its cache."""
     for profile in ("refavs", "micro"):
@@ -297,6 +298,7 @@ def test_metrics_of_two_profiles_are_shown_together(project: Project) -> None:
     assert set(shown) == set(paths)
 
 
+@pytest.mark.slow
 def test_a_further_profile_takes_two_commands_and_shares_dataset_and_weights(project: Project) -> None:
     project.run("bash", "-c", "cp -r configs/refavs configs/clip")
     project.run("bash", "-c", "for d in weights data/dataset; do ln -s refavs $d/clip; done")
