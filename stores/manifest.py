@@ -90,16 +90,17 @@ def read_manifest(folder: AnyPath, remedy: str) -> dict[str, Any]:
 
 
 def parse_manifest(text: str | bytes) -> dict[str, Any]:
-    """The manifest in a JSON text. Raises ValueError if it is none, is of another schema, or a field has another form.
+    """The manifest in a JSON text.
 
-    Which of the fields there are depends on the artefact, and is not checked here.
+    Raises ValueError if it is not a manifest of a readable schema, or if its fingerprint or arrays have the wrong type.
+    Fields may be missing: which ones an artefact needs depends on its kind.
     """
     manifest = parse_json(text)
     schema = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
     if schema not in READABLE:
         raise ValueError(f"expected schema {' or '.join(map(str, READABLE))}, found {schema}")
     if not isinstance(manifest.get("fingerprint", {}), dict):
-        raise ValueError(f"expected a fingerprint by field, found {manifest['fingerprint']!r}")
+        raise ValueError(f"expected the fingerprint as an object, found {manifest['fingerprint']!r}")
     arrays = manifest.get("arrays", {})
     for spec in arrays.values() if isinstance(arrays, dict) else [arrays]:
         shape = spec.get("shape") if isinstance(spec, dict) else None

@@ -21,9 +21,9 @@ import pytest
 import torch
 from torch import nn
 
-from samlove.config import LocalConfig, SchedulerConfig, SlurmConfig, load_cluster
+from samlove.config import ClusterConfig, LocalConfig, SchedulerConfig, SlurmConfig, load_cluster
 from samlove.errors import RequestError, SamloveError
-from samlove.features.cluster import Cluster, chosen_cluster, connect, slurm_cluster
+from samlove.features.cluster import chosen_cluster, connect, slurm_cluster
 from samlove.features.encoders.base import Arrays
 from samlove.features.encoders.vggish import VggishEncoder
 from samlove.features.extract import Job, Report, extract
@@ -82,11 +82,11 @@ def encoder(tmp_path: Path) -> Watched:
 
 
 @pytest.fixture
-def make(tmp_path: Path, encoder: Watched) -> Callable[[str, Cluster], Report]:
+def make(tmp_path: Path, encoder: Watched) -> Callable[[str, ClusterConfig], Report]:
     """Runs the stage on 12 wavs, in shards of two, into tmp_path/<name>."""
     sources = write_wavs(tmp_path / "inputs", range(7, 13)) | write_wavs(tmp_path / "inputs", range(21, 27))
 
-    def run(name: str, cluster: Cluster) -> Report:
+    def run(name: str, cluster: ClusterConfig) -> Report:
         root = tmp_path / name
         return extract(Job(encoder, sources, root / "store", root / "scratch", 2, 1), cluster)
 
@@ -94,7 +94,7 @@ def make(tmp_path: Path, encoder: Watched) -> Callable[[str, Cluster], Report]:
 
 
 @pytest.fixture
-def expected(tmp_path: Path, encoder: Watched, make: Callable[[str, Cluster], Report]) -> dict[str, bytes]:
+def expected(tmp_path: Path, encoder: Watched, make: Callable[[str, ClusterConfig], Report]) -> dict[str, bytes]:
     """The files of the store that one worker inside this process writes."""
     (encoder.folder / "victim").touch()  # so that no process becomes the victim
     report = make("expected", LOCAL)

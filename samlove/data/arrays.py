@@ -3,7 +3,7 @@
 from samlove.errors import SamloveError
 from stores import FeatureStore
 
-# Store -> array -> number of dimensions. N frames, P patches, L text tokens, d widths, C channels:
+# Store -> array -> number of dimensions. N: frames, P: patches, L: text tokens, d: widths, C: channels.
 DIMENSIONS = {
     "audio": {"audio": 2, "audio_valid": 1},  # (N, dA), (N,)
     "visual": {"visual": 3},  # (N, 1+P, dV)
@@ -13,7 +13,7 @@ DIMENSIONS = {
 
 
 def check_arrays(name: str, store: FeatureStore) -> None:
-    """Raise SamloveError unless an item of `store` has the arrays of the feature store `name`."""
+    """Raise SamloveError unless the items of `store` have the arrays of the feature store `name`, and no others."""
     found = {array: len(shape) for array, shape in store.shapes.items()}
     if found != DIMENSIONS[name]:
         raise SamloveError(

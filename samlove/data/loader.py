@@ -22,13 +22,11 @@ from stores.remote import AnyPath
 
 FEATURES = ("audio", "visual", "text", "sam2")  # the sources whose fingerprints a shard set records
 _DRAWS = 1 << 16  # random numbers that the sampler draws at a time; does not affect the order
-_VIDEO_ARRAYS = ("audio", "audio_valid", "visual", "sam2_image_embed", "sam2_high_res_0", "sam2_high_res_1")
 
-# Dimensions of the arrays of every sample, which also has `rows`, a JSON list.
-_DIMENSIONS = {
-    "audio": 2, "audio_valid": 1, "visual": 3, "sam2_image_embed": 3, "sam2_high_res_0": 3, "sam2_high_res_1": 3,
-    "text": 3, "text_mask": 2, "masks": 3,
-}  # fmt: skip
+# The arrays of every sample with their number of dimensions. A sample also has `rows`, a JSON list.
+_LEVELS = dict.fromkeys(("sam2_image_embed", "sam2_high_res_0", "sam2_high_res_1"), 3)
+_VIDEO_ARRAYS = {"audio": 2, "audio_valid": 1, "visual": 3, **_LEVELS}
+_DIMENSIONS = {**_VIDEO_ARRAYS, "text": 3, "text_mask": 2, "masks": 3}
 
 
 class ExpressionDataset(Dataset):

@@ -16,7 +16,7 @@ import torch
 from dask.system import CPU_COUNT
 from distributed import Client, Nanny, Scheduler, SpecCluster, Worker
 
-from samlove.config import LocalConfig, SchedulerConfig, SlurmConfig, load_cluster
+from samlove.config import ClusterConfig, LocalConfig, SchedulerConfig, SlurmConfig, load_cluster
 from samlove.errors import RequestError, SamloveError
 from samlove.features.worker import TASKS
 
@@ -27,17 +27,16 @@ QUIET = logging.CRITICAL  # the run reports a task's error as one line; Dask's o
 LOGGED = 10  # messages, each with the sources of a shard, that Dask keeps in its logs; by default 1,000
 CONNECT_S = 10  # time limit for a scheduler to answer
 
-Cluster = LocalConfig | SchedulerConfig | SlurmConfig
 LOCAL = LocalConfig(kind="local")
 
 
-def chosen_cluster() -> Cluster:
+def chosen_cluster() -> ClusterConfig:
     """The configuration that SAMLOVE_CLUSTER names. Raises RequestError if it is missing or invalid."""
     return load_cluster(os.environ.get("SAMLOVE_CLUSTER", "local"))
 
 
 @contextmanager
-def connect(config: Cluster) -> Iterator[tuple[Client, int | None]]:
+def connect(config: ClusterConfig) -> Iterator[tuple[Client, int | None]]:
     """A client of the cluster, which is started if necessary, and the number of torch threads per worker.
 
     Raises SamloveError if no scheduler answers; RequestError if the slurm extra is not installed or an option of
@@ -104,7 +103,7 @@ def _local_cluster(workers: int, threads: int | None) -> Iterator[SpecCluster]:
     try:
         yield cluster
     finally:
-        with suppress(AssertionError):  # Dask's close() fails on a worker that is about to restart; it ends with us
+        with suppress(AssertionError):  # from Dask, if a worker is just restarting; it ends with this process
             cluster.close()
 
 

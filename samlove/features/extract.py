@@ -29,10 +29,11 @@ from distributed import Client, Future, KilledWorker, wait
 from distributed.comm import CommClosedError
 from tqdm import tqdm
 
+from samlove.config import ClusterConfig
 from samlove.data.digest import code_digest, source_ids
 from samlove.data.hashes import FileHashes
 from samlove.errors import SamloveError
-from samlove.features.cluster import LOCAL, Cluster, connect
+from samlove.features.cluster import LOCAL, connect
 from samlove.features.encoders.base import Encoder
 from samlove.features.lock import only_run
 from samlove.features.worker import HERE, Extraction, Shard, Timing, compute_shard
@@ -108,7 +109,7 @@ class Report:
         )
 
 
-def extract(job: Job, cluster: Cluster = LOCAL, rehash: bool = False) -> Report:
+def extract(job: Job, cluster: ClusterConfig = LOCAL, rehash: bool = False) -> Report:
     """Build the store of `job`, or complete it. Returns what the run did.
 
     rehash: hash every file, even if its size, modification time and inode are unchanged.
@@ -128,7 +129,7 @@ def extract(job: Job, cluster: Cluster = LOCAL, rehash: bool = False) -> Report:
         ) from error
 
 
-def _extract(job: Job, cluster: Cluster, rehash: bool) -> Report:
+def _extract(job: Job, cluster: ClusterConfig, rehash: bool) -> Report:
     with only_run(job.scratch / LOCK, job.out) as token:
         report = Report(total=len(job.sources))
         began = time.perf_counter()
@@ -156,7 +157,7 @@ def _extract(job: Job, cluster: Cluster, rehash: bool) -> Report:
     return report
 
 
-def _compute(job: Job, writer: FeatureStoreWriter, token: str, cluster: Cluster, report: Report) -> list[Failure]:
+def _compute(job: Job, writer: FeatureStoreWriter, token: str, cluster: ClusterConfig, report: Report) -> list[Failure]:
     """Have the workers write all incomplete shards. Returns the items that could not be read, in order."""
     todo = writer.todo()
     if not todo:
