@@ -6,17 +6,25 @@ from pipelines import stage
 from samlove.config import DatasetConfig, EvaluateConfig, load
 from samlove.data.dataset import RefAvsFolder
 from samlove.data.layout import layout
+from samlove.data.targets import Targets
 from samlove.errors import RequestError
-from samlove.scoring.evaluate import evaluate, render_table, write
+from samlove.scoring.evaluate import SPLITS, evaluate, render_table, write
 
 
 @stage
 def main() -> None:
     paths = layout()
-    if not paths.expressions.exists():
-        raise RequestError(f"{paths.expressions}: no such file; run: dvc repro index")
-    folder = RefAvsFolder(load(DatasetConfig).root)
-    evaluation = evaluate(pd.read_parquet(paths.expressions), folder, paths.predictions, load(EvaluateConfig).protocol)
+    for path in (paths.expressions, paths.mask_digest):
+        if not path.exists():
+            raise RequestError(f"{path}: no such file; run: dvc repro index")
+    expressions = pd.read_parquet(paths.expressions)
+    targets = Targets(
+        RefAvsFolder(load(DatasetConfig).root),
+        expressions[expressions["split"].isin(SPLITS)],
+        paths.mask_digest.read_text(encoding="utf-8").strip(),
+        paths.scratch / "targets",
+    )
+    evaluation = evaluate(expressions, targets, paths.predictions, load(EvaluateConfig).protocol)
     write(evaluation, paths.metrics, paths.evaluation)
     print(render_table(evaluation.metrics, evaluation.details))
 

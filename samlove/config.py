@@ -18,6 +18,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -122,6 +123,11 @@ class FusionConfig(Section):
     seg_tokens: Size = 1  # number of [seg] tokens; the first one prompts SAM 2
     prompt: Literal["seg", "mean"] = "seg"  # the learnable token, or the mean of the whole sequence (Table 5)
     accumulate_cls: Switch = True  # append the [cls] tokens of earlier frames as [his] (Eq. 4)
+    # The paper leaves the following open; samlove.model.fusion and samlove.model.sam2_love say why these are the
+    # defaults.
+    time_embedding: Switch = True  # a learned embedding marks the audio token, patches and [cls] of each second
+    prompt_start: Literal["click", "box_corner"] = "click"  # SAM 2's embedding that the prompt token starts as
+    masks: Literal["single", "best_of_three"] = "single"  # SAM 2's mask tokens that answer the prompt
 
     @field_validator("heads")
     @classmethod
@@ -185,6 +191,56 @@ class ReportConfig(Section):
     clips: int = Field(8, ge=0, le=2**13)  # number of videos to show with their masks
 
 
+Score = Annotated[float, Field(ge=0, le=100)]  # in percent
+Triple = Annotated[tuple[Score, Score, Score], Field(strict=False)]
+
+
+class PaperScores(Section):
+    """J, F and J&F in percent, as published for Ref-AVS; None: not published."""
+
+    seen: Triple | None = None
+    unseen: Triple | None = None
+
+
+class AblationRow(Section):
+    run: str
+    label: str
+    paper: PaperScores | None = None
+
+
+class AblationTable(Section):
+    title: str
+    base: str  # the run that the table compares the others with
+    rows: list[AblationRow] = Field(min_length=1)
+
+
+class AblationsConfig(Section):
+    """Named runs, each a set of changes to the profile's configuration, and the tables that compare them."""
+
+    seeds: list[Seed] = Field([0], min_length=1)  # every run is trained once with each of them
+    controls: list[Literal["swapped_audio", "permuted_text", "true_mask"]] = []  # as in infer.yaml, for every run
+    # run -> section -> setting -> value, as in the section's own file
+    runs: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+$")], dict[str, dict[str, Any]]] = Field(min_length=1)
+    tables: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+$")], AblationTable] = Field(min_length=1)
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_differ(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("Input should have each seed once")
+        return seeds
+
+    @model_validator(mode="after")
+    def _tables_name_runs(self) -> "AblationsConfig":
+        for name, table in self.tables.items():
+            runs = [row.run for row in table.rows]
+            if unknown := [run for run in (*runs, table.base) if run not in self.runs]:
+                raise ValueError(f"tables.{name}: no run {unknown[0]!r} in runs")
+            if table.base not in runs or len(set(runs)) < len(runs):
+                raise ValueError(f"tables.{name}: expected one row per run, and one of them for base ({table.base})")
+        return self
+
+
 class LocalConfig(Section):
     """Workers on this machine."""
 
@@ -225,6 +281,7 @@ SECTIONS: dict[str, type[Section]] = {
     "infer": InferConfig,
     "evaluate": EvaluateConfig,
     "report": ReportConfig,
+    "ablations": AblationsConfig,
 }
 S = TypeVar("S", bound=Section)
 T = TypeVar("T")

@@ -33,6 +33,7 @@ from samlove.features.lock import only_run
 from samlove.model.checkpoint import Header, Origin, save_checkpoint
 from samlove.model.loss import Losses, mask_loss, upsample
 from samlove.model.optimizer import build_optimizer, set_learning_rate, warmup_decay
+from samlove.model.sam2 import FirstFrame
 from samlove.model.sam2_love import SamLove
 from samlove.model.training_state import MADE_BY, STATE, Progress, report_other_runs, restore_state, save_state
 from samlove.scoring.metrics import quantise, scores_from_bins
@@ -187,10 +188,9 @@ class Trainer:
         return {"loss": values.total.sum().item(), "bce": values.bce.sum().item(), "dice": values.dice.sum().item()}
 
     def _losses(self, batch: Batch) -> Losses:
-        mask_logits, object_score = self._forward(batch)
-        return mask_loss(mask_logits, object_score, batch["mask"], self.config.loss)
+        return mask_loss(self._forward(batch), batch["mask"], self.config.loss)
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _forward(self, batch: Batch) -> FirstFrame:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             return self.model(batch)
 
@@ -235,10 +235,10 @@ class Trainer:
         with closing(self._batches(self.samples.val, range(count))) as batches:
             while done < count:
                 (batch,) = self._next(batches, 1)
-                logits, _ = self._forward(self._on_device(batch))
+                logits = self._forward(self._on_device(batch)).best
                 if not (finite := ~logits.isnan().flatten(1).any(1)).all():
                     raise SamloveError(self._not_finite("the validation mask", batch["row_id"], finite))
-                bins = quantise(upsample(logits, batch["mask"].shape[-1]))
+                bins = quantise(upsample(logits[:, None], batch["mask"].shape[-1])[:, 0])
                 for frame, mask in zip(bins, batch["mask"].cpu().numpy() > 0, strict=True):
                     J[done], F[done], _ = scores_from_bins(frame[None], mask[None])
                     done += 1

@@ -12,6 +12,7 @@ from dvclive import Live
 from PIL import Image
 
 from samlove.data.dataset import RefAvsFolder
+from samlove.data.digest import folder_digest
 from samlove.scoring.evaluate import CONTROLS
 from samlove.scoring.metrics import EDGES, quantise
 from stores import PredictionWriter
@@ -41,6 +42,7 @@ def make_run(data: Path, rows: dict[str, int], frames: int = 3, size: int = 24, 
     expressions = pd.DataFrame(table)
     (data / "index").mkdir(parents=True)
     expressions.to_parquet(data / "index" / "expressions.parquet")
+    (data / "index" / "gt_mask.sha256").write_text(folder_digest(data / "set" / "gt_mask") + "\n")
     return expressions
 
 

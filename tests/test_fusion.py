@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from samlove.config import FusionConfig
-from samlove.model.fusion import Block, Fusion
+from samlove.model.fusion import Block, FirstTokens, Fusion
 
 B, N, P, L, D = 3, 4, 6, 5, 32
 DIMS = {"audio": 7, "visual": 9, "text": 11, "frames": N}
@@ -43,7 +43,7 @@ def by_the_equations(fusion, audio, visual, text, text_mask, audio_valid):
                 his = torch.cat([his, V[i, :1]])
             z = torch.cat([seg, A, fusion.aud, T, fusion.vis, V[i, 1:], his])[None]
             for block in fusion.blocks:
-                z = block(z, torch.ones(1, 1, 1, z.shape[1], dtype=torch.bool))
+                z = block(z, torch.zeros(1, 1, 1, z.shape[1]))
             seg = z[0, : len(fusion.seg)]
         out.append(fusion.head(seg[:1]))
     return torch.stack(out)
@@ -66,9 +66,9 @@ def test_the_first_tokens_of_a_block_have_the_values_and_gradients_of_the_whole_
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
     z = torch.randn(2, 9, D, dtype=torch.float64)
-    mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
-    mask[0, ..., 5:] = False
-    whole, part = block(z, mask)[:, :2], block(z, mask, first=2)
+    bias = torch.zeros(2, 1, 1, 9, dtype=torch.float64)
+    bias[0, ..., 5:] = float("-inf")
+    whole, part = block(z, bias)[:, :2], FirstTokens(block)(z[:, :2], block.norm1(z), bias[:, 0])
     torch.testing.assert_close(part, whole)
     expected, found = (torch.autograd.grad(out.square().sum(), tuple(block.parameters())) for out in (whole, part))
     torch.testing.assert_close(found, expected)
@@ -91,7 +91,8 @@ def test_attention_equals_torchs_layer():
     x = block.norm1(z)
     z1 = z + twin(x, x, x, key_padding_mask=~mask)[0]
     expected = z1 + block.mlp(block.norm2(z1))
-    torch.testing.assert_close(block(z, mask[:, None, None]), expected, rtol=1e-5, atol=1e-5)
+    bias = torch.zeros(2, 1, 1, 9).masked_fill(~mask[:, None, None], float("-inf"))
+    torch.testing.assert_close(block(z, bias), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("prompt", ["seg", "mean"])

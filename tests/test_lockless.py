@@ -42,6 +42,23 @@ with PredictionWriter("predictions.h5", 1, 2, np.array([0.5], np.float32)) as pr
 assert PredictionReader("predictions.h5").read("r").sum() == 4
 """
 
+TARGETS = """
+from pathlib import Path
+import pandas as pd
+from PIL import Image
+from samlove.data.dataset import RefAvsFolder
+from samlove.data.targets import Targets
+folder = RefAvsFolder("set")
+for path in (folder.frame_path("v", 0), folder.mask_path("v", 0, 0)):
+    path.parent.mkdir(parents=True)
+    Image.linear_gradient("L").save(path)
+rows = pd.DataFrame([{"media_id": "v", "fid": 0, "null": False}])
+for digest in ("first", "first", "second"):
+    found = Targets(folder, rows, digest, Path("targets")).load_masks("v", 0, 2, 8)
+    assert (found == folder.load_masks("v", 0, 2, 8)).all()
+    print(len([*Path("targets").glob("*.bits")]))
+"""
+
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -86,6 +103,13 @@ def test_a_killed_run_without_locks_says_what_to_delete(library: Path, tmp_path:
 def test_stores_exports_and_predictions_need_no_locks(code: int, library: Path, tmp_path: Path) -> None:
     done = start(STORES, tmp_path, library, code)
     assert done.communicate()[1] == "" and done.returncode == 0
+
+
+@by_code
+def test_decoded_masks_need_no_locks(code: int, library: Path, tmp_path: Path) -> None:
+    out, err = start(TARGETS, tmp_path, library, code).communicate()
+    assert out.split() == ["1", "1", "2"], err  # another process may be reading the first: it is kept
+    assert {path.suffix for path in (tmp_path / "targets").iterdir()} == {"", ".bits"}
 
 
 def test_the_download_cache_says_which_variable_to_set(library: Path, tmp_path: Path) -> None:

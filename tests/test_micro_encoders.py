@@ -1,18 +1,23 @@
 """The script that trains the micro encoders: its labels fit the examples, and the bundled weights have learned them."""
 
+import re
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import samlove.model.torchvision_ops  # noqa: F401
 from samlove.config import AudioConfig, TextConfig, VisualConfig, load
+from samlove.features.encoders.clip_image import ClipImageEncoder
+from samlove.features.encoders.clip_text import ClipTextEncoder
 from samlove.features.encoders.roberta import RobertaEncoder
 from samlove.features.encoders.vggish import build_vggish
 from samlove.features.encoders.vit import build_vit
-from samlove.micro import code
+from samlove.micro import code, pretrain_clip
 from samlove.micro.pretrain_encoders import (
     Examples,
     make_roberta,
@@ -23,9 +28,11 @@ from samlove.micro.pretrain_encoders import (
     voices,
 )
 from samlove.model.weights import load_state_dict
-from samlove.synth.scene import SEEN, sample_scene
+from samlove.synth.scene import SEEN, render, sample_scene
 
 FRESH = 77  # a seed that training never uses
+
+CLIP = "weights/micro/clip/clip"  # as in configs/micro/ablations.yaml
 
 
 def batch_of(examples: list[dict]) -> dict[str, torch.Tensor]:
@@ -114,3 +121,113 @@ def test_code_of_sight_and_sound_follow_the_scene() -> None:
     for thing, kind, first in (loudest, "loudest", 0), (lowest, "lowest", code.LOW):
         traits = heard[int(heard[:, code.KIND[kind]].argmax()), first : first + code.TRAITS]
         assert sorted(np.argsort(traits)[-4:]) == code.CATEGORY[thing.category]
+
+
+def clip_encoders(folder: str) -> tuple[ClipImageEncoder, ClipTextEncoder]:
+    """With the settings of the micro profile, as the ablation has them."""
+    override = {"encoder": "clip", "weights": folder}
+    cpu = torch.device("cpu")
+    return (
+        ClipImageEncoder(load(VisualConfig).model_copy(update=override), cpu),
+        ClipTextEncoder(load(TextConfig).model_copy(update=override), cpu),
+    )
+
+
+def test_bundled_clip_encodes_frames_and_expressions(tmp_path: Path) -> None:
+    images, texts = clip_encoders(CLIP)
+    picture, _ = render(sample_scene(np.random.default_rng(FRESH), SEEN), 0, (160, 120))
+    Image.fromarray(picture).save(tmp_path / "0.jpg")
+    visual = images.encode([images.load([tmp_path / "0.jpg"] * 3)])[0]["visual"]
+    assert visual.shape == (3, 17, code.WIDTH) and np.isfinite(visual).all()
+    said = ["The star.", "The sounding object on the left of the hourglass."]
+    short, long = texts.encode(said)
+    assert short["text"].shape == long["text"].shape == (25, code.WIDTH)
+    assert short["text_mask"].sum() == 2 + 3 and long["text_mask"].sum() == 2 + 10  # whole words and the full stop
+
+
+def test_every_word_of_lavs_synth_is_a_token_of_the_bundled_clip() -> None:
+    _, tokenizer = pretrain_clip.load(Path(CLIP))
+    assert tokenizer.tokenize("It Didn't.") == ["i", "t</w>", "didn</w>", "'t</w>", ".</w>"]  # "it" is in no expression
+    words = {word for text in said_sentences(seed=0, scenes=100) for word in re.findall(r"[a-z]+|'t", text.lower())}
+    assert {f"{word}</w>" for word in words - {"t"}} <= set(tokenizer.get_vocab())
+
+
+def test_bundled_clip_chooses_the_true_sentence() -> None:
+    model, tokenizer = pretrain_clip.load(Path(CLIP))
+    scores = pretrain_clip.zero_shot(model, tokenizer, FRESH, frames=400)
+    print(scores)
+
+
+@torch.no_grad()
+def test_bundled_clip_finds_the_sentence_of_a_frame() -> None:
+    model, tokenizer = pretrain_clip.load(Path(CLIP))
+    rng = np.random.default_rng(FRESH)
+    batch = list(islice(pretrain_clip.views(rng), 200))
+    tokens = tokenizer([pretrain_clip.sentence(rng, view["seen"]) for view in batch], padding=True, return_tensors="pt")
+    pictures = torch.from_numpy(np.stack([view["picture"] for view in batch]))
+    logits = pretrain_clip.similarity(model, pictures, tokens["input_ids"])  # (200, 200)
+    blocks = [logits[i : i + 10, i : i + 10] for i in range(0, 200, 10)]
+    found = [pretrain_clip.contrast(block, {})[1] for block in blocks]
+    print(np.mean([f["sentence"] for f in found]), np.mean([f["frame"] for f in found]))  # chance: 0.1
+
+
+@pytest.mark.parametrize(
+    ("seen", "sentence"),
+    [
+        ([{"category": "star"}], "The star."),
+        ([{"place": "left"}], "The object on the left."),
+        ([{"colour": "red", "size": "big", "category": "moon"}, {"sounding": "sounding"}],
+         "The big red moon and the sounding object."),
+        ([{"category": "star"}, {"category": "ring", "place": "right"}, {"colour": "red"}],
+         "The star, the ring on the right and the red object."),
+    ],
+)  # fmt: skip
+def test_sentences_about_what_is_seen(seen: list[dict[str, str]], sentence: str) -> None:
+    assert pretrain_clip.say(seen) == sentence
+
+
+def test_false_sentences_are_true_of_nothing() -> None:
+    seen = [{"category": "star", "colour": "red"}, {"category": "moon", "colour": "blue", "place": "left"}]
+    choices = partial(pretrain_clip.choices, np.random.default_rng(0), seen)
+    true, *false = choices("colour")
+    assert true in ("The red object.", "The blue object.") and len(false) == len(code.COLOUR) - 2
+    true, *false = choices("colour", "category")
+    assert true in ("The red star.", "The blue moon.") and len(false) == len(code.COLOUR) - 1
+    assert choices("place", "category") == ["The moon on the left.", "The moon on the right."]
+    assert choices("size") == []
+
+
+def test_the_command_writes_a_clip_in_the_format_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, few in (("POOL", 40), ("PATCHED", 40), ("BATCH", 8)):
+        monkeypatch.setattr(pretrain_clip, name, few)
+    monkeypatch.setattr(pretrain_clip, "said_sentences", partial(said_sentences, scenes=100))
+    scores = pretrain_clip.make_clip(tmp_path / "clip", minutes=0.01, seed=1)
+    assert scores["steps"] >= 1 and 0 < scores["loss"] < 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip"]
+    for encoder in clip_encoders(str(tmp_path / "clip")):
+        assert encoder.network
+
+
+def test_an_untrained_clip_learns_which_sentence_belongs_to_which_frame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrain_clip, "PATCHED", 40)
+    tokenizer = pretrain_clip.make_tokenizer(tmp_path, said_sentences(seed=0, scenes=100))
+    torch.manual_seed(0)
+    model = pretrain_clip.build(tokenizer)
+    pretrain_clip.set_filters(model, seed=0)
+    rng = np.random.default_rng(FRESH)
+    batch = list(islice(pretrain_clip.views(rng), 8))
+    pictures = torch.from_numpy(np.stack([view["picture"] for view in batch]))
+    texts = [pretrain_clip.say(view["seen"]) for view in batch]
+    tokens = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
+    optimiser = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-3)
+    for _ in range(40):
+        loss, _ = pretrain_clip.contrast(pretrain_clip.similarity(model, pictures, tokens), {})
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    _, right = pretrain_clip.contrast(pretrain_clip.similarity(model, pictures, tokens), {})
+    assert right == {"sentence": 1.0, "frame": 1.0}

@@ -10,12 +10,15 @@ import pytest
 from PIL import Image
 
 from samlove.cli.results import render_results, write_picture
+from samlove.config import AblationsConfig, DatasetConfig, load
 from samlove.data.dataset import RefAvsFolder, load_mask
 from samlove.errors import RequestError
 from samlove.scoring.evaluate import evaluate, write
+from samlove.scoring.report.ablations import write_ablations
 from samlove.scoring.report.clips import FILL, FRAME_WIDTH, draw_frame
 from samlove.scoring.report.picture import AREA, GAP, HEADER, MARGIN, choose_row, draw_picture, save
 from stores import PredictionReader
+from tests.made_ablations import make_ablation_run
 from tests.made_run import make_run
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +66,20 @@ def test_results_show_the_scores_and_the_report(inside: Path) -> None:
         line = next(line for line in text.splitlines() if line.split()[:1] == [name])
         assert line.split()[1:] == [str(metrics[split]["n"]), *(f"{metrics[split][k]:.1f}" for k in ("J", "F", "J&F"))]
     assert text.splitlines()[-1] == f"report: {inside / 'data/micro/report/index.html'}"
+
+
+def test_results_show_the_tables_of_ablations(inside: Path) -> None:
+    tables, runs = inside / "data/micro/ablations/tables", inside / "data/micro/ablations/runs"
+    config = load(AblationsConfig)
+    for run in config.runs:
+        make_ablation_run(runs, run, expressions=9, epochs=1)
+    write_ablations(config, load(DatasetConfig), "micro", runs, tables)
+    text = render_results()
+    shutil.rmtree(tables.parent)
+    plain, shown = render_results(), [table.title for table in config.tables.values()]
+    assert text.startswith(plain + "\n") and not any(title in plain for title in shown)
+    assert [line for line in text.splitlines() if line in shown] == shown
+    assert text.splitlines()[-1] == f"ablations: {tables / 'index.html'}"
 
 
 def test_without_a_run_the_error_names_the_command(checkout: Path, tmp_path: Path, monkeypatch) -> None:

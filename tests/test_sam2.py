@@ -89,9 +89,59 @@ def test_imports_none_of_the_other_encoders():
     assert json.loads(found) == []
 
 
+@pytest.mark.parametrize("best_of_three", [True, False])
+def test_training_path_equals_sam2s_own_modules(light, embeds, token, best_of_three):
+    """Values, and gradients of all that is trained."""
+    light.best_of_three = best_of_three
+    try:
+        light.set_trainable(True, True)
+        parameters = [p for p in light.parameters() if p.requires_grad]
+        first = first_frame_of(embeds)
+        answer = light.first_frame(first, token)
+        features = light._features(first)
+        nowhere, padding = torch.zeros(BATCH, 1, 2), -torch.ones(BATCH, 1, dtype=torch.int32)
+        sparse, dense = light.sam_prompt_encoder(points=(nowhere, padding), boxes=None, masks=None)
+        masks, iou, _, score = light.sam_mask_decoder(
+            image_embeddings=light._without_memory(features),
+            image_pe=light.sam_prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=torch.cat([sparse, token], dim=1),
+            dense_prompt_embeddings=dense,
+            multimask_output=best_of_three,
+            repeat_image=False,
+            high_res_features=light._high_res(features),
+        )
+        torch.testing.assert_close(answer.masks, masks, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(answer.object_score, score[:, 0], rtol=1e-4, atol=1e-4)
+        if best_of_three:
+            torch.testing.assert_close(answer.iou, iou, rtol=1e-4, atol=1e-4)
+        found, expected = (
+            torch.autograd.grad(m.square().mean() + o.mean() + i.mean(), parameters, allow_unused=True)
+            for m, o, i in ((answer.masks, answer.object_score, answer.iou), (masks, score, iou * best_of_three))
+        )
+        assert all(gradient is not None for gradient in found)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    finally:
+        light.best_of_three = False
+        light.requires_grad_(True)
+
+
+def test_the_best_of_three_has_the_highest_expected_iou_in_training_and_tracking(light, embeds, token):
+    light.best_of_three = True
+    try:
+        answer = light.first_frame(first_frame_of(embeds), token)
+        tracked = light.track(embeds, token=token)
+    finally:
+        light.best_of_three = False
+    assert answer.masks.shape == (BATCH, 3, 16, 16)
+    best = torch.stack([masks[i] for masks, i in zip(answer.masks, answer.iou.argmax(1), strict=True)])
+    assert torch.equal(answer.best, best)
+    torch.testing.assert_close(tracked[:, 0], torch.where(answer.object_score[:, None, None] > 0, best, -1024.0))
+
+
 def test_training_path_is_frame_0_of_tracking(light, embeds, token):
-    logits, score = light.first_frame(first_frame_of(embeds), token)
-    assert logits.shape == (BATCH, 16, 16) and score.shape == (BATCH,)
+    answer = light.first_frame(first_frame_of(embeds), token)
+    logits, score = answer.best, answer.object_score
+    assert answer.masks.shape == (BATCH, 1, 16, 16) and score.shape == (BATCH,)
     tracked = light.track(embeds, token=token)
     assert tracked.shape == (BATCH, FRAMES, 16, 16)
     gated = torch.where(score[:, None, None] > 0, logits, -1024.0)
@@ -104,7 +154,7 @@ def test_training_path_passes_gradients_for_absent_objects(light, embeds, token)
     try:
         bias.data.fill_(-100)
         token.requires_grad_()
-        logits, score = light.first_frame(first_frame_of(embeds), token)
+        logits, score, _ = light.first_frame(first_frame_of(embeds), token)
         assert (score < 0).all() and (logits > -1000).all()
         logits.square().mean().backward()
         assert (token.grad.abs().amax(dim=(1, 2)) > 0).all()
@@ -116,13 +166,17 @@ def test_training_path_passes_gradients_for_absent_objects(light, embeds, token)
 @pytest.mark.parametrize("cache_point", ["post_conv", "pre_conv"])
 @pytest.mark.parametrize("prompt_encoder", [True, False])
 @pytest.mark.parametrize("mask_decoder", [True, False])
-def test_only_trainable_parameters_get_a_gradient(checkpoint, embeds, token, cache_point, prompt_encoder, mask_decoder):
+@pytest.mark.parametrize("best_of_three", [True, False])
+def test_only_trainable_parameters_get_a_gradient(
+    checkpoint, embeds, token, cache_point, prompt_encoder, mask_decoder, best_of_three
+):
     light = LightSam2.load(TINY, str(checkpoint), cache_point)
+    light.best_of_three = best_of_three
     if cache_point == "pre_conv":
         embeds = {name: value[:, :1].expand(-1, 64, -1, -1) for name, value in embeds.items()}
     light.set_trainable(prompt_encoder, mask_decoder)
-    logits, score = light.first_frame(first_frame_of(embeds), token.requires_grad_())
-    (logits.square().mean() + score.mean()).backward()
+    answer = light.first_frame(first_frame_of(embeds), token.requires_grad_())
+    (answer.masks.square().mean() + answer.object_score.mean() + answer.iou.mean()).backward()
     trained = {name for name, parameter in light.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, parameter in light.named_parameters() if parameter.grad is not None}
     parts = {name.split(".")[0] for name in trained}

@@ -5,22 +5,30 @@ from pathlib import Path
 
 import pandas as pd
 
-from samlove.config import DatasetConfig, load
+from samlove.config import AblationsConfig, DatasetConfig, load
 from samlove.data.dataset import RefAvsFolder
 from samlove.data.layout import layout
 from samlove.errors import RequestError
 
 
 def render_results() -> str:
-    """The result table and the report's path. Raises RequestError if the profile has no finished run."""
+    """The result table and the report's path, then those of the ablations if their tables exist.
+
+    Raises RequestError if the profile has no finished run.
+    """
     from samlove.scoring.evaluate import render_table
+    from samlove.scoring.report.ablations import render_short
 
     paths = layout()
     for path in (paths.metrics, paths.details, paths.report):
         _check_exists(path)
     metrics, details = (json.loads(path.read_text(encoding="utf-8")) for path in (paths.metrics, paths.details))
     table = render_table(metrics, details)
-    return f"{table}\n\nreport: {paths.report.resolve()}"
+    text = f"{table}\n\nreport: {paths.report.resolve()}"
+    if not paths.ablation_tables.is_dir():
+        return text
+    ablations = render_short(load(AblationsConfig), paths.ablation_tables)
+    return f"{text}\n\n{ablations}\n\nablations: {(paths.ablation_tables / 'index.html').resolve()}"
 
 
 def write_picture(out: Path, row_id: str | None) -> str:

@@ -72,6 +72,20 @@ class Layout:
         return self.root / "report" / "index.html"
 
     @property
+    def ablations(self) -> Path:
+        return self.root / "ablations"
+
+    @property
+    def ablation_runs(self) -> Path:
+        """{run}/seed{seed}: a folder per run and seed of configs/<profile>/ablations.yaml."""
+        return self.ablations / "runs"
+
+    @property
+    def ablation_tables(self) -> Path:
+        """tables.md, a CSV file per table, the page and the learning curves."""
+        return self.ablations / "tables"
+
+    @property
     def scratch(self) -> Path:
         """Unfinished work; a folder for each stage. Deleting it is safe and costs only time."""
         return self.root / ".scratch"
@@ -88,7 +102,7 @@ class Layout:
         """
         remedy = f"clone this repository onto that disk and run there, or mount the disk at {self.root.parent}"
         outputs = [self.root.parent, self.root, self.index, self.shards, self.checkpoint.parent, self.live]
-        outputs += [self.evaluation, self.report.parent]
+        outputs += [self.evaluation, self.report.parent, self.ablations, self.ablation_runs, self.ablation_tables]
         for folder in (self.features, self.predictions):
             outputs += [folder, *(sorted(folder.iterdir()) if folder.is_dir() else ())]
         for folder in outputs:

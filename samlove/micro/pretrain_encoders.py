@@ -147,14 +147,17 @@ def train(
     batch: int,
     minutes: float,
 ) -> Scores:
-    """Train for `minutes`, with warm-up and cosine decay of the learning rate; returns running mean scores."""
+    """Train for `minutes`, with warm-up and cosine decay of the learning rate; returns running mean scores.
+
+    At least one step is done.
+    """
     lr = 1e-3
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.02, betas=(0.9, 0.98))
     begin, step = time.monotonic(), 0
     scores: Scores = {}
     for data in DataLoader(examples, batch_size=batch, num_workers=1, prefetch_factor=6):
-        done = (time.monotonic() - begin) / 60 / minutes
-        if done >= 1:
+        done = min((time.monotonic() - begin) / 60 / minutes, 1.0)
+        if done == 1 and step:
             break
         for group in optimiser.param_groups:
             group["lr"] = lr * min((step + 1) / 100, 0.5 * (1 + np.cos(np.pi * done)))

@@ -1,7 +1,7 @@
 """The fusion module of section 3.2: compresses audio, text and video into the token that prompts SAM 2.
 
 Letters in shape comments: B batch, N frames (= seconds), L text tokens, P patches per frame, K [seg] tokens,
-D width, H heads, S tokens per sequence.
+D width, H heads, S tokens per sequence, C tokens that all frames share.
 
 The paper leaves five points open. This module decides them as follows:
 
@@ -29,7 +29,10 @@ INIT_STD = 0.02
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block (Eq. 2)."""
+    """One pre-norm transformer block (Eq. 2).
+
+    `bias` is added to the attention scores: 0 at tokens that may be attended to, -inf at padding.
+    """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: int):
         super().__init__()
@@ -40,39 +43,52 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
 
-    def forward(self, z: Tensor, mask: Tensor, first: int | None = None) -> Tensor:
-        """z (B,S,D), mask (B,1,1,S) bool, True at tokens that may be attended to -> (B,S,D).
+    def forward(self, z: Tensor, bias: Tensor) -> Tensor:
+        """z (B,S,D), bias (B,1,1,S) of the dtype of the keys -> (B,S,D)."""
+        return self.attend(z, self.read(z), bias)
 
-        With `first`, computes and returns only the first `first` tokens of that result, (B,first,D).
-        """
-        z = z + self._attend(z, mask) if first is None else z[:, :first] + self._attend_first(z, mask, first)
+    def read(self, z: Tensor) -> Tensor:
+        """Queries, keys and values of tokens (...,S,D), which depend on no other token: (...,S,3D)."""
+        return self.qkv(self.norm1(z))
+
+    def attend(self, z: Tensor, qkv: Tensor, bias: Tensor) -> Tensor:
+        """The rest of `forward`; qkv (B,S,3D) as from `read(z)`."""
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B,H,S,D/H)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        z = z + self.out(attended.transpose(1, 2).flatten(2))
         return z + self.mlp(self.norm2(z))
 
-    def _attend(self, z: Tensor, mask: Tensor) -> Tensor:
-        B, S, D = z.shape
-        qkv = self.qkv(self.norm1(z)).view(B, S, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B,H,S,D/H)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(attended.transpose(1, 2).reshape(B, S, D))
 
-    def _attend_first(self, z: Tensor, mask: Tensor, first: int) -> Tensor:
-        """The first `first` tokens of `_attend`, without approximation: (B,first,D).
+class FirstTokens:
+    """The first tokens of a block's output, without approximation. Holds for one step what its calls share.
 
-        With few queries, there is no need to compute keys and values for all tokens: q.(W_k x) = (W_k^T q).x, and the
-        weighted sum of W_v x is W_v times the weighted sum of x. Key biases add the same amount to every score of a
-        query and cancel in the softmax; value biases pass through, because the weights sum to 1.
-        """
-        B, _, D = z.shape
-        H, d = self.heads, D // self.heads
-        x = self.norm1(z)
-        w_q, w_k, w_v = self.qkv.weight.chunk(3)  # 3 x (D,D)
-        b_q, _, b_v = self.qkv.bias.chunk(3)
-        q = F.linear(x[:, :first], w_q, b_q).view(B, first, H, d) * d**-0.5
-        q = torch.einsum("bfhd,hdx->bfhx", q, w_k.view(H, d, D)).flatten(1, 2)  # (B,first*H,D)
-        scores = (q @ x.transpose(1, 2)).masked_fill(~mask.squeeze(1), float("-inf"))  # (B,first*H,S)
-        mean = (scores.softmax(-1) @ x).view(B, first, H, D)
-        attended = torch.einsum("bfhx,hdx->bfhd", mean, w_v.view(H, d, D)).flatten(2)  # (B,first,D)
-        return self.out(attended + b_v)
+    With few queries, there is no need to compute keys and values for all tokens: q.(W_k x) = (W_k^T q).x, and the
+    weighted sum of W_v x is W_v times the weighted sum of x. Key biases add the same amount to every score of a query
+    and cancel in the softmax; value biases pass through, because the weights sum to 1.
+    """
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        H, D = block.heads, block.out.in_features
+        w_q, w_k, w_v = block.qkv.weight.chunk(3)  # 3 x (D,D)
+        b_q, _, b_v = block.qkv.bias.chunk(3)
+        scale = (D // H) ** -0.5
+        self.w_q, self.b_q = w_q * scale, b_q * scale
+        self.w_k, self.w_v = w_k.view(H, -1, D), w_v.view(H, -1, D).transpose(1, 2)  # (H,D/H,D), (H,D,D/H)
+        self.b_out = F.linear(b_v, block.out.weight, block.out.bias)
+
+    def __call__(self, z: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+        """z (B,K,D): the first K tokens; x (B,S,D): all tokens after norm1; bias (B,1,S) -> (B,K,D)."""
+        B, K, D = z.shape
+        H = self.block.heads
+        q = F.linear(x[:, :K], self.w_q, self.b_q).view(B * K, H, -1).transpose(0, 1)  # (H,B*K,D/H)
+        q = (q @ self.w_k).transpose(0, 1).reshape(B, K * H, D)
+        x = x.to(q.dtype)
+        weights = torch.baddbmm(bias, q, x.transpose(1, 2)).softmax(-1)  # (B,K*H,S)
+        mean = (weights.to(x.dtype) @ x).view(B * K, H, D).transpose(0, 1)  # (H,B*K,D)
+        attended = (mean @ self.w_v).transpose(0, 1).reshape(B, K, D)
+        z = z + F.linear(attended, self.block.out.weight, self.b_out)
+        return z + self.block.mlp(self.block.norm2(z))
 
 
 class Fusion(nn.Module):
@@ -89,7 +105,7 @@ class Fusion(nn.Module):
         self.seg = nn.Parameter(torch.empty(config.seg_tokens, D))
         self.aud = nn.Parameter(torch.empty(1, D))
         self.vis = nn.Parameter(torch.empty(1, D))
-        self.time = nn.Parameter(torch.empty(dims["frames"], D))
+        self.time = nn.Parameter(torch.empty(dims["frames"], D)) if config.time_embedding else None
         self.blocks = nn.ModuleList(Block(D, config.heads, config.mlp_ratio) for _ in range(config.blocks))
         self.head = nn.Sequential(nn.LayerNorm(D), _mlp(D, D, prompt_dim))
         self._initialise()
@@ -97,7 +113,8 @@ class Fusion(nn.Module):
     @torch.no_grad()
     def _initialise(self) -> None:
         for token in (self.seg, self.aud, self.vis, self.time):
-            nn.init.trunc_normal_(token, std=INIT_STD)
+            if token is not None:
+                nn.init.trunc_normal_(token, std=INIT_STD)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -121,9 +138,10 @@ class Fusion(nn.Module):
         Returns (B,1,prompt_dim) float.
         """
         B = len(audio)
-        A = self.project_audio(audio) + self.time
+        time = self.time if self.time is not None else audio.new_zeros(())
+        A = self.project_audio(audio) + time
         T = self.project_text(text)
-        V = self.project_visual(visual) + self.time[:, None]  # (B,N,1+P,D): all frames at once
+        V = self.project_visual(visual) + time[..., None, :]  # (B,N,1+P,D): all frames at once
         clip = torch.cat([A, self.aud.expand(B, 1, -1), T, self.vis.expand(B, 1, -1)], dim=1)
         heard = torch.ones_like(audio[..., 0], dtype=torch.bool) if audio_valid is None else audio_valid
         marker = heard.new_ones(B, 1)
@@ -132,17 +150,40 @@ class Fusion(nn.Module):
         return self.head(propagate(clip, V[:, :, 1:], V[:, :, 0], known))
 
     def _propagate(self, clip: Tensor, patches: Tensor, cls: Tensor, known: Tensor) -> Tensor:
-        """Propagate [seg]. clip (B,N+1+L+1,D), patches (B,N,P,D), cls (B,N,D) -> the first [seg] (B,1,D)."""
-        B, _, P, D = patches.shape
+        """Propagate [seg]. clip (B,N+1+L+1,D), patches (B,N,P,D), cls (B,N,D) -> the first [seg] (B,1,D).
+
+        The tokens of a frame are [seg], clip, [his] and the frame's patches; without positions, their order has no
+        effect. What does not depend on [seg] is computed before the loop, once for all frames. [his] has the [cls] of
+        all frames, and a mask hides those of later ones: shapes are then the same in every step.
+        """
+        B, N, P, D = patches.shape
         K = self.config.seg_tokens
+        if self.config.accumulate_cls:
+            clip = torch.cat([clip, cls], dim=1)
+            former = torch.ones(N, N, dtype=torch.bool, device=known.device).tril()
+            known = torch.cat([known[:, None].expand(B, N, -1), former.expand(B, N, N)], dim=2)
+        else:
+            known = known[:, None].expand(B, N, -1)  # (B,N,C), C the tokens of clip and [his]
+
+        def by_frame(of_clip: Tensor, of_patches: Tensor) -> tuple[Tensor, ...]:
+            """(B,C,X) and (B,N,P,X) -> N x (B,C+P,X)."""
+            return torch.cat([of_clip[:, None].expand(B, N, -1, -1), of_patches], dim=2).unbind(1)
+
         seg = self.seg.expand(B, K, D)
-        for i, frame in enumerate(patches.unbind(1)):
-            his = cls[:, : i + 1] if self.config.accumulate_cls else cls[:, :0]
-            z = torch.cat([seg, clip, frame, his], dim=1)
-            mask = _attention_mask(known, before=K, after=P + his.shape[1])
-            for block in self.blocks[:-1]:
-                z = block(z, mask)
-            seg = self.blocks[-1](z, mask, first=K)
+        first, last = self.blocks[0], self.blocks[-1]
+        finish = FirstTokens(last)
+        read = last.norm1 if first is last else first.read
+        others = by_frame(read(clip), read(patches))
+        bias = _bias(F.pad(known, (K, P), value=True), others[0].dtype)[:, :, None].unbind(1)  # N x (B,1,K+C+P)
+        if first is last:
+            for x, b in zip(others, bias, strict=True):
+                seg = finish(seg, torch.cat([read(seg), x], dim=1), b)
+            return seg[:, :1]
+        for z, qkv, b in zip(by_frame(clip, patches), others, bias, strict=True):
+            z = first.attend(torch.cat([seg, z], dim=1), torch.cat([read(seg), qkv], dim=1), b[:, None])
+            for block in self.blocks[1:-1]:
+                z = block(z, b[:, None])
+            seg = finish(z[:, :K], last.norm1(z), b)
         return seg[:, :1]
 
     def _mean(self, clip: Tensor, patches: Tensor, cls: Tensor, known: Tensor) -> Tensor:
@@ -152,10 +193,13 @@ class Fusion(nn.Module):
         """
         his = cls if self.config.accumulate_cls else cls[:, :0]
         z = torch.cat([clip, patches.flatten(1, 2), his], dim=1)
-        mask = _attention_mask(known, before=0, after=z.shape[1] - clip.shape[1])
-        for block in self.blocks:
-            z = block(z, mask)
-        weight = mask[:, 0].transpose(1, 2).to(z.dtype)  # (B,S,1)
+        known = F.pad(known, (0, z.shape[1] - known.shape[1]), value=True)  # (B,S)
+        qkv = self.blocks[0].read(z)
+        bias = _bias(known, qkv.dtype)[:, None, None]
+        z = self.blocks[0].attend(z, qkv, bias)
+        for block in self.blocks[1:]:
+            z = block(z, bias)
+        weight = known[..., None].to(z.dtype)  # (B,S,1)
         return (z * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
 
 
@@ -164,6 +208,6 @@ def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
-def _attention_mask(known: Tensor, before: int, after: int) -> Tensor:
-    """The attention mask (B,1,1,S) of a sequence: `known` covers its middle; the ends are never padding."""
-    return F.pad(known, (before, after), value=True)[:, None, None]
+def _bias(known: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to attention scores: 0 where `known`, -inf at padding, of the same shape."""
+    return torch.zeros_like(known, dtype=dtype).masked_fill_(~known, float("-inf"))

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from sam2.modeling.sam2_base import SAM2Base
-from torch import Tensor
+from torch import Tensor, nn
 
 from samlove.errors import RequestError
 from samlove.model.sam2_build import instantiate_sam2, load_sam2_weights
@@ -27,12 +27,26 @@ class Points(NamedTuple):
     labels: Tensor
 
 
+class FirstFrame(NamedTuple):
+    """SAM 2's answer to a prompt on frame 0, float32. M is 1 or, with the best of three masks, 3."""
+
+    masks: Tensor  # (B, M, 4h, 4w) raw logits
+    object_score: Tensor  # (B,) raw logits
+    iou: Tensor  # (B, M) the IoU that SAM 2 expects of each mask, 0..1
+
+    @property
+    def best(self) -> Tensor:
+        """The mask with the highest expected IoU: (B, 4h, 4w)."""
+        return self.masks[torch.arange(len(self.masks), device=self.masks.device), self.iou.argmax(1)]
+
+
 class LightSam2(SAM2Base):
     """Prompt encoder, mask decoder and memory of SAM 2. Parameters are named as in the official checkpoints.
 
     A prompt token yields SAM 2's single mask, not the best of three. The three masks are for ambiguous prompts such as
     a single click, whereas [seg] names one object; choosing among them would depend on an IoU head that the paper's
-    loss does not train. Training (`first_frame`) and tracking (`track`) both use the single mask.
+    loss does not train. `best_of_three` chooses among them nevertheless, and then the IoU head is trained. Training
+    (`first_frame`) and tracking (`track`) answer a token in the same way.
 
     The module always stays in evaluation mode. Training mode would only change the dropout of the memory attention,
     which is frozen, and the object score, which tracking needs.
@@ -43,7 +57,13 @@ class LightSam2(SAM2Base):
         super().__init__(**parts)
         if not self.use_high_res_features_in_sam:
             raise RequestError("SAM 2 configuration: expected use_high_res_features_in_sam: true, found false")
+        if not (self.directly_add_no_mem_embed and self.sam_mask_decoder.pred_obj_scores):
+            raise RequestError(
+                "SAM 2 configuration: expected directly_add_no_mem_embed: true and pred_obj_scores: true, found false"
+            )
         self.cache_point = cache_point
+        self.best_of_three = False
+        self._positions: Tensor | None = None
         if cache_point == "post_conv":  # the stored embeddings are taken after these
             del self.sam_mask_decoder.conv_s0, self.sam_mask_decoder.conv_s1
 
@@ -74,43 +94,73 @@ class LightSam2(SAM2Base):
     def set_trainable(self, prompt_encoder: bool, mask_decoder: bool) -> None:
         """Make only these two trainable (section 3.2, Trainable Modules), and only the parts that `first_frame` uses.
 
-        `first_frame` does not use the other mask tokens' heads, the IoU head or the mask prompt's convolutions, so they
-        could not learn. Because they stay frozen, data-parallel training sees no parameter without a gradient.
+        `first_frame` uses neither the heads of the other mask tokens nor the prompt encoder's clicks, boxes and masks,
+        and with a single mask no IoU head, so they could not learn. Because they stay frozen, data-parallel training
+        sees no parameter without a gradient.
         """
         encoder, decoder = self.sam_prompt_encoder, self.sam_mask_decoder
         self.requires_grad_(False)
         if prompt_encoder:
-            encoder.requires_grad_(True)
-            encoder.mask_downscaling.requires_grad_(False)
+            encoder.not_a_point_embed.requires_grad_(True)
+            encoder.no_mask_embed.requires_grad_(True)
         if mask_decoder:
             decoder.requires_grad_(True)
-            decoder.iou_prediction_head.requires_grad_(False)
-            decoder.output_hypernetworks_mlps[1:].requires_grad_(False)
+            decoder.iou_prediction_head.requires_grad_(self.best_of_three)
+            for number, head in enumerate(decoder.output_hypernetworks_mlps):
+                head.requires_grad_(number in self._answers)
 
-    def first_frame(self, embeds: dict[str, Tensor], token: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def _answers(self) -> range:
+        """The numbers of the mask tokens that answer a prompt token."""
+        return range(1, self.sam_mask_decoder.num_mask_tokens) if self.best_of_three else range(1)
+
+    def first_frame(self, embeds: dict[str, Tensor], token: Tensor) -> FirstFrame:
         """The training path: segment frame 0 of B videos, each with its own token, with gradients.
 
         embeds: the precomputed embeddings of frame 0, `sam2_image_embed` (B, C, h, w), `sam2_high_res_0`
             (B, C0, 4h, 4w), `sam2_high_res_1` (B, C1, 2h, 2w); other keys are ignored.
         token: (B, K, prompt_dim), appended to the sparse prompt embeddings of "no point".
-        Returns raw mask logits (B, 4h, 4w) and object score logits (B,). If the score is negative, SAM 2's tracking
-        sets the whole mask to -1024, which would pass no gradient; this method does not.
+        If the object score is negative, SAM 2's tracking sets the whole mask to -1024, which would pass no gradient;
+        this method does not.
         """
-        features = self._features(embeds)
-        batch = len(token)
-        nowhere = torch.zeros(batch, 1, 2, device=token.device)
-        padding = -torch.ones(batch, 1, dtype=torch.int32, device=token.device)
-        sparse, dense = self.sam_prompt_encoder(points=(nowhere, padding), boxes=None, masks=None)
-        masks, _, _, object_score = self.sam_mask_decoder(
-            image_embeddings=self._without_memory(features),
-            image_pe=self.sam_prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=torch.cat([sparse, token], dim=1),  # (B, 2 + K, prompt_dim)
-            dense_prompt_embeddings=dense,
-            multimask_output=False,
-            repeat_image=False,
-            high_res_features=self._high_res(features),
-        )
-        return masks[:, 0].float(), object_score[:, 0].float()
+        fine, middle, image = self._on_device(embeds)
+        encoder = self.sam_prompt_encoder
+        image = image + self.no_mem_embed.view(1, -1, 1, 1) + encoder.no_mask_embed.weight.view(1, -1, 1, 1)
+        no_point = encoder.not_a_point_embed.weight.expand(len(token), 2, -1)
+        return self._decode(image, fine, middle, torch.cat([no_point, token], dim=1))
+
+    def _decode(self, image: Tensor, fine: Tensor, middle: Tensor, prompt: Tensor) -> FirstFrame:
+        """What SAM 2's mask decoder computes for the masks asked for, without what it computes for the others.
+
+        image (B, C, h, w) with the dense prompt added; fine (B, C0, 4h, 4w); middle (B, C1, 2h, 2w); prompt (B, P, C).
+        The upscaling runs on tokens, C channels last: a transposed convolution of kernel and stride 2 turns each token
+        into 2x2 tokens, each by a matrix of its own. So only the masks, of one channel each, must be put in order.
+        """
+        decoder, B, (h, w) = self.sam_mask_decoder, len(image), image.shape[-2:]
+        own = torch.cat([decoder.obj_score_token.weight, decoder.iou_token.weight, decoder.mask_tokens.weight])
+        tokens = torch.cat([own.expand(B, -1, -1), prompt], dim=1)
+        said, seen = decoder.transformer(image, self._dense_positions().expand_as(image), tokens)  # seen (B, hw, C)
+        up1, norm, act1, up2, act2 = decoder.output_upscaling
+        middle = middle.view(B, -1, h, 2, w, 2).permute(0, 2, 4, 3, 5, 1).flatten(1, 4)  # (B, hw*4, C1)
+        fine = fine.view(B, -1, h, 2, 2, w, 2, 2).permute(0, 2, 5, 3, 6, 4, 7, 1).flatten(1, 6)  # (B, hw*16, C0)
+        x = F.layer_norm(_upscale(seen, up1) + middle, middle.shape[-1:], norm.weight, norm.bias, norm.eps)
+        x = act2(_upscale(act1(x), up2) + fine)
+        heads = [decoder.output_hypernetworks_mlps[number](said[:, 2 + number]) for number in self._answers]
+        masks = torch.stack(heads, dim=1) @ x.transpose(1, 2)  # (B, M, hw*16)
+        masks = masks.view(B, -1, h, w, 2, 2, 2, 2).permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(B, -1, 4 * h, 4 * w)
+        score = decoder.pred_obj_score_head(said[:, 0])[:, 0]
+        if self.best_of_three:
+            iou = decoder.iou_prediction_head(said[:, 1])[:, list(self._answers)]
+        else:
+            iou = score.new_ones(B, 1)
+        return FirstFrame(masks.float(), score.float(), iou.float())
+
+    def _dense_positions(self) -> Tensor:
+        """The position encoding of the image embedding, (1, C, h, w): a constant, computed once."""
+        if self._positions is None or self._positions.device != self.device:
+            with torch.no_grad():
+                self._positions = self.sam_prompt_encoder.get_dense_pe()
+        return self._positions
 
     @torch.no_grad()
     def track(
@@ -163,11 +213,7 @@ class LightSam2(SAM2Base):
         encodings are those of the last level, the only ones that SAM 2 reads.
         """
         rows = slice(None) if frame is None else slice(frame, frame + 1)
-        moved = (embeds[name][rows].to(self.device, non_blocking=True) for name in LEVELS)
-        levels = [level.to(self.no_mem_embed.dtype) for level in moved]  # a single `to` would widen before moving
-        if self.cache_point == "pre_conv":
-            levels[0] = self.sam_mask_decoder.conv_s0(levels[0])
-            levels[1] = self.sam_mask_decoder.conv_s1(levels[1])
+        levels = self._on_device({name: embeds[name][rows] for name in LEVELS})
         if batch is not None:
             levels = [level.expand(batch, -1, -1, -1) for level in levels]
         coarse = levels[-1]
@@ -177,6 +223,15 @@ class LightSam2(SAM2Base):
             "current_vision_pos_embeds": [positions.flatten(2).permute(2, 0, 1)],  # (hw, B, C)
             "feat_sizes": [(level.shape[-2], level.shape[-1]) for level in levels],
         }
+
+    def _on_device(self, embeds: dict[str, Tensor]) -> list[Tensor]:
+        """The three levels, finest first, on the model's device and in its dtype, after conv_s0 and conv_s1."""
+        moved = (embeds[name].to(self.device, non_blocking=True) for name in LEVELS)
+        levels = [level.to(self.no_mem_embed.dtype) for level in moved]  # a single `to` would widen before moving
+        if self.cache_point == "pre_conv":
+            levels[0] = self.sam_mask_decoder.conv_s0(levels[0])
+            levels[1] = self.sam_mask_decoder.conv_s1(levels[1])
+        return levels
 
     def _high_res(self, features: dict) -> list[Tensor]:
         """The two finer levels in the form that the mask decoder takes."""
@@ -233,7 +288,9 @@ class LightSam2(SAM2Base):
         )
         try:
             *_, pred_masks, _, obj_ptr, object_score = self._forward_sam_heads(
-                self._without_memory(features), high_res_features=self._high_res(features), multimask_output=False
+                self._without_memory(features),
+                high_res_features=self._high_res(features),
+                multimask_output=self.best_of_three,
             )
         finally:
             handle.remove()
@@ -263,3 +320,10 @@ class LightSam2(SAM2Base):
                 del memories[t]
             else:
                 memories[t]["maskmem_features"] = memories[t]["maskmem_pos_enc"] = None
+
+
+def _upscale(tokens: Tensor, conv: nn.ConvTranspose2d) -> Tensor:
+    """A transposed convolution of kernel and stride 2 on tokens: (B, n, C) -> (B, n*4, C'), each token's 2x2 in a row."""
+    weight, bias = conv.weight.permute(2, 3, 1, 0).flatten(0, 2), conv.bias  # (4*C', C)
+    assert bias is not None
+    return F.linear(tokens, weight, bias.repeat(4)).view(len(tokens), -1, conv.out_channels)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from samlove.data.dataset import RefAvsFolder
 from samlove.data.digest import rows_digest
+from samlove.data.targets import Targets
 from samlove.errors import RequestError, SamloveError
 from samlove.scoring.metrics import EDGES, Scores, histogram, scores_of
 from stores import PredictionReader
@@ -40,11 +41,12 @@ class Evaluation(NamedTuple):
     details: dict  # protocols, cues, categories, controls
 
 
-def evaluate(expressions: pd.DataFrame, folder: RefAvsFolder, predictions: Path, protocol: str) -> Evaluation:
+def evaluate(expressions: pd.DataFrame, folder: RefAvsFolder | Targets, predictions: Path, protocol: str) -> Evaluation:
     """Score every expression of the evaluation splits, and average the scores.
 
-    expressions: the index's table, in file order. predictions: the folder of {split}/{predictions,CONTROL}.h5; val and
-    each control are scored if their files exist.
+    expressions: the index's table, in file order. folder: reads the ground-truth masks; Targets decodes those of an
+    object once, RefAvsFolder for each of its expressions. predictions: the folder of {split}/{predictions,CONTROL}.h5;
+    val and each control are scored if their files exist.
     Raises RequestError if the predictions of a test split are missing, SamloveError if those of an expression are
     missing, if a file was made for different rows than the index's, or if files differ in checkpoint, features or
     settings.
@@ -85,7 +87,7 @@ def evaluate(expressions: pd.DataFrame, folder: RefAvsFolder, predictions: Path,
 # --- scoring ---------------------------------------------------------------------------------------------------------
 
 
-def _score_split(rows: pd.DataFrame, folder: RefAvsFolder, source: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _score_split(rows: pd.DataFrame, folder: RefAvsFolder | Targets, source: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Scores of each expression, also under every available control, and of each of Ref-AVS Bench's batches."""
     readers = {name: _open(source / f"{name}.h5") for name in CONTROLS if (source / f"{name}.h5").exists()}
     main = _open(source / "predictions.h5")
@@ -139,7 +141,7 @@ def _open(path: Path) -> PredictionReader:
     return reader
 
 
-def _target(folder: RefAvsFolder, row: dict, shape: tuple[int, ...]) -> np.ndarray:
+def _target(folder: RefAvsFolder | Targets, row: dict, shape: tuple[int, ...]) -> np.ndarray:
     """Ground-truth masks, bool, of the predictions' shape (T, H, W); empty for a null expression, which has none."""
     if row["null"]:
         return np.zeros(shape, dtype=bool)

@@ -75,9 +75,10 @@ def histogram(bins: np.ndarray, target: Array) -> np.ndarray:
     target = np.asarray(target, dtype=bool)
     if bins.ndim != 3 or bins.shape != target.shape:
         raise SamloveError(f"expected masks and targets of one shape (T, H, W), found {bins.shape} and {target.shape}")
-    rows = np.arange(len(bins)).reshape(-1, 1, 1) * 2 + target  # (T, H, W)
-    counts = np.bincount((rows * BINS + bins).ravel(), minlength=len(bins) * 2 * BINS)
-    return counts.reshape(len(bins), 2, BINS)  # (T, 2, 256)
+    places = target.astype(np.uint16) * np.uint16(BINS) + bins  # (T, H, W)
+    # bincount converts to int64, which is faster for one frame at a time.
+    counts = [np.bincount(frame.ravel(), minlength=2 * BINS) for frame in places]
+    return np.array(counts, dtype=np.int64).reshape(len(bins), 2, BINS)
 
 
 def jaccard_of(counts: np.ndarray) -> float:

@@ -11,11 +11,12 @@ try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
+    from matplotlib.ticker import MaxNLocator
 finally:
     if _BACKEND is not None:
         os.environ["MPLBACKEND"] = _BACKEND
 
-__all__ = ["Axes", "Figure", "FigureCanvasAgg", "Rectangle", "plain_style"]
+__all__ = ["Axes", "Figure", "FigureCanvasAgg", "MaxNLocator", "Rectangle", "plain_style"]
 
 
 def plain_style(settings: dict[str, Any]) -> AbstractContextManager[None]:

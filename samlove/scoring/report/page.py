@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 from tqdm import tqdm
 
@@ -29,11 +29,7 @@ def build_report(data: Path, folder: RefAvsFolder, clips: int, profile: str, con
     metrics = _read_json(data / "metrics.json")
     details = _read_json(data / "evaluation" / "details.json")
     rows = pd.read_parquet(data / "evaluation" / "rows.parquet")
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters |= {"number": number, "yaml": _as_yaml}
-    return environment.get_template(TEMPLATE).render(
+    return load_template(TEMPLATE).render(
         dataset=config["dataset"]["name"],
         profile=profile,
         metrics=metrics,
@@ -49,6 +45,15 @@ def build_report(data: Path, folder: RefAvsFolder, clips: int, profile: str, con
         fingerprints=fingerprints(data),
         checkpoint=checkpoint_header(data / "model" / "best.safetensors"),
     )
+
+
+def load_template(name: str) -> Template:
+    """A template of this folder. It escapes HTML, and has the filters `number` and `yaml`."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"number": number, "yaml": _as_yaml}
+    return environment.get_template(name)
 
 
 def _draw_clips(rows: pd.DataFrame, clips: int, folder: RefAvsFolder, predictions: Path) -> list[Clip]:
