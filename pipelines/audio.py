@@ -1,6 +1,7 @@
 """Stage `audio`: encode the audio of every video with VGGish -> data/<profile>/features/audio."""
 
 import sys
+from pathlib import Path
 
 import pandas as pd
 
@@ -18,16 +19,16 @@ NAME = "audio"
 SHARD, BATCH = 1024, 8  # videos: 2.6 MB per shard, 80 VGGish patches per batch
 
 
-def job() -> Job:
-    """What the stage computes, from the index and the active profile."""
-    paths, dataset = layout(), load(DatasetConfig)
-    encoder = VggishEncoder(load(AudioConfig), dataset.frames, default_device())
+def job(config: AudioConfig | None = None, out: Path | None = None) -> Job:
+    """What the stage computes, from the index and the active profile, or with another configuration and store."""
+    paths, dataset, config = layout(), load(DatasetConfig), config or load(AudioConfig)
+    encoder = VggishEncoder(config, dataset.frames, default_device())
     folder = RefAvsFolder(dataset.root)
     media_ids = pd.read_parquet(paths.videos, columns=["media_id"])["media_id"].unique()
     sources = Sources(media_ids, folder.audio_path)
-    out, scratch = paths.features / NAME, paths.scratch / NAME
+    out = out or paths.features / NAME
     elsewhere = paths.other_stores(NAME)
-    return Job(encoder, sources, out, scratch, SHARD, BATCH, elsewhere=elsewhere, hashes=paths.hashes)
+    return Job(encoder, sources, out, paths.scratch / out.name, SHARD, BATCH, elsewhere=elsewhere, hashes=paths.hashes)
 
 
 @stage

@@ -10,7 +10,7 @@ from samlove.data.dataset import RefAvsFolder
 from samlove.data.layout import layout
 from samlove.device import default_device
 from samlove.errors import RequestError
-from samlove.infer import infer
+from samlove.infer import Sources, infer
 
 EVALUATED = SPLITS[1:]  # train has embeddings of frame 0 only
 
@@ -29,7 +29,7 @@ def main() -> None:
         split,
         rows[rows["split"] == split],
         paths.checkpoint,
-        paths.features,
+        Sources.open(paths.features),
         RefAvsFolder(dataset.root),
         load(InferConfig),
         dataset.mask_size,

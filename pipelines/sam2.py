@@ -5,6 +5,7 @@ eval: all frames of the other splits -> data/<profile>/features/sam2_eval.
 """
 
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
@@ -31,21 +32,22 @@ class Sizes(NamedTuple):
 SIZES = {"train": Sizes(128, 8), "eval": Sizes(16, 1)}  # 1.1 and 1.3 GB per shard at the paper's size, post_conv
 
 
-def job(group: str) -> Job:
-    """What the stage computes for `train` or `eval`, from the index and the active profile."""
-    paths, dataset = layout(), load(DatasetConfig)
-    config = load(Sam2Config)
+def job(group: str, config: Sam2Config | None = None, out: Path | None = None) -> Job:
+    """What the stage computes for `train` or `eval`, from the index and the active profile, or with another
+    configuration and store."""
+    paths, dataset, config = layout(), load(DatasetConfig), config or load(Sam2Config)
     encoder = Sam2ImageEncoder(config, default_device())
     videos = pd.read_parquet(paths.videos, columns=["media_id", "split"])
     media_ids = videos.loc[(videos["split"] == "train") == (group == "train"), "media_id"].unique()
     frames = 1 if group == "train" else dataset.frames
     sources = frame_sources(RefAvsFolder(dataset.root), media_ids, frames)
     name, sizes = f"sam2_{group}", SIZES[group]
+    out = out or paths.features / name
     return Job(
         encoder,
         sources,
-        paths.features / name,
-        paths.scratch / name,
+        out,
+        paths.scratch / out.name,
         sizes.shard,
         sizes.batch,
         chunk_rows=1,

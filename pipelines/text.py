@@ -1,6 +1,7 @@
 """Stage `text`: encode every distinct expression with RoBERTa or CLIP -> data/<profile>/features/text."""
 
 import sys
+from pathlib import Path
 
 import pandas as pd
 
@@ -19,15 +20,15 @@ ENCODERS = {"roberta": RobertaEncoder, "clip": ClipTextEncoder}
 SHARD, BATCH = 1024, 64  # expressions: 39 MB per shard at the paper's size
 
 
-def job() -> Job:
-    """What the stage computes, from the index and the active profile."""
-    paths, config = layout(), load(TextConfig)
+def job(config: TextConfig | None = None, out: Path | None = None) -> Job:
+    """What the stage computes, from the index and the active profile, or with another configuration and store."""
+    paths, config = layout(), config or load(TextConfig)
     encoder = ENCODERS[config.encoder](config, default_device())
     texts = pd.read_parquet(paths.expressions, columns=["exp"])["exp"].unique()  # normalised by the index
     sources = Sources(texts, str)
-    out, scratch = paths.features / NAME, paths.scratch / NAME
+    out = out or paths.features / NAME
     elsewhere = paths.other_stores(NAME)
-    return Job(encoder, sources, out, scratch, SHARD, BATCH, elsewhere=elsewhere, hashes=paths.hashes)
+    return Job(encoder, sources, out, paths.scratch / out.name, SHARD, BATCH, elsewhere=elsewhere, hashes=paths.hashes)
 
 
 @stage

@@ -1,6 +1,7 @@
 """Stage `visual`: encode the frames of every video with ViT or CLIP -> data/<profile>/features/visual."""
 
 import sys
+from pathlib import Path
 
 import pandas as pd
 
@@ -20,15 +21,15 @@ ENCODERS: dict[str, type[VitEncoder] | type[ClipImageEncoder]] = {"vit": VitEnco
 SHARD, BATCH = 128, 4  # videos: 0.4 GB per shard at the paper's size, 40 frames per batch
 
 
-def job() -> Job:
-    """What the stage computes, from the index and the active profile."""
-    paths, config, dataset = layout(), load(VisualConfig), load(DatasetConfig)
+def job(config: VisualConfig | None = None, out: Path | None = None) -> Job:
+    """What the stage computes, from the index and the active profile, or with another configuration and store."""
+    paths, dataset, config = layout(), load(DatasetConfig), config or load(VisualConfig)
     encoder = ENCODERS[config.encoder](config, default_device())
     media_ids = pd.read_parquet(paths.videos, columns=["media_id"])["media_id"].unique()
     sources = frame_sources(RefAvsFolder(dataset.root), media_ids, dataset.frames)
-    out, scratch = paths.features / NAME, paths.scratch / NAME
+    out = out or paths.features / NAME
     elsewhere = paths.other_stores(NAME)
-    return Job(encoder, sources, out, scratch, SHARD, BATCH, elsewhere=elsewhere, hashes=paths.hashes)
+    return Job(encoder, sources, out, paths.scratch / out.name, SHARD, BATCH, elsewhere=elsewhere, hashes=paths.hashes)
 
 
 @stage

@@ -396,7 +396,24 @@ def read_sam2_config(config: str) -> "DictConfig":
     return values
 
 
-def _check(make: Callable[[], T], path: Path) -> T:
+def changed(settings: S, changes: dict[str, Any], where: str) -> S:
+    """A section with other values. changes: setting -> value, as in the section's file.
+
+    Raises RequestError, naming `where`, for an unknown setting or a value of the wrong type.
+    """
+    return _check(lambda: type(settings).model_validate(_merged(settings.model_dump(), changes)), where)
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    nested = {
+        key: _merged(values[key], value)
+        for key, value in changes.items()
+        if isinstance(value, dict) and isinstance(values.get(key), dict)
+    }
+    return values | changes | nested
+
+
+def _check(make: Callable[[], T], path: Path | str) -> T:
     """The result of `make`; a validation error is reported as one line that names the file."""
     try:
         return make()

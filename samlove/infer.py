@@ -10,10 +10,11 @@ determines them, so an interrupted run resumes. The split is published in one re
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,24 +119,27 @@ def infer(
     split: str,
     rows: pd.DataFrame,
     checkpoint: Path,
-    features: Path,
+    sources: Sources,
     folder: RefAvsFolder,
     config: InferConfig,
     mask_size: int,
     out: Path,
     scratch: Path,
     device: torch.device,
+    bar: Callable[..., tqdm] = tqdm,
+    stop: Event | None = None,
 ) -> dict[str, int]:
     """Predict all expressions of a split. Returns the number of rows in each file in `out`, by variant.
 
-    rows: those of expressions.parquet for this split. features: as in `Sources.open`. out: the folder to write, with
-    predictions.h5 and, for splits with controls, {control}.h5; each row is (T, S, S) uint8, bins of
-    samlove.scoring.metrics. scratch: a folder for this split only, outside every DVC output, on the file system of
-    `out`. Raises RequestError if an input is missing, SamloveError if the inputs do not match each other or another
-    run is predicting the same split.
+    rows: those of expressions.parquet for this split. out: the folder to write, with predictions.h5 and, for splits
+    with controls, {control}.h5; each row is (T, S, S) uint8, bins of samlove.scoring.metrics. scratch: a folder for
+    this split only, outside every DVC output, on the file system of `out`. bar: shows the progress. stop: when it is
+    set, the run ends after the current video with a KeyboardInterrupt.
+    Raises RequestError if an input is missing, SamloveError if the inputs do not match each other or another run is
+    predicting the same split.
     """
     with only_run(scratch.with_name(f"{scratch.name}.lock"), out):
-        header, sources = read_header(checkpoint), Sources.open(features)
+        header = read_header(checkpoint)
         sources.check(header, checkpoint, rows)
         controls = config.controls if split in CONTROLLED_SPLITS else []
         videos = plan(rows, controls)
@@ -152,7 +156,8 @@ def infer(
         finished = scratch / fingerprint_id({**made_by, "videos": videos, "code": source_digests(CODE)})
         todo = {media_id: left for media_id, jobs in videos.items() if (left := _unfinished(jobs, finished / media_id))}
         frames = sources.frames
-        with tqdm(total=len(videos), initial=len(videos) - len(todo), desc=split, unit="video", mininterval=2) as bar:
+        done = len(videos) - len(todo)
+        with bar(total=len(videos), initial=done, desc=split, unit="video", mininterval=2) as progress:
             model = load_model(checkpoint).to(device) if todo else None
             for media_id, embeds, inputs in _read_ahead(todo, sources, folder):
                 assert model is not None
@@ -160,7 +165,9 @@ def infer(
                     bins = quantise(predict(model, embeds, given, mask_size, config))
                     with PredictionWriter(finished / media_id / f"{variant}.h5", frames, mask_size, EDGES) as writer:
                         writer.write(given.row_ids, bins)
-                bar.update()
+                progress.update()
+                if stop is not None and stop.is_set():
+                    raise KeyboardInterrupt
         counts = {}
         for variant in (PREDICTIONS, *controls):
             path = finished / "published" / f"{variant}.h5"

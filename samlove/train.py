@@ -16,6 +16,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from threading import Event, current_thread, main_thread
 from typing import Any
 
 import numpy as np
@@ -25,19 +26,21 @@ from dvclive import Live
 from torch import Tensor
 from tqdm import tqdm
 
-from samlove.config import TrainConfig
+from samlove.config import FusionConfig, Sam2Config, TrainConfig
 from samlove.data.batches import Batch, Items, read_batches
 from samlove.data.digest import source_digests
+from samlove.data.loader import ExpressionDataset, PoolSampler, collate, make_resident
 from samlove.errors import RequestError, SamloveError
 from samlove.features.lock import only_run
 from samlove.model.checkpoint import Header, Origin, save_checkpoint
 from samlove.model.loss import Losses, mask_loss, upsample
 from samlove.model.optimizer import build_optimizer, set_learning_rate, warmup_decay
 from samlove.model.sam2 import FirstFrame
+from samlove.model.sam2_build import checkpoint_path
 from samlove.model.sam2_love import SamLove
 from samlove.model.training_state import MADE_BY, STATE, Progress, report_other_runs, restore_state, save_state
 from samlove.scoring.metrics import quantise, scores_from_bins
-from stores.fingerprint import fingerprint_id
+from stores.fingerprint import check_fingerprint, fingerprint_id, sha256_file
 from stores.manifest import replace_folder, write_json
 
 SAVE_SECONDS = 300  # a kill without notice loses at most this much work
@@ -75,8 +78,18 @@ class Samples:
 class Trainer:
     """One run: `Trainer(...).run()`."""
 
-    def __init__(self, model: SamLove, origin: Origin, samples: Samples, device: torch.device, scratch: Path):
+    def __init__(
+        self,
+        model: SamLove,
+        origin: Origin,
+        samples: Samples,
+        device: torch.device,
+        scratch: Path,
+        bar: Callable[..., tqdm] = tqdm,
+        stop: Event | None = None,
+    ):
         """model: newly built, its SAM 2 not yet frozen; moved to `device` here. scratch: holds one folder per run.
+        bar: shows the progress. stop: when it is set, the run ends as on a signal.
 
         Resumes the run with the same fingerprint if its state is in the scratch folder. Raises SamloveError if that
         state is damaged, or if the checkpoint of its best epoch is missing.
@@ -90,7 +103,8 @@ class Trainer:
         self.progress = Progress()
         self.fingerprint = run_fingerprint(origin)
         self.folder = scratch / fingerprint_id(self.fingerprint)
-        self._stop_requested = self._may_stop = False
+        self._new_bar, self._stop = bar, stop or Event()
+        self._may_stop = False
         if self.state_file.exists():
             self.progress = restore_state(self.state_file, self.parameters, self.optimizer)
             if self.progress.epoch and not self.best_file.exists():
@@ -262,7 +276,7 @@ class Trainer:
         """Up to `count` more batches. A requested stop ends the run here: nothing has begun that must be finished."""
         try:
             self._may_stop = True
-            if self._stop_requested:
+            if self._stop.is_set():
                 raise _Stop
             return list(islice(batches, count))
         finally:
@@ -281,15 +295,19 @@ class Trainer:
     def _bar(self) -> tqdm:
         samples = len(self.samples.train)
         done = self.progress.epoch * samples + self.progress.consumed
-        return tqdm(total=self.config.epochs * samples, initial=done, unit="expr", mininterval=2, desc="train")
+        return self._new_bar(total=self.config.epochs * samples, initial=done, unit="expr", mininterval=2, desc="train")
 
     @contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
-        """SIGINT or SIGTERM ends the run with its state saved (see `_next`); a second one ends the process at once."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        """SIGINT or SIGTERM ends the run with its state saved (see `_next`); a second one ends the process at once.
+
+        Outside the main thread, where Python handles no signals, only `stop` ends the run.
+        """
+        numbers = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()
+        before = {number: signal.getsignal(number) for number in numbers}
 
         def request_stop(number: int, frame: object) -> None:
-            self._stop_requested = True
+            self._stop.set()
             signal.signal(number, before[signal.Signals(number)])
             if self._may_stop:
                 raise _Stop
@@ -309,21 +327,62 @@ class Trainer:
         save_state(self.state_file, self.progress, self.parameters, self.optimizer)
 
 
+def prepare(
+    shards: Path, fusion: FusionConfig, config: TrainConfig, sam2: Sam2Config, device: torch.device
+) -> tuple[Origin, Samples]:
+    """What `train` needs, from the shard sets `shards`/train and `shards`/val.
+
+    Raises RequestError or SamloveError if they are missing or damaged, or differ from each other or from `sam2`.
+    """
+    train_set, val_set = (ExpressionDataset(shards / split) for split in ("train", "val"))
+    features = train_set.features
+    check_fingerprint(val_set.made_from, train_set.made_from, shards / "val", "dvc repro pack")
+    origin = Origin(
+        fusion=fusion,
+        train=config,
+        sam2=sam2,
+        sam2_sha256=sha256_file(checkpoint_path(sam2.checkpoint)),
+        dims=train_set.dims,
+        features=features,
+        shards={"train": train_set.id, "val": val_set.id},
+    )
+    wanted = {"weights_sha256": origin.sam2_sha256, "cache_point": sam2.cache_point}
+    found = {name: features["sam2"].get(name) for name in wanted}
+    check_fingerprint(found, wanted, f"{shards / 'train'}: its SAM 2 embeddings", "dvc repro pack")
+    videos = train_set.videos
+    resident = make_resident([train_set, val_set], config.resident, device)
+    samples = Samples(
+        train_set,
+        val_set,
+        collate,
+        order=lambda epoch: PoolSampler(videos, config.pool, config.seed, epoch).order(),
+        on_gpu=resident == "gpu",
+    )
+    return origin, samples
+
+
 def train(
-    origin: Origin, samples: Samples, device: torch.device, checkpoint: Path, live_folder: Path, scratch: Path
+    origin: Origin,
+    samples: Samples,
+    device: torch.device,
+    checkpoint: Path,
+    live_folder: Path,
+    scratch: Path,
+    bar: Callable[..., tqdm] = tqdm,
+    stop: Event | None = None,
 ) -> None:
     """Train a model to the end and write the checkpoint of its best epoch. Resumes the same run if it was interrupted.
 
     checkpoint: the file to write at the end. live_folder: DVCLive's folder. scratch: holds one folder per unfinished
-    run, which is removed when the run ends. Raises RequestError if a split has no samples, SamloveError if another run
-    is training the same checkpoint; else see `Trainer.run`.
+    run, which is removed when the run ends. bar, stop: as in `Trainer`. Raises RequestError if a split has no samples,
+    SamloveError if another run is training the same checkpoint; else see `Trainer.run`.
     """
     for split, items in (("train", samples.train), ("val", samples.val)):
         if not len(items):
             raise RequestError(f"the {split} shard set has no samples; check the dataset; run: samlove audit DIR")
     with only_run(scratch.with_name(f"{scratch.name}.lock"), checkpoint):
         torch.manual_seed(origin.train.seed)
-        trainer = Trainer(origin.build(), origin, samples, device, scratch)
+        trainer = Trainer(origin.build(), origin, samples, device, scratch, bar, stop)
         report_other_runs(trainer.folder, trainer.fingerprint)
         trainer.folder.mkdir(parents=True, exist_ok=True)
         write_json(trainer.folder / MADE_BY, trainer.fingerprint)

@@ -13,7 +13,7 @@ import pipelines.infer
 from samlove.config import InferConfig, Sam2Config
 from samlove.data.dataset import RefAvsFolder
 from samlove.errors import RequestError, SamloveError
-from samlove.infer import infer, plan
+from samlove.infer import Sources, infer, plan
 from samlove.model.checkpoint import Header, Origin, load_model, save_checkpoint
 from samlove.model.sam2 import LEVELS
 from samlove.scoring.metrics import EDGES, f_score, jaccard, null_score, scores_from_bins
@@ -96,7 +96,7 @@ class Run:
             "test_s",
             self.rows if rows is None else rows,
             self.checkpoint,
-            self.features,
+            Sources.open(self.features),
             self.folder,
             InferConfig(controls=controls, absent=absent),
             SIZE,

@@ -76,9 +76,23 @@ class Layout:
         return self.root / "ablations"
 
     @property
+    def ablation_features(self) -> Path:
+        """Feature stores of encoders that only some runs use."""
+        return self.ablations / "features"
+
+    @property
+    def ablation_shards(self) -> Path:
+        """Training shards made from such stores."""
+        return self.ablations / "shards"
+
+    @property
     def ablation_runs(self) -> Path:
         """{run}/seed{seed}: a folder per run and seed of configs/<profile>/ablations.yaml."""
         return self.ablations / "runs"
+
+    @property
+    def ablation_metrics(self) -> Path:
+        return self.ablations / "metrics.json"
 
     @property
     def ablation_tables(self) -> Path:
@@ -102,7 +116,8 @@ class Layout:
         """
         remedy = f"clone this repository onto that disk and run there, or mount the disk at {self.root.parent}"
         outputs = [self.root.parent, self.root, self.index, self.shards, self.checkpoint.parent, self.live]
-        outputs += [self.evaluation, self.report.parent, self.ablations, self.ablation_runs, self.ablation_tables]
+        outputs += [self.evaluation, self.report.parent, self.ablations, self.ablation_features, self.ablation_shards]
+        outputs += [self.ablation_runs, self.ablation_tables]
         for folder in (self.features, self.predictions):
             outputs += [folder, *(sorted(folder.iterdir()) if folder.is_dir() else ())]
         for folder in outputs:

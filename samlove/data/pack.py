@@ -22,8 +22,8 @@ from samlove.data.arrays import check_arrays
 from samlove.data.dataset import RefAvsFolder, load_mask, resize_mask
 from samlove.data.digest import rows_digest
 from samlove.errors import SamloveError
-from stores import FeatureStore, ShardWriter
-from stores.fingerprint import check_fingerprint
+from stores import FeatureStore, ShardReader, ShardWriter
+from stores.fingerprint import check_fingerprint, differing, flat
 
 MEDIA_SOURCES = ("audio", "visual", "sam2")  # keyed by media_id; text is keyed by the expression
 FIRST_FRAME = slice(0, 1)
@@ -76,8 +76,7 @@ def pack(
     for name, source in sources.items():
         check_arrays(name, source)
     packed = Packed()
-    fingerprint: dict[str, Any] = {name: source.manifest["fingerprint"] for name, source in sources.items()}
-    fingerprint |= {"mask_size": mask_size, "rows_sha256": rows_digest(rows), "gt_mask_sha256": gt_mask_sha256}
+    fingerprint = shards_fingerprint(rows, sources, mask_size, gt_mask_sha256)
     failed = {name: {f.key: f.error for f in source.failures} for name, source in sources.items()}
     with ShardWriter(out, videos_per_shard, fingerprint) as writer:
         for media_id, group in tqdm(rows.groupby("media_id", sort=False), desc=out.name, unit="video", mininterval=2):
@@ -92,6 +91,26 @@ def pack(
                 writer.write(str(media_id), _sample(str(media_id), usable, sources, folder, mask_size))
                 packed.videos, packed.rows = packed.videos + 1, packed.rows + len(usable)
     return packed
+
+
+def shards_fingerprint(
+    rows: pd.DataFrame, sources: Mapping[str, FeatureStore], mask_size: int, gt_mask_sha256: str
+) -> dict[str, Any]:
+    """Everything that the shards of a split depend on, except the code; arguments as in `pack`."""
+    fingerprint: dict[str, Any] = {name: source.manifest["fingerprint"] for name, source in sources.items()}
+    return fingerprint | {
+        "mask_size": mask_size,
+        "rows_sha256": rows_digest(rows),
+        "gt_mask_sha256": gt_mask_sha256,
+    }
+
+
+def is_packed(out: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """Whether `out` holds complete shards of this fingerprint."""
+    try:
+        return not differing(flat(ShardReader(out).manifest.get("fingerprint", {})), flat(fingerprint))
+    except SamloveError:
+        return False
 
 
 def _missing(

@@ -53,10 +53,14 @@ class Targets:
         cannot be read, OSError if the file cannot be written.
         """
         number = self._numbers[media_id, fid]
-        if (frames, size) not in self._opened:
-            self._opened[frames, size] = self._open(frames, size)
+        self.prepare(frames, size)
         bits = np.unpackbits(self._opened[frames, size][number], count=frames * size * size)
         return bits.view(bool).reshape(frames, size, size)
+
+    def prepare(self, frames: int, size: int) -> None:
+        """Open the file, or decode all objects and write it; raises as `load_masks`."""
+        if (frames, size) not in self._opened:
+            self._opened[frames, size] = self._open(frames, size)
 
     def _open(self, frames: int, size: int) -> np.ndarray:
         """The bits of all objects, uint8 (objects, bytes per object), as a memory-mapped file."""

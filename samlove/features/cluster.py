@@ -1,4 +1,4 @@
-"""The Dask cluster on which a feature stage computes: workers on this machine, of a scheduler, or SLURM jobs.
+"""The Dask cluster of feature stages and ablation runs: workers on this machine, of a scheduler, or SLURM jobs.
 
 `SAMLOVE_CLUSTER=NAME` selects configs/cluster/NAME.yaml; the default is `local`. The cluster does not affect what is
 computed, so it is not a parameter of any stage. Only the number of torch threads affects the last bits of the results.
@@ -7,14 +7,15 @@ computed, so it is not a parameter of any stage. Only the number of torch thread
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import dask
 import torch
 from dask.system import CPU_COUNT
-from distributed import Client, Nanny, Scheduler, SpecCluster, Worker
+from distributed import Client, Future, Nanny, Scheduler, SpecCluster, Worker, wait
 
 from samlove.config import ClusterConfig, LocalConfig, SchedulerConfig, SlurmConfig, load_cluster
 from samlove.errors import RequestError, SamloveError
@@ -28,6 +29,7 @@ LOGGED = 10  # messages, each with the sources of a shard, that Dask keeps in it
 CONNECT_S = 10  # time limit for a scheduler to answer
 
 LOCAL = LocalConfig(kind="local")
+Item = TypeVar("Item")
 
 
 def chosen_cluster() -> ClusterConfig:
@@ -36,9 +38,12 @@ def chosen_cluster() -> ClusterConfig:
 
 
 @contextmanager
-def connect(config: ClusterConfig) -> Iterator[tuple[Client, int | None]]:
+def connect(
+    config: ClusterConfig, cores: int = CORES_PER_WORKER, tasks: int = TASKS, most: int | None = None
+) -> Iterator[tuple[Client, int | None]]:
     """A client of the cluster, which is started if necessary, and the number of torch threads per worker.
 
+    cores, tasks: per worker of this machine without a GPU; tasks also per SLURM job. most: workers of this machine.
     Raises SamloveError if no scheduler answers; RequestError if the slurm extra is not installed or an option of
     slurm.yaml is invalid.
     """
@@ -47,15 +52,16 @@ def connect(config: ClusterConfig) -> Iterator[tuple[Client, int | None]]:
             with _client(config.address, config.address) as client:
                 yield client, config.threads
         elif isinstance(config, SlurmConfig):
-            with slurm_cluster(config) as cluster, _client(cluster, "SLURM") as client:
+            with slurm_cluster(config, tasks) as cluster, _client(cluster, "SLURM") as client:
                 cluster.scale(jobs=config.jobs)
                 yield client, config.cores
         else:
-            workers = config.workers or torch.cuda.device_count() or max(1, CPU_COUNT // CORES_PER_WORKER)
+            workers = config.workers or torch.cuda.device_count() or max(1, CPU_COUNT // cores)
+            workers = min(workers, most or workers)
             threads = config.threads or (max(1, CPU_COUNT // workers) if workers > 1 else None)
             with (
                 dask.config.set({"distributed.dashboard.link": f"http://{LOOPBACK}:{{port}}/status"}),
-                _local_cluster(workers, threads) as cluster,
+                _local_cluster(workers, threads, tasks) as cluster,
                 _client(cluster, "the local cluster") as client,
             ):
                 client.wait_for_workers(workers)
@@ -76,10 +82,10 @@ def _client(cluster: Any, what: str) -> Iterator[Client]:
 
 
 @contextmanager
-def _local_cluster(workers: int, threads: int | None) -> Iterator[SpecCluster]:
+def _local_cluster(workers: int, threads: int | None, tasks: int) -> Iterator[SpecCluster]:
     """One worker runs in this process. Several run in their own processes, one GPU each, and restart if they die."""
     options: dict[str, Any] = {
-        "nthreads": TASKS,
+        "nthreads": tasks,
         "memory_limit": 0,  # no limit: a shard has a fixed size, so pausing or restarting the worker would not help
         "dashboard_address": f"{LOOPBACK}:0",
     }
@@ -117,7 +123,7 @@ def dask_setup(worker: Worker) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def slurm_cluster(config: SlurmConfig) -> Any:
+def slurm_cluster(config: SlurmConfig, tasks: int = TASKS) -> Any:
     """A SLURMCluster without jobs. Raises RequestError if dask-jobqueue is not installed or an option is invalid."""
     try:
         from dask_jobqueue import SLURMCluster
@@ -125,10 +131,47 @@ def slurm_cluster(config: SlurmConfig) -> Any:
         raise RequestError('configs/cluster/slurm.yaml: needs dask-jobqueue; run: pip install -e ".[slurm]"') from None
     try:
         return SLURMCluster(
-            cores=TASKS, processes=1, job_cpu=config.cores, memory=config.memory, job_name="samlove", **config.options
+            cores=tasks, processes=1, job_cpu=config.cores, memory=config.memory, job_name="samlove", **config.options
         )
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise RequestError(f"configs/cluster/slurm.yaml: {_line(error)}") from error
+
+
+def finished(
+    client: Client,
+    submit: Callable[[Item], Future],
+    items: Iterator[Item],
+    ahead: int,
+    running: set[Future],
+) -> Iterator[Future]:
+    """One task per item, as they end. Keeps the tasks that have not ended in `running`.
+
+    ahead: tasks per worker that exist at a time.
+    """
+    while True:
+        room = ahead * max(1, count_workers(client)) - len(running)
+        for item in islice(items, max(0, room)):
+            running.add(submit(item))
+        if not running:
+            return
+        try:
+            done = wait(running, timeout=1, return_when="FIRST_COMPLETED").done
+        except TimeoutError:
+            continue  # there may be new workers
+        for future in done:
+            running.remove(future)
+            yield future
+
+
+def settle(client: Client, futures: Iterable[Future]) -> None:
+    """Wait until no worker runs these tasks any more, so that nothing is being written."""
+    while not all(future.done() for future in futures) and count_workers(client):
+        with suppress(TimeoutError):
+            wait(futures, timeout=1)
+
+
+def count_workers(client: Client) -> int:
+    return len(client.scheduler_info(n_workers=-1)["workers"])
 
 
 def _line(error: Exception) -> str:

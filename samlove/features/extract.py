@@ -16,16 +16,15 @@ scratch folder is always safe and costs only time.
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from distributed import Client, Future, KilledWorker, wait
+from distributed import Future, KilledWorker
 from distributed.comm import CommClosedError
 from tqdm import tqdm
 
@@ -33,7 +32,7 @@ from samlove.config import ClusterConfig
 from samlove.data.digest import code_digest, source_ids
 from samlove.data.hashes import FileHashes
 from samlove.errors import SamloveError
-from samlove.features.cluster import LOCAL, connect
+from samlove.features.cluster import LOCAL, connect, count_workers, finished, settle
 from samlove.features.encoders.base import Encoder
 from samlove.features.lock import only_run
 from samlove.features.worker import HERE, Extraction, Shard, Timing, compute_shard
@@ -165,7 +164,7 @@ def _compute(job: Job, writer: FeatureStoreWriter, token: str, cluster: ClusterC
     run = f"samlove {job.out.name} {uuid4().hex[:8]}"
     failures: dict[int, list[Failure]] = {}
     with connect(cluster) as (client, threads):
-        print(f"{job.out.name}: {_workers(client)} worker(s); dashboard: {client.dashboard_link}")
+        print(f"{job.out.name}: {count_workers(client)} worker(s); dashboard: {client.dashboard_link}")
         progress = _Progress(job, todo)
         plugin = Extraction(run, job.encoder, writer.staging, job.batch_size, job.scratch / LOCK, token, threads)
 
@@ -179,11 +178,12 @@ def _compute(job: Job, writer: FeatureStoreWriter, token: str, cluster: ClusterC
         try:
             client.register_plugin(plugin, name=run)
             client.subscribe_topic(run, progress.tell)
-            for done in _results(client, submit, (number for number, _ in todo), running):
+            for future in finished(client, submit, (number for number, _ in todo), AHEAD, running):
+                done: Shard = future.result()  # never None before the run has ended
                 failures[done.number] = done.failures
                 report.add(done)
                 progress.finish(done.number)
-            report.workers = _workers(client)
+            report.workers = count_workers(client)
         except KilledWorker as error:
             raise SamloveError(
                 f"{job.out}: gave up on {error.task} because every worker that ran it died, usually out of memory: "
@@ -199,38 +199,8 @@ def _compute(job: Job, writer: FeatureStoreWriter, token: str, cluster: ClusterC
             if client.status == "running":
                 with suppress(CommClosedError):  # the scheduler has just gone
                     client.unregister_worker_plugin(run)  # if the run ends early, workers stop after their batch
-                    _settle(client, running)
+                    settle(client, running)
     return [failure for number, _ in todo for failure in failures[number]]
-
-
-def _results(
-    client: Client, submit: Callable[[int], Future], numbers: Iterator[int], running: set[Future]
-) -> Iterator[Shard]:
-    """The results of one task per shard, as they complete. Keeps the tasks without a result yet in `running`."""
-    while True:
-        room = AHEAD * max(1, _workers(client)) - len(running)
-        for number in islice(numbers, max(0, room)):
-            running.add(submit(number))
-        if not running:
-            return
-        try:
-            done = wait(running, timeout=1, return_when="FIRST_COMPLETED").done
-        except TimeoutError:
-            continue  # there may be new workers
-        for future in done:
-            running.remove(future)
-            yield future.result()  # never None before the run has ended
-
-
-def _settle(client: Client, futures: Iterable[Future]) -> None:
-    """Wait until no worker runs these tasks any more, so that nothing is being written."""
-    while not all(future.done() for future in futures) and _workers(client):
-        with suppress(TimeoutError):
-            wait(futures, timeout=1)
-
-
-def _workers(client: Client) -> int:
-    return len(client.scheduler_info(n_workers=-1)["workers"])
 
 
 class _Progress:

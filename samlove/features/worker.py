@@ -157,7 +157,7 @@ class Extraction(WorkerPlugin):
         SamloveError if this worker does not see the run's files or a value does not fit the store, OSError if the shard
         cannot be written.
         """
-        self._check_place()
+        check_place(self.worker, self.lock, self.token)
         # A worker that died may have written the shard, or have removed the rows that it had.
         missing = {key: sources[key] for key in self.staging.missing(number, planned)}
         done = Shard(number, [], Timing())
@@ -201,18 +201,22 @@ class Extraction(WorkerPlugin):
             self.warm, done.timing.first_batch, done.warm_at = True, len(arrays), done.ended_at
         return dict(zip(read, arrays, strict=True))
 
-    def _check_place(self) -> None:
-        """Check that the worker sees the run's files: it must find the run's lock file from its own working folder."""
-        try:
-            found = self.lock.read_text(encoding="utf-8")
-        except OSError:
-            found = "none"
-        if found != self.token:
-            raise SamloveError(
-                f"worker {self.worker.address}, started in {Path.cwd()}: expected this run's lock file {self.lock} "
-                f"({self.token.strip()}), found {found.strip()}; start workers in the folder of the run, on a file "
-                "system that all of them share"
-            )
+
+def check_place(worker: Worker, lock: Path, token: str) -> None:
+    """Check that a worker sees the run's files: it must find the run's lock file from its own working folder.
+
+    Raises SamloveError otherwise. token: the text in the lock file.
+    """
+    try:
+        found = lock.read_text(encoding="utf-8")
+    except OSError:
+        found = "none"
+    if found != token:
+        raise SamloveError(
+            f"worker {worker.address}, started in {Path.cwd()}: expected this run's lock file {lock} "
+            f"({token.strip()}), found {found.strip()}; start workers in the folder of the run, on a file "
+            "system that all of them share"
+        )
 
 
 def compute_shard(run: str, number: int, planned: Mapping[str, str], sources: Mapping[str, Any]) -> Shard | None:

@@ -9,7 +9,7 @@ thing is the loudest or the first: the words are in the vocabulary, but the netw
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -38,7 +38,12 @@ POOL, USES = 2000, 4  # frames to draw from; uses of a frame, each with another 
 PATCHED = 400  # frames whose patches determine the filters
 ALONE = 0.5  # probability that a frame shows one thing alone, as photos often do
 SAID = {"sounding": 0.5, "size": 0.5, "colour": 0.5, "category": 0.85, "place": 0.5}  # probability of a kind of word
-WORDS = {"category": code.CATEGORY, "colour": code.COLOUR, "size": ("small", "big"), "place": code.SIDE}
+WORDS: dict[str, Iterable[str]] = {
+    "category": code.CATEGORY,
+    "colour": code.COLOUR,
+    "size": ("small", "big"),
+    "place": code.SIDE,
+}
 QUESTIONS = {  # the kind of word that is asked for, then those that the sentence has, too
     "category": ("category",),
     "colour": ("colour",),
@@ -62,7 +67,7 @@ def views(rng: np.random.Generator, alone: float = 0.0) -> Iterator[dict[str, An
             scene = replace(scene, things=scene.things[:1])
         picture, masks = render(scene, t, (SIDE, SIDE))
         visible = cover(masks, GRID).max(axis=(1, 2)) >= BARELY  # (K,)
-        if seen := [said for k in np.flatnonzero(visible) if (said := words(scene, k, t))]:
+        if seen := [said for k in np.flatnonzero(visible) if (said := words(scene, int(k), t))]:
             yield {"picture": picture, "seen": seen}
 
 
@@ -158,7 +163,7 @@ def make_tokenizer(folder: Path, texts: list[str]) -> Any:
         vocab_size=1000, special_tokens=[], initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
     )
     blank.train_from_iterator(texts, trainer)
-    merges = [tuple(pair) for pair in json.loads(blank.to_str())["model"]["merges"]]
+    merges: Any = [tuple(pair) for pair in json.loads(blank.to_str())["model"]["merges"]]
     names = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), *ends]  # the order of OpenAI's
     tokenizer = CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=merges)
     folder.mkdir(parents=True, exist_ok=True)

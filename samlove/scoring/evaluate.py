@@ -10,7 +10,7 @@ Breakdowns and controls are always per expression.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +41,13 @@ class Evaluation(NamedTuple):
     details: dict  # protocols, cues, categories, controls
 
 
-def evaluate(expressions: pd.DataFrame, folder: RefAvsFolder | Targets, predictions: Path, protocol: str) -> Evaluation:
+def evaluate(
+    expressions: pd.DataFrame,
+    folder: RefAvsFolder | Targets,
+    predictions: Path,
+    protocol: str,
+    bar: Callable[..., tqdm] = tqdm,
+) -> Evaluation:
     """Score every expression of the evaluation splits, and average the scores.
 
     expressions: the index's table, in file order. folder: reads the ground-truth masks; Targets decodes those of an
@@ -64,7 +70,7 @@ def evaluate(expressions: pd.DataFrame, folder: RefAvsFolder | Targets, predicti
             continue
         if not source.exists():
             raise RequestError(f"{source}: no such file; run: dvc repro infer")
-        table, batches[split] = _score_split(rows, folder, source.parent)
+        table, batches[split] = _score_split(rows, folder, source.parent, bar)
         tables.append(table)
     if not tables:
         raise RequestError(f"expected expressions of {', '.join(SPLITS[1:])} in the index, found none")
@@ -87,7 +93,9 @@ def evaluate(expressions: pd.DataFrame, folder: RefAvsFolder | Targets, predicti
 # --- scoring ---------------------------------------------------------------------------------------------------------
 
 
-def _score_split(rows: pd.DataFrame, folder: RefAvsFolder | Targets, source: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _score_split(
+    rows: pd.DataFrame, folder: RefAvsFolder | Targets, source: Path, bar: Callable[..., tqdm]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Scores of each expression, also under every available control, and of each of Ref-AVS Bench's batches."""
     readers = {name: _open(source / f"{name}.h5") for name in CONTROLS if (source / f"{name}.h5").exists()}
     main = _open(source / "predictions.h5")
@@ -100,7 +108,7 @@ def _score_split(rows: pd.DataFrame, folder: RefAvsFolder | Targets, source: Pat
     keep = [c for c in ("row_id", "split", "media_id", "fid", "object", "exp", "null", "template", *CUES) if c in rows]
     scored, counts = [], []
     records = rows[keep].to_dict("records")
-    for record in tqdm(records, desc=f"evaluate {source.name}", unit="row", mininterval=2):
+    for record in bar(iterable=records, desc=f"evaluate {source.name}", unit="row", mininterval=2):
         row = {str(key): value for key, value in record.items()}
         bins = main.read(row["row_id"])
         target = _target(folder, row, bins.shape)
