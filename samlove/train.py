@@ -328,9 +328,14 @@ class Trainer:
 
 
 def prepare(
-    shards: Path, fusion: FusionConfig, config: TrainConfig, sam2: Sam2Config, device: torch.device
+    shards: Path,
+    fusion: FusionConfig,
+    config: TrainConfig,
+    sam2: Sam2Config,
+    device: torch.device,
+    say: Callable[[str], object] = print,
 ) -> tuple[Origin, Samples]:
-    """What `train` needs, from the shard sets `shards`/train and `shards`/val.
+    """What `train` needs, from the shard sets `shards`/train and `shards`/val. say: is told where they are held.
 
     Raises RequestError or SamloveError if they are missing or damaged, or differ from each other or from `sam2`.
     """
@@ -350,7 +355,7 @@ def prepare(
     found = {name: features["sam2"].get(name) for name in wanted}
     check_fingerprint(found, wanted, f"{shards / 'train'}: its SAM 2 embeddings", "dvc repro pack")
     videos = train_set.videos
-    resident = make_resident([train_set, val_set], config.resident, device)
+    resident = make_resident([train_set, val_set], config.resident, device, say)
     samples = Samples(
         train_set,
         val_set,

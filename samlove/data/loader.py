@@ -4,7 +4,7 @@ The arrays of an item are views of memory-mapped files: nothing is copied until 
 Safe in DataLoader workers, forked or spawned: each of them maps the files itself.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -184,8 +184,10 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def make_resident(sets: Sequence[ExpressionDataset], asked: Resident, device: torch.device) -> Resident:
-    """Load all shards of `sets` into the `asked` memory; prints one line about it, and returns off, ram or gpu.
+def make_resident(
+    sets: Sequence[ExpressionDataset], asked: Resident, device: torch.device, say: Callable[[str], object] = print
+) -> Resident:
+    """Load all shards of `sets` into the `asked` memory. Tells `say` so in one line, and returns off, ram or gpu.
 
     auto chooses the GPU if the shards fit into half of its free memory, because the model needs the rest; else RAM, if
     they fit into 4/5 of the available memory; else off, which reads samples when they are drawn. RAM means the
@@ -207,7 +209,7 @@ def make_resident(sets: Sequence[ExpressionDataset], asked: Resident, device: to
             "or off"
         )
     where = {"off": "read from disk", "ram": "held in RAM", "gpu": "held on the GPU"}[place]
-    print(f"shards are {where}: {needed}; {usable}", flush=True)
+    say(f"shards are {where}: {needed}; {usable}")
     for each in sets:
         if place == "gpu":
             each.to(device)
