@@ -162,6 +162,8 @@ class TrainConfig(Section):
     precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast
     # Threads that read samples; None: one per core, at most 8; 0: the training thread reads them.
     workers: int | None = Field(None, ge=0, le=256)
+    # Processes that share the samples of every step; None: one per visible GPU, 1 without one. torchrun overrides it.
+    processes: int | None = Field(None, ge=1, le=256)
     # Number of videos to draw samples from at a time; all should fit in memory: 1024 videos take 12 GB at the paper's
     # sizes (11.4 MB each). With 16 samples per step, about one step in ten has two samples of one video.
     pool: Count = 1024

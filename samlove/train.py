@@ -5,6 +5,10 @@ are loaded. An interrupted run resumes from its state file; on the CPU the resul
 run. The state is found by a fingerprint of everything the run depends on.
 
 SIGINT or SIGTERM saves the state and ends the run: at once while it waits for a batch, else after the current step.
+
+With several processes (samlove.model.processes), each computes the gradients of its share of every step's samples, and
+of the validation samples. The samples of a step do not depend on the number of processes. The first process writes all
+files.
 """
 
 import math
@@ -12,12 +16,12 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from threading import Event, current_thread, main_thread
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from samlove.config import FusionConfig, Sam2Config, TrainConfig
-from samlove.data.batches import Batch, Items, read_batches
+from samlove.data.batches import Batch, Items, Numbers, read_batches, split
 from samlove.data.digest import source_digests
 from samlove.data.loader import ExpressionDataset, PoolSampler, collate, make_resident
 from samlove.errors import RequestError, SamloveError
@@ -35,6 +39,7 @@ from samlove.features.lock import only_run
 from samlove.model.checkpoint import Header, Origin, save_checkpoint
 from samlove.model.loss import Losses, mask_loss, upsample
 from samlove.model.optimizer import build_optimizer, set_learning_rate, warmup_decay
+from samlove.model.processes import ALONE, Processes
 from samlove.model.sam2 import FirstFrame
 from samlove.model.sam2_build import checkpoint_path
 from samlove.model.sam2_love import SamLove
@@ -46,6 +51,8 @@ from stores.manifest import replace_folder, write_json
 SAVE_SECONDS = 300  # a kill without notice loses at most this much work
 SELECTED_BY = "J&F"  # validation score that selects the best epoch
 WORKERS = 8  # default limit of threads that read samples; more take memory and read hardly faster
+SPEED = {"workers", "resident", "processes"}  # settings that do not affect the result
+T = TypeVar("T")
 # The modules that determine what a step does. A run whose state other code wrote is not resumed.
 CODE = (
     "samlove.data.batches",
@@ -53,6 +60,7 @@ CODE = (
     "samlove.model.fusion",
     "samlove.model.loss",
     "samlove.model.optimizer",
+    "samlove.model.processes",
     "samlove.model.sam2",
     "samlove.model.sam2_love",
     "samlove.model.training_state",
@@ -87,13 +95,16 @@ class Trainer:
         scratch: Path,
         bar: Callable[..., tqdm] = tqdm,
         stop: Event | None = None,
+        processes: Processes = ALONE,
     ):
         """model: newly built, its SAM 2 not yet frozen; moved to `device` here. scratch: holds one folder per run.
-        bar: shows the progress. stop: when it is set, the run ends as on a signal.
+        bar: shows the progress. stop: when it is set, the run ends as on a signal. processes: those of the run; all
+        see the same scratch folder.
 
         Resumes the run with the same fingerprint if its state is in the scratch folder. Raises SamloveError if that
-        state is damaged, or if the checkpoint of its best epoch is missing.
+        state is damaged, if the checkpoint of its best epoch is missing, or if processes found different states.
         """
+        self.processes = processes
         self.config: TrainConfig = origin.train
         self.origin, self.samples, self.device = origin, samples, device
         model.sam2.set_trainable(self.config.train_prompt_encoder, self.config.train_mask_decoder)
@@ -112,6 +123,13 @@ class Trainer:
                     f"{self.best_file}: no such file, although the interrupted run has completed "
                     f"{self.progress.epoch} epochs; restore it, or delete {self.folder} and run: dvc repro train"
                 )
+        # Also a barrier: no process may write a new state before all have read this one.
+        starts = processes.exchange(f"{self.folder.name} at step {self.progress.step}")
+        if len(set(starts)) > 1:
+            raise SamloveError(
+                f"{scratch}: the processes found different runs or states ({', '.join(dict.fromkeys(starts))}); all "
+                "need the same code, settings and files: put this folder on a shared file system"
+            )
 
     @property
     def state_file(self) -> Path:
@@ -134,17 +152,18 @@ class Trainer:
         """Threads that read samples; 0: the training thread reads them, as it does if they are on the GPU."""
         if self.samples.on_gpu:
             return 0
-        return min(CPU_COUNT, WORKERS) if self.config.workers is None else self.config.workers
+        share = max(1, CPU_COUNT // self.processes.on_machine)
+        return min(share, WORKERS) if self.config.workers is None else self.config.workers
 
     def _learning_rate(self, step: int) -> float:
         return self.config.lr * warmup_decay(step, self.total_steps, self.config.warmup_steps)
 
-    def run(self, live: Live) -> None:
+    def run(self, live: Live | None) -> None:
         """Train to the end; `best_file` then holds the best epoch's checkpoint.
 
-        live: gets one row per epoch; a resumed run logs the earlier epochs again.
-        Raises KeyboardInterrupt after saving the state on SIGINT or SIGTERM, SamloveError if a loss or a mask is not
-        finite.
+        live: gets one row per epoch; a resumed run logs the earlier epochs again. None in all processes but the first.
+        Raises KeyboardInterrupt after saving the state if any process gets SIGINT or SIGTERM, SamloveError if a loss or
+        a mask is not finite, OtherFailed if another process failed.
         """
         for row in self.progress.history:
             _log(live, row)
@@ -163,12 +182,13 @@ class Trainer:
     def _train_epoch(self, bar: tqdm) -> None:
         progress = self.progress
         self.model.train()
-        order = self.samples.order(progress.epoch)[progress.consumed :]
+        steps = split(self.samples.order(progress.epoch)[progress.consumed :], self._samples_per_step)
+        mine = [split(self._share(step), self.config.batch_size) for step in steps]
         saved = time.monotonic()
-        with closing(self._batches(self.samples.train, order)) as batches:
-            for start in range(0, len(order), self._samples_per_step):
-                size = min(self._samples_per_step, len(order) - start)
-                losses = self._step(self._next(batches, self.config.accumulate), size)
+        with closing(self._read(self.samples.train, [batch for step in mine for batch in step])) as batches:
+            for step, share in zip(steps, mine, strict=True):
+                size = len(step)
+                losses = self._step(self._next(batches, len(share)), size)
                 for name, value in losses.items():
                     progress.sums[name] = progress.sums.get(name, 0.0) + value
                 progress.consumed += size
@@ -178,27 +198,40 @@ class Trainer:
                     self._save()
                     saved = time.monotonic()
 
-    def _step(self, batches: list[Batch], size: int) -> dict[str, float]:
-        """One optimiser step over batches with `size` samples in total -> the sum of each loss over these samples.
+    def _share(self, order: Numbers) -> Numbers:
+        """The part of this process."""
+        return order[self.processes.rank :: self.processes.count]
 
-        Every sample has the same weight, whatever its batch: 2 batches of 4 equal one batch of 8.
+    def _step(self, batches: list[Batch], size: int) -> dict[str, float]:
+        """One optimiser step over `size` samples -> the sum of each loss over these samples.
+
+        batches: the share of this process, which can be empty. Every sample has the same weight, whatever its batch and
+        its process: 2 batches of 4 equal one batch of 8.
         """
         set_learning_rate(self.optimizer, self._learning_rate(self.progress.step))
-        parts: list[Losses] = []
-        for batch in batches:
-            losses = self._losses(self._on_device(batch))
-            (losses.total.sum() / size).backward()
-            parts.append(Losses(*(part.detach() for part in losses)))
-        # Copied to the CPU together, once per step, because each copy waits for the GPU.
-        values = Losses(*torch.stack([torch.cat(part) for part in zip(*parts, strict=True)]).cpu().double())
-        if not values.total.isfinite().all():
-            rows = [row for batch in batches for row in batch["row_id"]]
-            raise SamloveError(self._not_finite("the loss", rows, values.total.isfinite()))
+        parts = self._exchange(self._backward(batches, size))
+        self.processes.sum_gradients(list(self.parameters.values()))
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.progress.step += 1
+        return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+    def _backward(self, batches: list[Batch], size: int) -> dict[str, float]:
+        """Add up the gradients of the batches -> the sum of each loss over their samples."""
+        parts: list[Losses] = []
+        for batch in batches:
+            losses = self._losses(self._on_device(batch))
+            (losses.total.sum() / size).backward()
+            parts.append(Losses(*(part.detach() for part in losses)))
+        if not parts:
+            return {"loss": 0.0, "bce": 0.0, "dice": 0.0}
+        # Copied to the CPU together, once per step, because each copy waits for the GPU.
+        values = Losses(*torch.stack([torch.cat(part) for part in zip(*parts, strict=True)]).cpu().double())
+        if not values.total.isfinite().all():
+            rows = [row for batch in batches for row in batch["row_id"]]
+            raise SamloveError(self._not_finite("the loss", rows, values.total.isfinite()))
         return {"loss": values.total.sum().item(), "bce": values.bce.sum().item(), "dice": values.dice.sum().item()}
 
     def _losses(self, batch: Batch) -> Losses:
@@ -230,7 +263,8 @@ class Trainer:
         if SELECTED_BY not in scores or scores[SELECTED_BY] > progress.best:  # undefined: the last epoch replaces all
             progress.best = scores.get(SELECTED_BY, progress.best)
             header = Header(**dict(self.origin), epoch=progress.epoch, validation=scores)
-            save_checkpoint(self.best_file, self.model, header)
+            if self.processes.first:
+                save_checkpoint(self.best_file, self.model, header)
         self._save()
         return row
 
@@ -244,43 +278,64 @@ class Trainer:
         Raises SamloveError if a mask is not finite.
         """
         self.model.eval()
-        count, done = len(self.samples.val), 0
-        J, F = np.empty(count), np.empty(count)  # of each expression, as fractions; F is NaN without a target
-        with closing(self._batches(self.samples.val, range(count))) as batches:
-            while done < count:
+        count = len(self.samples.val)
+        batches_of_mine = split(self._share(range(count)), self.config.batch_size)
+        mine: list[tuple[float, float]] = []
+        with closing(self._read(self.samples.val, batches_of_mine)) as batches:
+            for _ in batches_of_mine:
                 (batch,) = self._next(batches, 1)
                 logits = self._forward(self._on_device(batch)).best
                 if not (finite := ~logits.isnan().flatten(1).any(1)).all():
                     raise SamloveError(self._not_finite("the validation mask", batch["row_id"], finite))
                 bins = quantise(upsample(logits[:, None], batch["mask"].shape[-1])[:, 0])
                 for frame, mask in zip(bins, batch["mask"].cpu().numpy() > 0, strict=True):
-                    J[done], F[done], _ = scores_from_bins(frame[None], mask[None])
-                    done += 1
+                    mine.append(scores_from_bins(frame[None], mask[None])[:2])
+        J, F = np.empty(count), np.empty(count)  # of each expression, as fractions; F is NaN without a target
+        for rank, scores_of_rank in enumerate(self._exchange(mine)):
+            J[rank :: self.processes.count], F[rank :: self.processes.count] = np.reshape(scores_of_rank, (-1, 2)).T
         scores = {"J": 100 * float(J.mean())}
         if not np.isnan(F).all():
             scores["F"] = 100 * float(np.nanmean(F))
             scores[SELECTED_BY] = (scores["J"] + scores["F"]) / 2
         return scores
 
-    def _batches(self, items: Items, order: Sequence[int] | np.ndarray) -> Generator[Batch, None, None]:
-        """The batches of one pass over `items` in this order, on the CPU in pinned memory if the model is on a GPU."""
+    def _batches(self, items: Items, order: Numbers) -> Generator[Batch, None, None]:
+        """The batches of one pass over `items` in this order, in one process."""
+        return self._read(items, split(order, self.config.batch_size))
+
+    def _read(self, items: Items, batches: Sequence[Numbers]) -> Generator[Batch, None, None]:
+        """These batches, on the CPU in pinned memory if the model is on a GPU."""
         pinned = self.device.type == "cuda" and not self.samples.on_gpu
 
         def collate(samples: list) -> Batch:
             batch = self.samples.collate(samples)
             return {k: v.pin_memory() if pinned and isinstance(v, Tensor) else v for k, v in batch.items()}
 
-        return read_batches(items, order, self.config.batch_size, collate, self.workers)
+        return read_batches(items, batches, collate, self.workers)
 
     def _next(self, batches: Iterator[Batch], count: int) -> list[Batch]:
-        """Up to `count` more batches. A requested stop ends the run here: nothing has begun that must be finished."""
+        """`count` more batches. A requested stop ends the run here: nothing has begun that must be finished."""
         try:
             self._may_stop = True
             if self._stop.is_set():
                 raise _Stop
             return list(islice(batches, count))
+        except _Stop:
+            self._may_stop = False
+            self._exchange(None)
+            raise
         finally:
             self._may_stop = False
+
+    def _exchange(self, mine: T | None) -> list[T]:
+        """What all processes pass. If one passes None, because it was asked to stop, the run ends here in all of them.
+
+        Between two steps or in validation: the others drop the gradients that they have computed since the last step.
+        """
+        found = self.processes.exchange(mine)
+        if any(each is None for each in found):
+            raise _Stop
+        return found  # type: ignore[return-value]
 
     def _on_device(self, batch: Batch) -> Batch:
         """The batch on the device, numbers as float32, without the text positions that are padding in every sample."""
@@ -301,6 +356,7 @@ class Trainer:
     def _stop_on_signals(self) -> Iterator[None]:
         """SIGINT or SIGTERM ends the run with its state saved (see `_next`); a second one ends the process at once.
 
+        Of several processes, each ignores a second one, because a terminal or SLURM and torchrun may both send one.
         Outside the main thread, where Python handles no signals, only `stop` ends the run.
         """
         numbers = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()
@@ -308,8 +364,10 @@ class Trainer:
 
         def request_stop(number: int, frame: object) -> None:
             self._stop.set()
-            signal.signal(number, before[signal.Signals(number)])
+            if self.processes.count == 1:
+                signal.signal(number, before[signal.Signals(number)])
             if self._may_stop:
+                self._may_stop = False
                 raise _Stop
 
         for number in before:
@@ -324,7 +382,8 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _save(self) -> None:
-        save_state(self.state_file, self.progress, self.parameters, self.optimizer)
+        if self.processes.first:
+            save_state(self.state_file, self.progress, self.parameters, self.optimizer)
 
 
 def prepare(
@@ -375,19 +434,24 @@ def train(
     scratch: Path,
     bar: Callable[..., tqdm] = tqdm,
     stop: Event | None = None,
+    processes: Processes = ALONE,
 ) -> None:
     """Train a model to the end and write the checkpoint of its best epoch. Resumes the same run if it was interrupted.
 
     checkpoint: the file to write at the end. live_folder: DVCLive's folder. scratch: holds one folder per unfinished
-    run, which is removed when the run ends. bar, stop: as in `Trainer`. Raises RequestError if a split has no samples,
-    SamloveError if another run is training the same checkpoint; else see `Trainer.run`.
+    run, which is removed when the run ends. bar, stop, processes: as in `Trainer`. Raises RequestError if a split has
+    no samples, SamloveError if another run is training the same checkpoint; else see `Trainer.run`.
     """
-    for split, items in (("train", samples.train), ("val", samples.val)):
+    for name, items in (("train", samples.train), ("val", samples.val)):
         if not len(items):
-            raise RequestError(f"the {split} shard set has no samples; check the dataset; run: samlove audit DIR")
-    with only_run(scratch.with_name(f"{scratch.name}.lock"), checkpoint):
+            raise RequestError(f"the {name} shard set has no samples; check the dataset; run: samlove audit DIR")
+    first = processes.first
+    with only_run(scratch.with_name(f"{scratch.name}.lock"), checkpoint) if first else nullcontext():
         torch.manual_seed(origin.train.seed)
-        trainer = Trainer(origin.build(), origin, samples, device, scratch, bar, stop)
+        trainer = Trainer(origin.build(), origin, samples, device, scratch, bar if first else _Silent, stop, processes)
+        if not first:
+            trainer.run(None)
+            return
         report_other_runs(trainer.folder, trainer.fingerprint)
         trainer.folder.mkdir(parents=True, exist_ok=True)
         write_json(trainer.folder / MADE_BY, trainer.fingerprint)
@@ -406,11 +470,23 @@ def train(
 
 def run_fingerprint(origin: Origin) -> dict[str, Any]:
     """Everything that the result of a run depends on."""
-    settings = origin.model_dump(mode="json", exclude={"train": {"workers", "resident"}})
+    settings = origin.model_dump(mode="json", exclude={"train": SPEED})
     return {**settings, "code": source_digests(CODE), "torch": torch.__version__}
 
 
-def _log(live: Live, row: dict[str, float]) -> None:
+class _Silent(tqdm):
+    """The progress bar of all processes but the first."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{**settings, "disable": True})
+
+    def write(self, *args: object) -> None:  # type: ignore[override]
+        pass
+
+
+def _log(live: Live | None, row: dict[str, float]) -> None:
+    if live is None:
+        return
     for name, value in row.items():
         live.log_metric(name, value)
     live.next_step()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from samlove.data.batches import AHEAD, read_batches
+from samlove.data.batches import AHEAD, read_batches, split
 from samlove.data.loader import FEATURES, ExpressionDataset
 from samlove.errors import SamloveError
 from stores import ShardWriter
@@ -37,7 +37,7 @@ def collate(items: list) -> dict:
 
 
 def read_all(items: Numbers, order: object, threads: int) -> list[list[int]]:
-    return [batch["items"] for batch in read_batches(items, order, 3, collate, threads)]  # type: ignore[arg-type]
+    return [batch["items"] for batch in read_batches(items, split(order, 3), collate, threads)]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("threads", [0, 1, 4, 50])
@@ -55,7 +55,7 @@ def test_what_reading_raises_comes_out_at_its_batch(threads):
         if i == 40:
             raise SamloveError("shard-00007.tar: damaged")
 
-    batches = read_batches(Numbers(fail), range(100), 3, collate, threads)
+    batches = read_batches(Numbers(fail), split(range(100), 3), collate, threads)
     assert len(list(islice(batches, 13))) == 13
     with pytest.raises(SamloveError, match="^shard-00007.tar: damaged$"):
         next(batches)
@@ -65,7 +65,7 @@ def test_what_reading_raises_comes_out_at_its_batch(threads):
 def test_few_batches_are_read_ahead_and_closing_ends_the_threads(threads):
     before = threading.active_count()
     items = Numbers()
-    batches = read_batches(items, range(100), 3, collate, threads)
+    batches = read_batches(items, split(range(100), 3), collate, threads)
     next(batches)
     assert threading.active_count() == before + threads
     batches.close()
@@ -82,7 +82,7 @@ def test_closing_does_not_wait_for_a_read_that_does_not_return(monkeypatch):
             stuck.set()
             end.wait()
 
-    batches = read_batches(Numbers(wait), range(100), 3, collate, 2)
+    batches = read_batches(Numbers(wait), split(range(100), 3), collate, 2)
     next(batches)
     stuck.wait()
     batches.close()
@@ -106,7 +106,7 @@ def test_threads_read_many_shards_with_few_of_them_open(tmp_path: Path, monkeypa
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        batches = read_batches(dataset, order, 4, lambda items: {"visual": [i["visual"][0, 0, 0] for i in items]}, 8)
+        batches = read_batches(dataset, split(order, 4), lambda items: {"visual": [i["visual"][0, 0, 0] for i in items]}, 8)
         found = [value for batch in batches for value in batch["visual"]]
     finally:
         sys.setswitchinterval(interval)

@@ -155,12 +155,13 @@ def test_every_word_of_lavs_synth_is_a_token_of_the_bundled_clip() -> None:
 def test_bundled_clip_chooses_the_true_sentence() -> None:
     model, tokenizer = pretrain_clip.load(Path(CLIP))
     scores = pretrain_clip.zero_shot(model, tokenizer, FRESH, frames=400)
-    print(scores)
+    margin = {name: score - chance for name, (score, chance) in scores.items()}
+    assert margin["colour"] > 0.4 and margin["colour of a category"] > 0.25 and margin["place of a category"] > 0.12
 
 
 def test_bundled_clip_finds_the_sentence_of_a_frame() -> None:
     scores = pretrain_clip.retrieval(*pretrain_clip.load(Path(CLIP)), FRESH, among=10)
-    print(scores)
+    assert scores["sentence"] > 0.25 and scores["frame"] > 0.25  # chance: 0.1
 
 
 @pytest.mark.parametrize(

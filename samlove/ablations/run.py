@@ -76,7 +76,7 @@ def fingerprint(run: Run, paths: Layout, dataset: DatasetConfig, evaluating: Eva
     """Everything that the result of a run depends on."""
     rows, shards = pd.read_parquet(paths.expressions), run.shards(paths)
     sections = {name: run.sections[name].model_dump(mode="json") for name in ("fusion", "train", "sam2", "infer")}
-    for setting in ("workers", "resident"):
+    for setting in training.SPEED:
         del sections["train"][setting]
     return {
         **sections,

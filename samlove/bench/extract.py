@@ -11,27 +11,21 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 from pipelines import sam2, visual
-from samlove.bench.profile import check_profile, device_name, section
+from samlove.bench.media import FRAMES, SIZES, sam2_encoder, vit_encoder, write_clips
+from samlove.bench.profile import check_profile, device_name
 from samlove.bench.timing import in_turns, timed
-from samlove.config import LocalConfig, Sam2Config, VisualConfig
+from samlove.config import LocalConfig
 from samlove.data.dataset import RefAvsFolder
 from samlove.device import default_device
 from samlove.errors import RequestError
-from samlove.features.encoders.base import Encoder
 from samlove.features.encoders.frames import frame_sources
-from samlove.features.encoders.sam2_image import Sam2ImageEncoder
-from samlove.features.encoders.vit import VitEncoder, build_vit
 from samlove.features.extract import Job, Report, extract
 from samlove.features.worker import READERS
-from samlove.model.sam2_build import instantiate_sam2
 
-FRAMES = 10  # per video for ViT; SAM 2's training split has one
-SIZES = {"micro": (128, 128), "refavs": (1280, 720)}  # width and height of the frames
+SAM2_FRAMES = 1  # per video, as in the training split
 SHARDS = 4  # per stage, so that writing one shard and computing the next overlap as in a long run
 
 
@@ -49,10 +43,10 @@ def run(profile: str, items: int, rounds: int = 5, workers: int = 1) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         clips = RefAvsFolder(root / "clips")
-        clip_names = _write_clips(clips, items, SIZES[profile])
+        clip_names = write_clips(clips, items, SIZES[profile])
         jobs = {
-            "visual": (_vit(profile, root), FRAMES, visual.BATCH, None),
-            "sam2": (_sam2(profile, root), 1, sam2.SIZES["train"].batch, 1),
+            "visual": (vit_encoder(profile, root), FRAMES, visual.BATCH, None),
+            "sam2": (sam2_encoder(profile, root), SAM2_FRAMES, sam2.SIZES["train"].batch, 1),
         }
         for name, (encoder, frames, batch, chunk_rows) in jobs.items():
             shard = -(-items // (SHARDS * batch)) * batch
@@ -127,27 +121,3 @@ def _extract(job: Job, workers: int) -> Report:
     shutil.rmtree(job.out)
     shutil.rmtree(job.scratch)
     return report
-
-
-def _write_clips(folder: RefAvsFolder, count: int, size: tuple[int, int]) -> list[str]:
-    """Write videos of smooth noise, every frame different; returns their media_ids."""
-    rng = np.random.default_rng(0)
-    names = [f"clip_{n:04}" for n in range(count)]
-    for name in names:
-        folder.frame_path(name, 0).parent.mkdir(parents=True)
-        for t in range(FRAMES):
-            coarse = Image.fromarray(rng.integers(0, 256, (18, 32, 3), dtype=np.uint8))
-            coarse.resize(size, Image.Resampling.BICUBIC).save(folder.frame_path(name, t), quality=90)
-    return names
-
-
-def _vit(profile: str, root: Path) -> Encoder:
-    config = section(profile, VisualConfig, weights=str(root / "vit.pth"))
-    torch.save(build_vit(config.model, config.model_args, config.image_size).state_dict(), config.weights)
-    return VitEncoder(config, default_device())
-
-
-def _sam2(profile: str, root: Path) -> Encoder:
-    config = section(profile, Sam2Config, checkpoint=str(root / "sam2.pt"))
-    torch.save({"model": instantiate_sam2(config.config).state_dict()}, config.checkpoint)
-    return Sam2ImageEncoder(config, default_device())

@@ -1,4 +1,4 @@
-"""The trainer's batches, in a given order, read ahead by threads of the training process.
+"""The trainer's batches, read ahead by threads of the training process.
 
 Reading a sample means copying arrays out of mapped files. NumPy copies them without Python's lock, so threads read in
 parallel, and a batch needs no copy through the shared memory (/dev/shm) that separate processes would need.
@@ -28,32 +28,39 @@ class Items(Protocol):
     def __getitem__(self, i: int) -> Any: ...
 
 
+Numbers = Sequence[int] | np.ndarray  # of items
+
+
+def split(order: Numbers, size: int) -> list[Numbers]:
+    """The parts of `size` items each, in this order; the last one may be smaller."""
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 def read_batches(
-    items: Items, order: Sequence[int] | np.ndarray, size: int, collate: Callable[[list], Batch], threads: int
+    items: Items, batches: Sequence[Numbers], collate: Callable[[list], Batch], threads: int
 ) -> Generator[Batch, None, None]:
-    """Yield `collate` of `size` items at a time, in this order; the last batch may be smaller.
+    """Yield `collate` of the items of each batch, in order.
 
     threads: how many of them read ahead; 0: each batch is read when it is asked for. The batches are the same.
     Raises what reading an item raises. Closing the iterator ends the threads, except one that does not return from a
     read: that thread ends with the process, and does not keep it alive.
     """
 
-    def read(start: int) -> Batch:
-        return collate([items[int(i)] for i in order[start : start + size]])
+    def read(numbers: Numbers) -> Batch:
+        return collate([items[int(i)] for i in numbers])
 
-    starts = range(0, len(order), size)
     if not threads:
-        yield from map(read, starts)
+        yield from map(read, batches)
         return
-    asked: SimpleQueue[tuple[Future[Batch], int] | None] = SimpleQueue()
+    asked: SimpleQueue[tuple[Future[Batch], Numbers] | None] = SimpleQueue()
     waiting: deque[Future[Batch]] = deque()
-    readers = [Thread(target=_read_all, args=(asked, read), daemon=True) for _ in range(min(threads, len(starts)))]
+    readers = [Thread(target=_read_all, args=(asked, read), daemon=True) for _ in range(min(threads, len(batches)))]
     for reader in readers:
         reader.start()
     try:
-        for start in starts:
+        for numbers in batches:
             waiting.append(Future())
-            asked.put((waiting[-1], start))
+            asked.put((waiting[-1], numbers))
             if len(waiting) > AHEAD * threads:
                 yield waiting.popleft().result()
         while waiting:
@@ -68,12 +75,12 @@ def read_batches(
             reader.join(max(0, until - time.monotonic()))
 
 
-def _read_all(asked: "SimpleQueue[tuple[Future[Batch], int] | None]", read: Callable[[int], Batch]) -> None:
+def _read_all(asked: "SimpleQueue[tuple[Future[Batch], Numbers] | None]", read: Callable[[Numbers], Batch]) -> None:
     """Read the batches that are asked for, until there is a None."""
     while (task := asked.get()) is not None:
-        future, start = task
+        future, numbers = task
         if future.set_running_or_notify_cancel():
             try:
-                future.set_result(read(start))
+                future.set_result(read(numbers))
             except BaseException as error:
                 future.set_exception(error)

@@ -92,7 +92,8 @@ class Layout:
 
     @property
     def ablation_metrics(self) -> Path:
-        return self.ablations / "metrics.json"
+        """{run}.json: mean scores, in the form in which `dvc metrics show` shows a row per run."""
+        return self.ablations / "metrics"
 
     @property
     def ablation_tables(self) -> Path:

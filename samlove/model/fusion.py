@@ -147,7 +147,7 @@ class OneBlockLoop(torch.autograd.Function):
             d_p = (d_m @ x[i].mT).to(p.dtype)
             d_s = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype).to(x.dtype)
             d_q = (d_s @ x[i]).view(B, K, -1)
-            d_x[i] = torch.baddbmm(p.to(x.dtype).mT @ d_m, d_s.mT, q)
+            torch.bmm(p.to(x.dtype).mT, d_m, out=d_x[i]).baddbmm_(d_s.mT, q)
             d_seg = d_z + _norm_backward(d_x[i, :, :K] + d_q @ w_q, seg, mean_n, std_n)
             found.append((d_q, n, d_o, m, d_h, y, d_u, u))
         d_layers = []

@@ -27,15 +27,16 @@ def upsample(mask_logits: Tensor, size: int) -> Tensor:
 
     Two products with a matrix: on a CPU, torch's own bilinear interpolation takes four times as long with its gradient.
     """
-    height, width = (_bilinear(side, size).to(mask_logits.device) for side in mask_logits.shape[-2:])
+    height, width = (_bilinear(side, size, mask_logits.device) for side in mask_logits.shape[-2:])
     with torch.autocast(mask_logits.device.type, enabled=False):
         return height @ mask_logits.float() @ width.T
 
 
 @cache
-def _bilinear(side: int, size: int) -> Tensor:
-    """The matrix (size,side) that resizes `side` values to `size`."""
-    return F.interpolate(torch.eye(side)[None, None], (size, side), mode="bilinear", align_corners=False)[0, 0]
+def _bilinear(side: int, size: int, device: torch.device) -> Tensor:
+    """The matrix (size,side) that resizes `side` values to `size`. Cached on its device, because copying it waits."""
+    matrix = F.interpolate(torch.eye(side)[None, None], (size, side), mode="bilinear", align_corners=False)[0, 0]
+    return matrix.to(device)
 
 
 def mask_loss(answer: FirstFrame, mask: Tensor, config: LossConfig) -> Losses:
