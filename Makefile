@@ -8,7 +8,7 @@ INSTALL := SAM2_BUILD_CUDA=0 PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PI
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format
+.PHONY: help install demo ablations test lint format
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r target meaning; do \
@@ -25,6 +25,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED) ## run the whole pipeline on the generated dataset; print result table and report
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m samlove.cli.demo
+
+ablations: $(INSTALLED) ## run the ablations of the active profile in parallel; print their tables
+	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m dvc repro pipelines/ablations/dvc.yaml
 
 test: $(INSTALLED) ## run the test suite
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -q

@@ -17,14 +17,15 @@ import yaml
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from pipelines import ablation_runs, ablation_tables
+from pipelines import ablation_runs, ablation_tables, train
 from samlove.ablations.driver import execute_missing
 from samlove.ablations.run import Task, execute, make_tasks
 from samlove.ablations.runs import plan_runs
 from samlove.config import AblationsConfig, DatasetConfig, EvaluateConfig, LocalConfig, load
 from samlove.data.layout import layout
 from samlove.errors import RequestError, SamloveError
-from tests.test_refusals import configure, project, run, whole
+from tests.stage_code import ROOT
+from tests.test_refusals import configure, evaluate_all, project, run, whole
 
 __all__ = ["project", "whole"]  # fixtures: a small project after all stages have run, and a copy of it
 ONE = LocalConfig(kind="local", workers=1)
@@ -55,6 +56,21 @@ def executed() -> dict[str, int]:
 
 def silent(**settings: Any) -> tqdm:
     return tqdm(**settings | {"disable": True})
+
+
+def stopping_bar(stop: Event, steps: int) -> Callable[..., tqdm]:
+    """A bar that sets `stop` at its update number `steps`, counted over all bars."""
+    updates = 0
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            nonlocal updates
+            updates += 1
+            if updates == steps:
+                stop.set()
+            return super().update(n)
+
+    return lambda **settings: Bar(**settings | {"file": open(os.devnull, "w")})
 
 
 @pytest.fixture(autouse=True)
@@ -112,8 +128,11 @@ def test_refuses_an_override_that_makes_no_sense(project: Path, changes: dict, m
 
 
 def test_the_unchanged_run_equals_the_profiles_own_stages(project: Path) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # as each of the local workers
+    run(train.main)
+    evaluate_all()
     write_ablations(RUNS)
+    shutil.copytree(ROOT / "configs" / "cluster", "configs/cluster")
     run(ablation_runs.main)
     run(ablation_tables.main)
     base = layout().ablation_runs / "base" / "seed0"
@@ -167,7 +186,6 @@ def test_controls_are_computed_only_if_asked_for(project: Path) -> None:
 
 
 def test_a_run_that_fails_does_not_stop_the_others(project: Path) -> None:
-    shutil.copytree("data/tiny/features/text", "broken")
     write_ablations({"wild": {"train": {"lr": 1e3, "epochs": 40}}, **RUNS})
     with pytest.raises(SamloveError, match=r"1 of 3 runs failed, the others are finished: wild, seed 0: .*not finite"):
         execute_all()
@@ -183,21 +201,13 @@ def test_a_stopped_run_resumes_and_gives_the_same_result(project: Path) -> None:
     shutil.rmtree(task.out)
     for steps in (1, 3, 5, 6, 7, 8):  # in training, between its epochs, and in inference
         stop = Event()
-
-        class Stopping(tqdm):
-            def update(self, n: float | None = 1, stop: Event = stop, steps: int = steps) -> bool | None:
-                seen.append(self.desc)
-                if len(seen) == steps:
-                    stop.set()
-                return super().update(n)
-
-        seen: list[str] = []
         try:
-            execute(task, lambda **settings: Stopping(**settings | {"file": open(os.devnull, "w")}), stop)
+            execute(task, stopping_bar(stop, steps), stop)
             break
         except KeyboardInterrupt:
             assert not task.out.exists()
-    execute(task, silent, Event()) if not task.out.exists() else None
+    if not task.out.exists():
+        execute(task, silent, Event())
     found = load_file(task.out / "best.safetensors")
     assert all(torch.equal(found[name], expected[0][name]) for name in found)
     assert (task.out / "metrics.json").read_text() == expected[1]
@@ -214,7 +224,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
 
 def test_another_worker_resumes_the_run_of_one_that_was_killed(project: Path) -> None:
     """Two worker processes; the one that trains the first run is killed after its state was saved."""
-    write_ablations({"base": {"train": {"epochs": 40}}, **{"no_cls": RUNS["no_cls"]}})
+    write_ablations({"base": {"train": {"epochs": 40}}, "no_cls": RUNS["no_cls"]})
     task = tasks()[0]
     torch.set_num_threads(1)
     execute(task, silent, Event())

@@ -106,7 +106,9 @@ def test_threads_read_many_shards_with_few_of_them_open(tmp_path: Path, monkeypa
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        batches = read_batches(dataset, split(order, 4), lambda items: {"visual": [i["visual"][0, 0, 0] for i in items]}, 8)
+        batches = read_batches(
+            dataset, split(order, 4), lambda items: {"visual": [i["visual"][0, 0, 0] for i in items]}, 8
+        )
         found = [value for batch in batches for value in batch["visual"]]
     finally:
         sys.setswitchinterval(interval)

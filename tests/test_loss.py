@@ -12,7 +12,6 @@ def single(logits: torch.Tensor, score: torch.Tensor) -> FirstFrame:
     return FirstFrame(logits[:, None], score, torch.ones(len(score), 1))
 
 
-
 def test_the_loss_is_bce_plus_dice_computed_by_hand():
     logits = torch.tensor([[[0.0, math.log(3)], [-math.log(3), 0.0]]])  # probabilities 1/2, 3/4, 1/4, 1/2
     mask = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])

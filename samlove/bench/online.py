@@ -26,7 +26,8 @@ from samlove.train import Batch, Samples, Trainer
 EXPRESSIONS = 5  # per video, as in Ref-AVS
 KEPT = 64  # decoded videos that are kept until their other expressions ask for them
 CACHED = ("audio", "audio_valid", "visual", *LEVELS)  # what an online step computes itself
-DECODED = ("patches", "audio_valid", "frames", "first_frame")
+PARTS = {"audio": "patches", "visual": "frames", "sam2": "first_frame"}  # encoder -> what it encodes
+DECODED = (*PARTS.values(), "audio_valid")
 
 
 class Encoders(NamedTuple):
@@ -45,26 +46,33 @@ class Encoders(NamedTuple):
             "first_frame": self.sam2.load(paths[:1]),
         }
 
-    @torch.no_grad()
     def encode(self, decoded: dict[str, Tensor], precision: str) -> dict[str, Tensor]:
         """V decoded videos -> the arrays CACHED of each, (V, ...), float16 on the encoders' device."""
-        device = self.visual.device
-        moved = {name: decoded[name].to(device, non_blocking=True) for name in DECODED}
-        videos = len(moved["frames"])
+        found = {"audio_valid": decoded["audio_valid"].to(self.visual.device, non_blocking=True)}
+        for name in PARTS:
+            found |= self.part(name, decoded, precision)
+        return found
+
+    @torch.no_grad()
+    def part(self, name: str, decoded: dict[str, Tensor], precision: str) -> dict[str, Tensor]:
+        """What one of PARTS gives."""
+        given, device = decoded[PARTS[name]], self.visual.device
+        rows = given.to(device, non_blocking=True).flatten(0, 1)  # frames or seconds of all videos
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            found = {
-                "audio": self.audio.network(moved["patches"].flatten(0, 1)).unflatten(0, (videos, -1)),
-                "visual": self.visual._tokens(moved["frames"].flatten(0, 1)).unflatten(0, (videos, -1)),
-            }
-            first = normalise(moved["first_frame"].flatten(0, 1), MEAN, STD)
-            sam2 = self.sam2.network
-            forward = sam2.forward_image if self.sam2.config.cache_point == "post_conv" else sam2.image_encoder
-            found |= zip(LEVELS, forward(first)["backbone_fpn"], strict=True)
-        return {name: array.half() for name, array in found.items()} | {"audio_valid": moved["audio_valid"]}
+            if name == "audio":
+                found = {"audio": self.audio.network(rows).unflatten(0, given.shape[:2])}
+            elif name == "visual":
+                found = {"visual": self.visual._tokens(rows).unflatten(0, given.shape[:2])}
+            else:
+                network = self.sam2.network
+                post_conv = self.sam2.config.cache_point == "post_conv"
+                forward = network.forward_image if post_conv else network.image_encoder
+                found = dict(zip(LEVELS, forward(normalise(rows, MEAN, STD))["backbone_fpn"], strict=True))
+        return {array: values.half() for array, values in found.items()}
 
 
 class OnlineItems:
-    """Expressions with decoded media. Item i is expression i % 5 of video i // 5; video v has the media v % their number.
+    """Expressions with decoded media: item i is expression i % 5 of video i // 5. Media repeat after the last.
 
     shared: a video is decoded once for its expressions, if they follow each other, and bears one number for all.
     """

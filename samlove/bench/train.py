@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from samlove.bench.media import SIZES, sam2_encoder, vggish_encoder, vit_encoder, write_clips
-from samlove.bench.online import EXPRESSIONS, Encoders, OnlineItems, OnlineTrainer, online_samples
+from samlove.bench.online import EXPRESSIONS, PARTS, Encoders, OnlineItems, OnlineTrainer, online_samples
 from samlove.bench.profile import check_profile, device_name, section
 from samlove.bench.steps import WAYS, WayTrainer, matmul_rate, static, step_flops
 from samlove.bench.timing import in_turns
@@ -40,9 +40,10 @@ from stores import ShardWriter
 from stores.fingerprint import sha256_file
 
 WARM_UP = 3  # steps before the clock starts: they start workers, allocate memory and select kernels
+ONLINE_WARM_UP = 1  # encoders have run before
 PART = 4  # the ways and the online steps are timed for a PART-th of the steps
 CLIPS = 8  # videos whose media are decoded online; all others have the same
-PATIENCE_S = 60  # online steps are left out if they would take longer on a CPU
+PATIENCE_S = 300  # online steps are left out if they would take longer on a CPU
 # What an ablation changes. The encoders are frozen in both, so what online steps can share between the expressions of a
 # video is the same: decoded media, ViT's and VGGish's output, SAM 2's embedding of frame 0.
 CASES: dict[str, dict[str, dict[str, Any]]] = {
@@ -217,12 +218,12 @@ def _online(profile: str, root: Path, device: torch.device, steps: int, rounds: 
     dataset = ExpressionDataset(root / "shards")
     names = write_clips(folder, min(CLIPS, len(dataset.reader)), SIZES[profile], audio=True)
     encoders = Encoders(vggish_encoder(profile, root), vit_encoder(profile, root), sam2_encoder(profile, root))
-    parts = {"decode": _decode_s(encoders, folder, names), "encode": _encode_s(encoders, folder, names, precision)}
+    parts = _parts_s(encoders, folder, names, precision)
     each = sum(parts.values())
     ms = {name: round(1e3 * seconds, 1) for name, seconds in parts.items()}
     print("online: one video by itself: " + ", ".join(f"{name} {value} ms" for name, value in ms.items()), flush=True)
     size = section(profile, TrainConfig).batch_size * section(profile, TrainConfig).accumulate
-    needed = len(CASES) * rounds * (WARM_UP + steps) * size * each * (1 + 1 / EXPRESSIONS)
+    needed = len(CASES) * rounds * (ONLINE_WARM_UP + steps) * size * each * (1 + 1 / EXPRESSIONS)
     if device.type == "cpu" and needed > PATIENCE_S:
         print(
             f"not measured: online steps, which would take about {needed / 60:.0f} minutes here: {each:.1f} s per "
@@ -241,7 +242,7 @@ def _online(profile: str, root: Path, device: torch.device, steps: int, rounds: 
                     OnlineTrainer, profile, online_samples(items), dataset, device, root, changes
                 )
                 online.encoders = encoders
-            passes[name] = partial(_read, trainer, steps)
+            passes[name] = partial(_read, trainer, steps, ONLINE_WARM_UP)
         found = in_turns(passes, rounds)
         rates = {name: steps * size / median(one.seconds for one in times) for name, times in found.items()}
         cases[case] = {
@@ -253,40 +254,32 @@ def _online(profile: str, root: Path, device: torch.device, steps: int, rounds: 
     return {"ms_a_video": ms, "cases": cases}
 
 
-def _decode_s(encoders: Encoders, folder: RefAvsFolder, names: list[str]) -> float:
-    """Seconds in which one thread decodes a video: the median of a few."""
-    encoders.decode(folder, names[0])
-    seconds = []
-    for name in names[:3]:
-        start = time.perf_counter()
-        encoders.decode(folder, name)
-        seconds.append(time.perf_counter() - start)
-    return median(seconds)
-
-
-def _encode_s(encoders: Encoders, folder: RefAvsFolder, names: list[str], precision: str) -> float:
-    """Seconds in which the device encodes a decoded video: the median of a few."""
-    seconds = []
+def _parts_s(encoders: Encoders, folder: RefAvsFolder, names: list[str], precision: str) -> dict[str, float]:
+    """Seconds in which one thread decodes a video, and the device runs each encoder: the median of a few."""
+    found: dict[str, list[float]] = {}
     for name in (names[0], *names[:3]):
-        decoded = {part: value[None] for part, value in encoders.decode(folder, name).items()}
         start = time.perf_counter()
-        for array in encoders.encode(decoded, precision).values():
-            array[:1].cpu()  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return median(seconds[1:])
+        decoded = {array: value[None] for array, value in encoders.decode(folder, name).items()}
+        found.setdefault("decode", []).append(time.perf_counter() - start)
+        for part in PARTS:
+            start = time.perf_counter()
+            for array in encoders.part(part, decoded, precision).values():
+                array.flatten()[0].item()  # waits for the device
+            found.setdefault(part, []).append(time.perf_counter() - start)
+    return {part: median(seconds[1:]) for part, seconds in found.items()}  # the first loads the network
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def _read(trainer: Trainer, steps: int) -> Pass:
+def _read(trainer: Trainer, steps: int, warm_up: int = WARM_UP) -> Pass:
     """`steps` steps on batches from the loader, which goes on reading ahead until the last of them ends."""
     accumulate, size = trainer.config.accumulate, trainer.config.batch_size
-    wanted = ((WARM_UP + steps) * accumulate + AHEAD * trainer.workers) * size
+    wanted = ((warm_up + steps) * accumulate + AHEAD * trainer.workers) * size
     epochs = -(-wanted // len(trainer.samples.train))
     order = np.concatenate([trainer.samples.order(epoch) for epoch in range(epochs)])[:wanted]
     with closing(trainer._batches(trainer.samples.train, order)) as batches:
-        return _time(trainer, lambda: list(islice(batches, accumulate)), steps)
+        return _time(trainer, lambda: list(islice(batches, accumulate)), steps, warm_up)
 
 
 def _on_device(trainer: Trainer) -> Batch:
@@ -302,16 +295,16 @@ def _repeat(trainer: Trainer, batch: Batch, steps: int) -> Pass:
     return _time(trainer, lambda: [batch] * trainer.config.accumulate, steps)
 
 
-def _time(trainer: Trainer, batches: Callable[[], list[Batch]], steps: int) -> Pass:
+def _time(trainer: Trainer, batches: Callable[[], list[Batch]], steps: int, warm_up: int = WARM_UP) -> Pass:
     """Every step waits for its losses, so the clock starts and stops at the same point of a step, also on a GPU."""
     ended, waited = [], []
-    for _ in range(WARM_UP + steps):
+    for _ in range(warm_up + steps):
         start = time.perf_counter()
         given = batches()
         waited.append(time.perf_counter() - start)
         trainer._step(given, trainer.config.batch_size * trainer.config.accumulate)
         ended.append(time.perf_counter())
-    return Pass(ended[-1] - ended[WARM_UP - 1], sum(waited[WARM_UP:]))
+    return Pass(ended[-1] - ended[warm_up - 1], sum(waited[warm_up:]))
 
 
 def _write_shards(root: Path, profile: str, videos: int) -> None:

@@ -74,9 +74,14 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel=BEFORE, epilog=examples("samlove plan", "samlove plan --no-calibrate"))
+@app.command(
+    rich_help_panel=BEFORE, epilog=examples("samlove plan", "samlove plan --no-calibrate", "samlove plan --ablations")
+)
 def plan(
     calibrate: Annotated[bool, typer.Option(help="Time the encoders on a few items of the dataset.")] = True,
+    ablations: Annotated[
+        bool, typer.Option("--ablations", help="Plan the runs of ablations.yaml instead; times a few steps of each.")
+    ] = False,
 ) -> None:
     """Estimate items, files, disk space and time of a run.
 
@@ -84,9 +89,9 @@ def plan(
     published numbers.
     The time covers the feature stages. Exits with status 1 if the disk has too little space.
     """
-    from samlove.cli.plan import run
+    from samlove.cli import plan, plan_ablations
 
-    if not run(calibrate):
+    if not (plan_ablations.run() if ablations else plan.run(calibrate)):
         raise typer.Exit(1)
 
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from typing import Any
 
@@ -38,6 +38,7 @@ PER_SHARD = {
     **{f"sam2_{group}": sizes.shard for group, sizes in sam2.SIZES.items()},
 }
 ARRAYS = {"audio": 2, "visual": 1, "text": 2, "sam2_train": 3, "sam2_eval": 3}  # of an item
+ENCODERS = ("audio", "visual", "text", "sam2")
 SECONDS = 2.0  # a calibration goes on for so long after its first batch
 SAMPLE = 64  # items at most that one calibration takes
 
@@ -53,10 +54,10 @@ def run(calibrate: bool) -> bool:
     free, there = free_bytes(paths), bytes_there(paths)
     needed = sum(sum(entry.bytes.values()) for entry in made)
     missing = needed - there - free
-    print(f"\ndisk: {_gib(needed)} GiB in total, {_gib(there)} GiB of it present, {_gib(free)} GiB free")
+    print(f"\ndisk: {gib(needed)} GiB in total, {gib(there)} GiB of it present, {gib(free)} GiB free")
     if missing > 0:
         print(
-            f"MISSING {_gib(missing)} GiB: free some, or clone onto a larger disk (data/ and .dvc/cache must share it)"
+            f"MISSING {gib(missing)} GiB: free some, or clone onto a larger disk (data/ and .dvc/cache must share it)"
         )
     return missing <= 0
 
@@ -79,21 +80,19 @@ def render(made: list[Planned], files: dict[str, int], times: dict[str, float | 
         spent = times.get(name, "")
         shown = str(timedelta(seconds=round(spent))) if isinstance(spent, float) else spent
         whole = sum(entry.bytes.values())
-        lines.append(
-            f"{entry.path:24}{sum(entry.items.values()):>10,}{files[entry.path]:>8,}{_gib(whole):>10}  {shown}"
-        )
+        lines.append(f"{entry.path:24}{sum(entry.items.values()):>10,}{files[entry.path]:>8,}{gib(whole):>10}  {shown}")
         if len(entry.items) > 1:
             lines += [
-                f"  {split:22}{items:>10,}{'':8}{_gib(entry.bytes[split]):>10}" for split, items in entry.items.items()
+                f"  {split:22}{items:>10,}{'':8}{gib(entry.bytes[split]):>10}" for split, items in entry.items.items()
             ]
     known = [spent for spent in times.values() if isinstance(spent, float)]
     size = sum(sum(entry.bytes.values()) for entry in made)
     total = str(timedelta(seconds=round(sum(known)))) if known else ""
-    lines.append(f"{'total':34}{sum(files.values()):>8,}{_gib(size):>10}  {total}")
+    lines.append(f"{'total':34}{sum(files.values()):>8,}{gib(size):>10}  {total}")
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
     value = size / GIB
     return f"{value:,.1f}" if value >= 10 else f"{value:.4f}"
 
@@ -101,8 +100,11 @@ def _gib(size: int) -> str:
 # --- time ------------------------------------------------------------------------------------------------------------
 
 
-def measured(settings: Settings, made: list[Planned]) -> dict[str, float | str]:
-    """Seconds per feature store, estimated here from a few items of the dataset, or why they are unknown."""
+def measured(settings: Settings, made: list[Planned], sections: Collection[str] = ENCODERS) -> dict[str, float | str]:
+    """Seconds per feature store, estimated here from a few items of the dataset, or why they are unknown.
+
+    sections: the encoders to measure.
+    """
     device, folder, frames = default_device(), RefAvsFolder(settings.dataset.root), settings.dataset.frames
     media_ids = sorted(p.name for p in (folder.root / "media").glob("*") if p.is_dir())[:SAMPLE]
     texts = _sample_texts(folder)
@@ -133,7 +135,8 @@ def measured(settings: Settings, made: list[Planned]) -> dict[str, float | str]:
         "sam2": {"sam2_train": items["sam2_train"], "sam2_eval": items["sam2_eval"] * frames},  # in frames
     }
     times: dict[str, float | str] = {}
-    for name, (make, sources, batch) in makers.items():
+    for name in sections:
+        make, sources, batch = makers[name]
         try:
             each: float | str = seconds_an_item(make(), sources, batch) if sources else "unknown: no dataset here yet"
         except SamloveError as error:  # no weights, for example: the rest of the plan is still valid

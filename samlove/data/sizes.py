@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -210,6 +211,6 @@ def free_bytes(paths: Layout) -> int:
     return shutil.disk_usage(data if data.exists() else ".").free
 
 
-def bytes_there(paths: Layout) -> int:
-    """Bytes of pipeline output that already exist."""
-    return sum(p.stat().st_size for name in MADE for p in (paths.root / name).rglob("*") if p.is_file())
+def bytes_there(paths: Layout, folders: Collection[str] = MADE) -> int:
+    """Bytes of pipeline output that already exist in these folders below data/<profile>/."""
+    return sum(p.stat().st_size for name in folders for p in (paths.root / name).rglob("*") if p.is_file())

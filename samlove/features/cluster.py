@@ -56,8 +56,7 @@ def connect(
                 cluster.scale(jobs=config.jobs)
                 yield client, config.cores
         else:
-            workers = config.workers or torch.cuda.device_count() or max(1, CPU_COUNT // cores)
-            workers = min(workers, most or workers)
+            workers = min(count_asked(config, cores), most or CPU_COUNT)
             threads = config.threads or (max(1, CPU_COUNT // workers) if workers > 1 else None)
             with (
                 dask.config.set({"distributed.dashboard.link": f"http://{LOOPBACK}:{{port}}/status"}),
@@ -66,6 +65,15 @@ def connect(
             ):
                 client.wait_for_workers(workers)
                 yield client, threads
+
+
+def count_asked(config: ClusterConfig, cores: int = CORES_PER_WORKER) -> int:
+    """The number of workers that a configuration asks for; 1 for a running scheduler, whose workers may change."""
+    if isinstance(config, SchedulerConfig):
+        return 1
+    if isinstance(config, SlurmConfig):
+        return config.jobs
+    return config.workers or torch.cuda.device_count() or max(1, CPU_COUNT // cores)
 
 
 @contextmanager

@@ -387,7 +387,7 @@ def _look_at_tokens(attention: Attention, placed: Tensor, offset: Tensor, k: Ten
 
 
 def _upscale(tokens: Tensor, conv: nn.ConvTranspose2d) -> Tensor:
-    """A transposed convolution of kernel and stride 2 on tokens: (B, n, C) -> (B, n*4, C'), each token's 2x2 in a row."""
+    """A transposed convolution of kernel and stride 2 on tokens: (B, n, C) -> (B, n*4, C'), 2x2 of a token in a row."""
     weight, bias = conv.weight.permute(2, 3, 1, 0).flatten(0, 2), conv.bias  # (4*C', C)
     assert bias is not None
     return F.linear(tokens, weight, bias.repeat(4)).view(len(tokens), -1, conv.out_channels)

@@ -1,0 +1,113 @@
+"""A tiny training run in several processes, for tests. They are forked from one that has imported torch."""
+
+import json
+import multiprocessing
+import os
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from dvclive import Live
+
+from samlove.errors import SamloveError
+from samlove.model.processes import joined
+from samlove.train import Trainer
+from tests.tiny_training import Items, origin, samples
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([__name__])
+
+
+@dataclass(frozen=True)
+class Case:
+    sam2: Path
+    root: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    items: int = 10  # of the train split
+    broken: int | None = None  # this item has a feature that is not a number
+    reads: int = 0  # the n-th read of the process `of`, after which it gets a signal
+    of: int = 0
+    number: int = signal.SIGTERM
+    split: str = "train"
+
+
+class Recorded(Items):
+    """Items that remember which of them were read."""
+
+    def __init__(self, count: int, seed: int, case: Case, kills: bool) -> None:
+        super().__init__(count, seed)
+        self.case, self.kills, self.read = case, kills, list[int]()
+
+    def __getitem__(self, index: int) -> dict:
+        self.read.append(index)
+        if self.kills and len(self.read) == self.case.reads:
+            os.kill(os.getpid(), self.case.number)
+        item = super().__getitem__(index)
+        if index == self.case.broken:
+            item["visual"][0, 1] = float("nan")
+        return item
+
+
+def train_in(case: Case, count: int) -> list[dict[str, Any]]:
+    """Run `case` in `count` processes -> for each, its exit status, error and what it read (if it lived to say so)."""
+    # As torchrun does, this process holds the store, which outlives the others.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    case.root.mkdir(exist_ok=True)
+    for path in case.root.glob("rank*.json"):
+        path.unlink()
+    ranks = [FORKS.Process(target=_work, args=(case, rank, count, store.port)) for rank in range(count)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    found = []
+    for rank, process in enumerate(ranks):
+        if hung := process.is_alive():
+            process.kill()
+            process.join()
+        said = case.root / f"rank{rank}.json"
+        told = json.loads(said.read_text()) if said.exists() else {}
+        found.append({"status": None if hung else process.exitcode, **told})
+    return found
+
+
+def new_trainer(case: Case, train: Items | None = None, **settings: Any) -> Trainer:
+    """The trainer of a case, in this process alone unless `processes` says otherwise."""
+    start = origin(case.sam2, **case.settings)
+    torch.manual_seed(start.train.seed)
+    data = samples(train or Items(case.items, seed=1), settings.pop("val", None))
+    return Trainer(start.build(), start, data, torch.device("cpu"), case.root / "scratch", **settings)
+
+
+def _work(case: Case, rank: int, count: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        "RANK": str(rank),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+    kills = rank == case.of
+    items = {
+        "train": Recorded(case.items, 1, case, kills and case.split == "train"),
+        "val": Recorded(5, 2, case, kills and case.split == "val"),
+    }
+    told: dict[str, Any] = {}
+    try:
+        with joined() as processes:
+            trainer = new_trainer(case, items["train"], val=items["val"], processes=processes)
+            if processes.first:
+                with Live(str(case.root / "live"), save_dvc_exp=False, dvcyaml=None) as live:
+                    trainer.run(live)
+            else:
+                trainer.run(None)
+    except (SamloveError, KeyboardInterrupt) as error:
+        told |= {"error": type(error).__name__, "text": str(error)}
+    told |= {"train": items["train"].read, "val": items["val"].read}
+    (case.root / f"rank{rank}.json").write_text(json.dumps(told))
+    os._exit(getattr(locals().get("error"), "exit_status", 1) if "error" in told else 0)
