@@ -18,7 +18,7 @@ from samlove.train import Trainer
 from tests.tiny_training import Items, origin, samples
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([__name__])
+FORKS.set_forkserver_preload([__name__, "torch._dynamo"])  # the optimiser imports torch._dynamo
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,8 @@ class Case:
     sam2: Path
     root: Path
     settings: dict[str, Any] = field(default_factory=dict)
-    items: int = 10  # of the train split
     broken: int | None = None  # this item has a feature that is not a number
-    reads: int = 0  # the n-th read of the process `of`, after which it gets a signal
+    reads: int = 0  # the process `of` gets a signal when it reads an item of `split` for the n-th time
     of: int = 0
     number: int = signal.SIGTERM
     split: str = "train"
@@ -52,7 +51,10 @@ class Recorded(Items):
 
 
 def train_in(case: Case, count: int) -> list[dict[str, Any]]:
-    """Run `case` in `count` processes -> for each, its exit status, error and what it read (if it lived to say so)."""
+    """Run `case` in `count` processes -> of each, its exit status (None if it hung), its error and the items it read.
+
+    A killed process leaves only its status.
+    """
     # As torchrun does, this process holds the store, which outlives the others.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     case.root.mkdir(exist_ok=True)
@@ -75,10 +77,10 @@ def train_in(case: Case, count: int) -> list[dict[str, Any]]:
 
 
 def new_trainer(case: Case, train: Items | None = None, **settings: Any) -> Trainer:
-    """The trainer of a case, in this process alone unless `processes` says otherwise."""
+    """The trainer of a case. settings: `val` and `processes`; by default, this process alone."""
     start = origin(case.sam2, **case.settings)
     torch.manual_seed(start.train.seed)
-    data = samples(train or Items(case.items, seed=1), settings.pop("val", None))
+    data = samples(train, settings.pop("val", None) or Items(5, seed=2))
     return Trainer(start.build(), start, data, torch.device("cpu"), case.root / "scratch", **settings)
 
 
@@ -94,10 +96,11 @@ def _work(case: Case, rank: int, count: int, port: int) -> None:
     }
     kills = rank == case.of
     items = {
-        "train": Recorded(case.items, 1, case, kills and case.split == "train"),
+        "train": Recorded(10, 1, case, kills and case.split == "train"),
         "val": Recorded(5, 2, case, kills and case.split == "val"),
     }
     told: dict[str, Any] = {}
+    status = 0
     try:
         with joined() as processes:
             trainer = new_trainer(case, items["train"], val=items["val"], processes=processes)
@@ -108,6 +111,7 @@ def _work(case: Case, rank: int, count: int, port: int) -> None:
                 trainer.run(None)
     except (SamloveError, KeyboardInterrupt) as error:
         told |= {"error": type(error).__name__, "text": str(error)}
+        status = getattr(error, "exit_status", 1)
     told |= {"train": items["train"].read, "val": items["val"].read}
     (case.root / f"rank{rank}.json").write_text(json.dumps(told))
-    os._exit(getattr(locals().get("error"), "exit_status", 1) if "error" in told else 0)
+    os._exit(status)  # closes the connections at once
