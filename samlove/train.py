@@ -13,15 +13,14 @@ files.
 
 import math
 import shutil
-import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from threading import Event, current_thread, main_thread
-from typing import Any, TypeVar
+from threading import Event
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +42,7 @@ from samlove.model.processes import ALONE, Processes
 from samlove.model.sam2 import FirstFrame
 from samlove.model.sam2_build import checkpoint_path
 from samlove.model.sam2_love import SamLove
+from samlove.model.stopping import Stopped, Stopping
 from samlove.model.training_state import MADE_BY, STATE, Progress, report_other_runs, restore_state, save_state
 from samlove.scoring.metrics import quantise, scores_from_bins
 from stores.fingerprint import check_fingerprint, fingerprint_id, sha256_file
@@ -52,7 +52,6 @@ SAVE_SECONDS = 300  # a kill without notice loses at most this much work
 SELECTED_BY = "J&F"  # validation score that selects the best epoch
 WORKERS = 8  # default limit of threads that read samples; more take memory and read hardly faster
 SPEED = {"workers", "resident", "processes"}  # settings that do not affect the result
-T = TypeVar("T")
 # The modules that determine what a step does. A run whose state other code wrote is not resumed.
 CODE = (
     "samlove.data.batches",
@@ -63,13 +62,10 @@ CODE = (
     "samlove.model.processes",
     "samlove.model.sam2",
     "samlove.model.sam2_love",
+    "samlove.model.stopping",
     "samlove.model.training_state",
     "samlove.train",
 )
-
-
-class _Stop(Exception):
-    """SIGINT or SIGTERM ended the run between two steps."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +110,7 @@ class Trainer:
         self.progress = Progress()
         self.fingerprint = run_fingerprint(origin)
         self.folder = scratch / fingerprint_id(self.fingerprint)
-        self._new_bar, self._stop = bar, stop or Event()
-        self._may_stop = False
+        self._new_bar, self._stopping = bar, Stopping(processes, stop)
         if self.state_file.exists():
             self.progress = restore_state(self.state_file, self.parameters, self.optimizer)
             if self.progress.epoch and not self.best_file.exists():
@@ -167,17 +162,23 @@ class Trainer:
         """
         for row in self.progress.history:
             _log(live, row)
-        with self._stop_on_signals(), self._bar() as bar:
-            while self.progress.epoch < self.config.epochs:
-                self._train_epoch(bar)
-                row = self._close_epoch()
-                _log(live, row)
-                bar.write(f"epoch {self.progress.epoch}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
-                if self.progress.epoch == 1 and f"val/{SELECTED_BY}" not in row:
-                    bar.write(
-                        f"no first frame of the val split has a target, so F and {SELECTED_BY} are undefined: the "
-                        "checkpoint will be that of the last epoch, not of the best"
-                    )
+        with self._stopping.on_signals(), self._bar() as bar:
+            try:
+                while self.progress.epoch < self.config.epochs:
+                    self._train_epoch(bar)
+                    self._report(self._close_epoch(), live, bar)
+            except Stopped:  # the gradients computed since the last step are dropped
+                self._save()
+                raise KeyboardInterrupt from None
+
+    def _report(self, row: dict[str, float], live: Live | None, bar: tqdm) -> None:
+        _log(live, row)
+        bar.write(f"epoch {self.progress.epoch}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
+        if self.progress.epoch == 1 and f"val/{SELECTED_BY}" not in row:
+            bar.write(
+                f"no first frame of the val split has a target, so F and {SELECTED_BY} are undefined: the "
+                "checkpoint will be that of the last epoch, not of the best"
+            )
 
     def _train_epoch(self, bar: tqdm) -> None:
         progress = self.progress
@@ -209,7 +210,7 @@ class Trainer:
         its process: 2 batches of 4 equal one batch of 8.
         """
         set_learning_rate(self.optimizer, self._learning_rate(self.progress.step))
-        parts = self._exchange(self._backward(batches, size))
+        parts = self._stopping.exchange(self._backward(batches, size))
         self.processes.sum_gradients(list(self.parameters.values()))
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip_norm)
@@ -291,7 +292,7 @@ class Trainer:
                 for frame, mask in zip(bins, batch["mask"].cpu().numpy() > 0, strict=True):
                     mine.append(scores_from_bins(frame[None], mask[None])[:2])
         J, F = np.empty(count), np.empty(count)  # of each expression, as fractions; F is NaN without a target
-        for rank, scores_of_rank in enumerate(self._exchange(mine)):
+        for rank, scores_of_rank in enumerate(self._stopping.exchange(mine)):
             J[rank :: self.processes.count], F[rank :: self.processes.count] = np.reshape(scores_of_rank, (-1, 2)).T
         scores = {"J": 100 * float(J.mean())}
         if not np.isnan(F).all():
@@ -314,28 +315,9 @@ class Trainer:
         return read_batches(items, batches, collate, self.workers)
 
     def _next(self, batches: Iterator[Batch], count: int) -> list[Batch]:
-        """`count` more batches. A requested stop ends the run here: nothing has begun that must be finished."""
-        try:
-            self._may_stop = True
-            if self._stop.is_set():
-                raise _Stop
+        """`count` more batches. A requested stop ends the run here."""
+        with self._stopping.waiting():
             return list(islice(batches, count))
-        except _Stop:
-            self._may_stop = False
-            self._exchange(None)
-            raise
-        finally:
-            self._may_stop = False
-
-    def _exchange(self, mine: T | None) -> list[T]:
-        """What all processes pass. If one passes None, because it was asked to stop, the run ends here in all of them.
-
-        Between two steps or in validation: the others drop the gradients that they have computed since the last step.
-        """
-        found = self.processes.exchange(mine)
-        if any(each is None for each in found):
-            raise _Stop
-        return found  # type: ignore[return-value]
 
     def _on_device(self, batch: Batch) -> Batch:
         """The batch on the device, numbers as float32, without the text positions that are padding in every sample."""
@@ -351,35 +333,6 @@ class Trainer:
         samples = len(self.samples.train)
         done = self.progress.epoch * samples + self.progress.consumed
         return self._new_bar(total=self.config.epochs * samples, initial=done, unit="expr", mininterval=2, desc="train")
-
-    @contextmanager
-    def _stop_on_signals(self) -> Iterator[None]:
-        """SIGINT or SIGTERM ends the run with its state saved (see `_next`); a second one ends the process at once.
-
-        Of several processes, each ignores a second one, because a terminal or SLURM and torchrun may both send one.
-        Outside the main thread, where Python handles no signals, only `stop` ends the run.
-        """
-        numbers = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()
-        before = {number: signal.getsignal(number) for number in numbers}
-
-        def request_stop(number: int, frame: object) -> None:
-            self._stop.set()
-            if self.processes.count == 1:
-                signal.signal(number, before[signal.Signals(number)])
-            if self._may_stop:
-                self._may_stop = False
-                raise _Stop
-
-        for number in before:
-            signal.signal(number, request_stop)
-        try:
-            yield
-        except _Stop:
-            self._save()
-            raise KeyboardInterrupt from None
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _save(self) -> None:
         if self.processes.first:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ class Case:
     of: int = 0
     number: int = signal.SIGTERM
     split: str = "train"
+    file_limit: int | None = None  # bytes that a file of the first process may have; simulates a full disk
 
 
 class Recorded(Items):
@@ -99,6 +101,8 @@ def _work(case: Case, rank: int, count: int, port: int) -> None:
         "train": Recorded(10, 1, case, kills and case.split == "train"),
         "val": Recorded(5, 2, case, kills and case.split == "val"),
     }
+    if case.file_limit is not None and rank == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (case.file_limit, case.file_limit))
     told: dict[str, Any] = {}
     status = 0
     try:
@@ -109,7 +113,7 @@ def _work(case: Case, rank: int, count: int, port: int) -> None:
                     trainer.run(live)
             else:
                 trainer.run(None)
-    except (SamloveError, KeyboardInterrupt) as error:
+    except (SamloveError, OSError, KeyboardInterrupt) as error:
         told |= {"error": type(error).__name__, "text": str(error)}
         status = getattr(error, "exit_status", 1)
     told |= {"train": items["train"].read, "val": items["val"].read}

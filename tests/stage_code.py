@@ -60,11 +60,11 @@ def loaded_parameters(script: Path) -> dict[str, set[str] | None]:
     """Section -> the keys that `script` reads, None for all of them.
 
     All keys, if the script passes on the result of `load(...)`; otherwise the attributes that it uses. A script that
-    uses SECTIONS reads all sections. `root` does not count, because it is in no file.
+    uses SECTIONS reads all sections but those of the ablations. `root` does not count, because it is in no file.
     """
     tree = ast.parse(script.read_text())
     if any(isinstance(node, ast.Name) and node.id == "SECTIONS" for node in ast.walk(tree)):
-        return dict.fromkeys(SECTIONS)
+        return dict.fromkeys(SECTIONS.keys() - {"ablations"})
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     read: dict[str, set[str] | None] = {}
     for scope in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from samlove.bench.steps import (
     checkpoint_blocks,
     compile_parts,
     static,
-    step_flops,
+    step_operations,
 )
 from samlove.bench.train import _on_device, _samples, _trainer, _write_shards, run
 from samlove.data.dataset import RefAvsFolder
@@ -199,6 +199,21 @@ def test_the_module_that_a_graph_records_gives_the_trainers_losses(tmp_path: Pat
     assert_same_step(gradients(trainer, batch), expected, 0)
 
 
+def test_parts_are_compiled_whole_and_once_for_all_blocks(tmp_path: Path) -> None:
+    """With a compiler that changes nothing, because torch's own takes minutes; see the next test."""
+    graphs = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    trainer, batch = way_trainer(tmp_path, blocks=6)
+    expected = gradients(trainer, batch)
+    compile_parts(trainer, backend=compiler)
+    assert_same_step(gradients(trainer, batch), expected, 1e-5)
+    assert 3 <= len(graphs) <= 8  # more, and torch would give up compiling
+
+
 @pytest.mark.slow
 def test_compiled_parts_do_not_change_a_step(tmp_path: Path) -> None:
     trainer, batch = way_trainer(tmp_path)
@@ -218,11 +233,11 @@ def test_operations_are_counted_on_the_model_itself(tmp_path: Path) -> None:
     """A frozen layer needs no gradient of its weights, and the next layer none of its inputs: 2 operations a weight."""
     trainer, batch = way_trainer(tmp_path)
     given = trainer._on_device(batch)
-    whole = step_flops(trainer, given)
+    whole = step_operations(trainer, given)
     hidden, _, last = trainer.model.fusion.project_text
     rows = given["text"].shape[0] * given["text"].shape[1]
     hidden.requires_grad_(False)
-    assert whole - step_flops(trainer, given) == 2 * rows * (hidden.weight.numel() + last.weight.numel())
+    assert whole - step_operations(trainer, given) == 2 * rows * (hidden.weight.numel() + last.weight.numel())
     twice = {name: torch.cat([given[name], given[name]]) for name in ARRAYS}
     hidden.requires_grad_(True)
-    assert 1.9 * whole < step_flops(trainer, twice) <= 2 * whole
+    assert 1.9 * whole < step_operations(trainer, twice) <= 2 * whole

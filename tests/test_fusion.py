@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from samlove.config import FusionConfig
-from samlove.model.fusion import Block, FirstTokens, Fusion
+from samlove.model.fusion import Block, FirstTokens, Fusion, OneBlockLoop, fold
 
 B, N, P, L, D = 3, 4, 6, 5, 32
 DIMS = {"audio": 7, "visual": 9, "text": 11, "frames": N}
@@ -37,13 +37,13 @@ def by_the_equations(fusion, audio, visual, text, text_mask, audio_valid):
         A = (fusion.project_audio(audio[b]) + fusion.time)[audio_valid[b]]
         T = fusion.project_text(text[b])[text_mask[b]]
         V = fusion.project_visual(visual[b]) + fusion.time[:, None]
-        seg, his = fusion.seg, torch.empty(0, D)
+        seg, his = fusion.seg, fusion.seg.new_empty(0, D)
         for i in range(N):
             if fusion.config.accumulate_cls:
                 his = torch.cat([his, V[i, :1]])
             z = torch.cat([seg, A, fusion.aud, T, fusion.vis, V[i, 1:], his])[None]
             for block in fusion.blocks:
-                z = block(z, torch.zeros(1, 1, 1, z.shape[1]))
+                z = block(z, z.new_zeros(1, 1, 1, z.shape[1]))
             seg = z[0, : len(fusion.seg)]
         out.append(fusion.head(seg[:1]))
     return torch.stack(out)
@@ -58,6 +58,48 @@ def test_the_fast_path_equals_the_equations(blocks, seg_tokens, accumulate_cls):
     token = fusion(**batch)
     assert token.shape == (B, 1, 16)
     torch.testing.assert_close(token, by_the_equations(fusion, **batch), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seg_tokens", [1, 4])
+def test_the_loop_of_one_block_has_the_gradients_of_the_equations(seg_tokens):
+    fusion = make(blocks=1, seg_tokens=seg_tokens).double()
+    batch = {k: v if v.dtype == torch.bool else v.double() for k, v in inputs().items()}
+    found, expected = (
+        torch.autograd.grad(token.square().sum(), tuple(fusion.parameters()))
+        for token in (fusion(**batch), by_the_equations(fusion, **batch))
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("seg_tokens", [1, 4])
+def test_the_loop_of_one_block_passes_gradcheck(seg_tokens):
+    torch.manual_seed(0)
+    block = Block(4, 2, 2).double()
+    seg, clip, patches = (torch.randn(*shape, 4).double() for shape in ((2, seg_tokens), (2, 3), (2, 2, 2)))
+    bias = torch.zeros(2, 2, 1, seg_tokens + 5).double()
+    bias[:, 0, :, seg_tokens + 1] = float("-inf")
+    arguments = [seg, clip, patches, *(layer.detach() for layer in fold(block))]
+    for argument in arguments:
+        argument.requires_grad_()
+    seg, clip, patches, *layers = arguments
+    assert torch.autograd.gradcheck(OneBlockLoop.apply, (seg, clip, patches, bias, *layers))
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_bfloat16_is_near_float32(blocks):
+    fusion, batch = make(blocks=blocks), inputs()
+    for parameter in fusion.parameters():
+        parameter.data *= 0.5
+    exact = fusion(**batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        token = fusion(**batch)
+    pairs = [(token.float(), exact)]
+    pairs += zip(
+        *(torch.autograd.grad(t.float().sum(), tuple(fusion.parameters())) for t in (token, exact)), strict=True
+    )
+    for found, expected in pairs:
+        assert found.dtype == expected.dtype
+        assert (found - expected).norm() < 0.05 * expected.norm() + 1e-4
 
 
 def test_the_first_tokens_of_a_block_have_the_values_and_gradients_of_the_whole_block():

@@ -14,6 +14,7 @@ import torch
 from dvclive import Live
 
 from pipelines import audio, sam2, text, visual
+from samlove.bench.steps import WAYS, WayTrainer, static
 from samlove.config import AudioConfig, Sam2Config, TextConfig, VisualConfig, load
 from samlove.data.dataset import RefAvsFolder
 from samlove.data.loader import ExpressionDataset, collate, make_resident
@@ -217,6 +218,43 @@ def test_residency_on_the_gpu_does_not_change_a_batch(tmp_path: Path) -> None:
             torch.testing.assert_close(found[name].cpu(), value, rtol=0, atol=0)
         else:
             assert found[name] == value
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_execute_a_step_gives_its_gradients(
+    weights: Path, tmp_path: Path, way: str, blocks: int, precision: str
+) -> None:
+    """Of two batches together, which a graph must not overwrite, and of two further ones."""
+    if way == "checkpointed" and blocks == 1:
+        pytest.skip("a model of one block has nothing to compute again")
+    start = tiny.origin(weights, {"blocks": blocks}, precision=precision)
+    found = []
+    for name in ("eager", way):
+        torch.manual_seed(0)
+        trainer = WayTrainer(start.build(), start, tiny.samples(tiny.Items(12, seed=1)), GPU, tmp_path)
+        batches = [
+            static(trainer._on_device(full(batch))) for batch in trainer._batches(trainer.samples.train, range(12))
+        ]
+        trainer.use(name, trainer._on_device(batches[0]))
+        gradients = []
+        for pair in (batches[:2], batches[2:]):
+            losses = trainer._backward(pair, 6)
+            gradients.append({key: p.grad.clone() for key, p in trainer.parameters.items() if p.grad is not None})
+            trainer.optimizer.zero_grad()
+            gradients[-1]["loss"] = torch.tensor(losses["loss"])
+        found.append(gradients)
+    tolerance = 0.05 if precision == "bfloat16" else 1e-2
+    for expected, others in zip(*found, strict=True):
+        assert others.keys() == expected.keys()
+        for key, wanted in expected.items():
+            assert (others[key] - wanted).norm() <= tolerance * wanted.norm() + 1e-5, key
+
+
+def full(batch: dict) -> dict:
+    """A batch whose texts the trainer does not shorten when it moves them."""
+    return {**batch, "text_mask": torch.ones_like(batch["text_mask"])}
 
 
 # --- inference -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
+from samlove.ablations.runs import ENCODERS, VARIED
 from samlove.config import SECTIONS
 from tests.stage_code import ROOT, has_code, imported_files, loaded_parameters
 
@@ -24,6 +25,8 @@ EVERY_STAGE = {"dataset", "index", *FEATURES, "pack", *AFTER_PACK}
 DEFINITIONS = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 STAGES = {name: stage.get("do", stage) for name, stage in DEFINITIONS.items()}
 UNSEEN = {line[1:] for line in (ROOT / ".dvcignore").read_text().splitlines() if line.startswith("/")}
+ABLATIONS = yaml.safe_load((ROOT / "pipelines" / "ablations" / "dvc.yaml").read_text())["stages"]
+EVERY_DEFINITION = STAGES | {name: stage["do"] for name, stage in ABLATIONS.items()}
 by_stage = pytest.mark.parametrize("stage", STAGES)
 by_profile = pytest.mark.parametrize("profile", PROFILES)
 
@@ -35,16 +38,16 @@ def script_of(stage: str) -> Path:
 def listed_parameters(stage: str) -> dict[str, set[str] | None]:
     """Section -> the keys listed, None for the whole file."""
     listed: dict[str, set[str] | None] = {}
-    for entry in STAGES[stage].get("params", []):
+    for entry in EVERY_DEFINITION[stage].get("params", []):
         for path, keys in entry.items():
             listed[Path(path).stem] = None if keys is None else set(keys)
     return listed
 
 
-@by_stage
+@pytest.mark.parametrize("stage", EVERY_DEFINITION)
 def test_lists_exactly_the_code_it_runs(stage: str) -> None:
     listed: set[str] = set()
-    for dep in STAGES[stage]["deps"]:
+    for dep in EVERY_DEFINITION[stage]["deps"]:
         if not dep.startswith(("data/", "weights/")):
             assert (ROOT / dep).exists(), f"{dep}: listed, but not there"
             files = [ROOT / dep] if (ROOT / dep).is_file() else sorted((ROOT / dep).rglob("*.py"))
@@ -63,9 +66,18 @@ def test_lists_exactly_the_parameters_it_reads(stage: str) -> None:
         assert (every if keys is None else keys) == (read[section] or every), section
 
 
+def test_the_ablation_stages_list_the_settings_that_runs_can_change() -> None:
+    features, runs, tables = (listed_parameters(stage) for stage in ABLATIONS)
+    assert set(features) == {"ablations", *ENCODERS, "pack", "dataset"}
+    assert set(runs) == {"ablations", *VARIED, "evaluate", "dataset"}
+    assert set(tables) == {"ablations", "dataset"}
+    assert all(listed[section] is None for listed in (features, runs) for section in listed.keys() & VARIED.keys())
+    assert features["ablations"] == {"runs"} and runs["ablations"] == {"seeds", "controls", "runs"}
+
+
 @by_profile
 def test_every_setting_is_a_parameter_of_some_stage(profile: str) -> None:
-    listed = [listed_parameters(stage) for stage in STAGES if stage != "report"]
+    listed = [listed_parameters(stage) for stage in EVERY_DEFINITION if stage != "report"]
     for path in (ROOT / "configs" / profile).glob("*.yaml"):
         sections = [stage[path.stem] for stage in listed if path.stem in stage]
         keys = set(yaml.safe_load(path.read_text())) - {"name"}  # only the report shows it
@@ -75,7 +87,7 @@ def test_every_setting_is_a_parameter_of_some_stage(profile: str) -> None:
 
 @by_profile
 def test_listed_keys_are_in_the_files(profile: str) -> None:
-    for stage in STAGES:
+    for stage in EVERY_DEFINITION:
         for section, keys in listed_parameters(stage).items():
             path = ROOT / "configs" / profile / f"{section}.yaml"
             assert (keys or set()) <= set(yaml.safe_load(path.read_text())), f"{stage}: {path}"
@@ -169,9 +181,9 @@ class Project:
         return self.logged("dvc", "repro")
 
     def changed(self) -> set[str]:
-        """The stages that see a change themselves, without the stages downstream."""
+        """The stages of the main dvc.yaml that see a change themselves, without the stages downstream."""
         with Repo(str(self.root)) as repo:
-            return {without_profile(str(name).split(":")[-1]) for name in repo.status()}
+            return {without_profile(n.split(":")[-1]) for n in map(str, repo.status()) if "/ablations/" not in n}
 
     def commit(self) -> None:
         self.run("git", "add", "--all")

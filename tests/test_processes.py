@@ -49,7 +49,8 @@ def assert_equal(found: Case, expected: Case) -> None:
     tensors, header = ended(found)
     wanted, wanted_header = ended(expected)
     for kind in ("model/", "exp_avg/", "exp_avg_sq/"):
-        a, b = (torch.cat([t[k].flatten().double() for k in sorted(wanted) if k.startswith(kind)]) for t in (tensors, wanted))
+        names = [name for name in sorted(wanted) if name.startswith(kind)]
+        a, b = (torch.cat([some[name].flatten().double() for name in names]) for some in (tensors, wanted))
         assert (a - b).norm() < 1e-6 * b.norm(), kind
     assert header["step"] == wanted_header["step"] and len(header["history"]) == len(wanted_header["history"])
     for row, other in zip(header["history"], wanted_header["history"], strict=True):
@@ -103,19 +104,45 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes(case, tmp_path, of
     assert_same_bits(case, whole)
 
 
-@pytest.mark.parametrize(("of", "reads", "split"), [(1, 4, "train"), (1, 2, "val")])
-def test_a_signal_to_one_process_ends_all_and_any_number_resumes(case, tmp_path, of, reads, split):
-    whole, one = (replace(case, root=tmp_path / name) for name in ("whole", "one"))
+def test_a_full_disk_of_the_first_process_ends_all_and_the_run_resumes(case, tmp_path):
+    whole = replace(case, root=tmp_path / "whole")
     train_in(whole, 2)
-    alone(one)
-    stopped = train_in(replace(case, of=of, reads=reads, split=split), 2)
-    assert [each["error"] for each in stopped] == ["KeyboardInterrupt"] * 2
+    (best,) = whole.root.glob("scratch/*/best.safetensors")
+    first, second = train_in(replace(case, file_limit=best.stat().st_size + 1000), 2)  # less than the state
+    assert (first["status"], first["error"]) == (1, "OSError") and "File too large" in first["text"]
+    assert (second["status"], second["error"]) == (1, "OtherFailed")
+    assert "state.safetensors.partial: File too large; free some space and run the same" in second["text"]
+    train_in(case, 2)
+    assert_same_bits(case, whole)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reads", "split"),
+    [(2, 1, 4, "train"), (1, 2, 8, "train"), (2, 2, 2, "val"), (2, 2, 7, "train")],
+)
+def test_a_signal_to_one_process_ends_all_and_any_number_resumes(case, tmp_path, before, after, reads, split):
+    whole = replace(case, root=tmp_path / "whole")
+    train_in(whole, after)
+    stopped = train_in(replace(case, of=before - 1, reads=reads, split=split), before)
+    assert [each.get("error") for each in stopped] == ["KeyboardInterrupt"] * before
     _, header = ended(case)
-    assert header["consumed"] == (6 if split == "train" else 10) and header["epoch"] == 0
-    other = replace(case, root=tmp_path / "other")
-    (tmp_path / "several").rename(other.root)
-    alone(other)
-    assert_equal(other, one)
+    assert 0 < header["step"] < 4
+    assert [each["status"] for each in train_in(case, after)] == [0] * after
+    (assert_same_bits if before == after else assert_equal)(case, whole)
+
+
+@pytest.mark.slow
+def test_runs_killed_at_every_step_end_bit_identical(case, tmp_path):
+    """SIGTERM and SIGKILL at every read of either process, then resumed."""
+    whole = replace(case, root=tmp_path / "whole")
+    reads = [len(each["train"]) for each in train_in(whole, 2)]
+    for number, of in itertools.product((signal.SIGTERM, signal.SIGKILL), (0, 1)):
+        for read in range(1, reads[of] + 1):
+            killed = replace(case, root=tmp_path / f"{number}_{of}_{read}", of=of, reads=read, number=number)
+            assert all(each["status"] not in (0, None) for each in train_in(killed, 2)), killed
+            again = replace(killed, reads=0)
+            assert [each["status"] for each in train_in(again, 2)] == [0, 0], killed
+            assert_same_bits(again, whole)
 
 
 def test_processes_of_a_machine_are_its_gpus_or_one(monkeypatch):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -18,15 +19,18 @@ from dask.system import CPU_COUNT
 from dvclive import Live
 
 from pipelines import train as stage
+from samlove.config import TrainConfig, load
 from samlove.errors import RequestError, SamloveError
 from samlove.model.checkpoint import Origin, load_model, read_header, read_tensors
 from samlove.model.optimizer import warmup_decay
+from samlove.model.processes import ALONE
 from samlove.train import Samples, Trainer, train
 from stores import ShardWriter
 from tests.stage_code import ROOT
 from tests.tiny_training import DIMS, Items, collate, origin, samples, write_sam2
 
 CPU = torch.device("cpu")
+STOPPED = "stopped; run the same command again to resume (some stages start over)"
 
 
 @pytest.fixture
@@ -367,6 +371,74 @@ def test_the_stage_needs_neither_shared_memory_nor_many_open_files(workplace):
     )
     assert done.returncode == 0, done.stderr
     assert read_header("data/tiny/model/best.safetensors").epoch == 1
+
+
+def start_stage(workplace: Path, **settings: object) -> subprocess.Popen:
+    """The stage with two processes, and with these settings in train.yaml."""
+    path = workplace / "configs" / "tiny" / "train.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "processes": 2, **settings}))
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines.train"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_stage_starts_several_processes(workplace):
+    with start_stage(workplace) as run:
+        said, errors = run.communicate(timeout=240)
+    assert run.returncode == 0, errors
+    assert said.count("shards are ") == said.count("epoch 1:") == 1
+    assert "Traceback" not in errors and not any((workplace / "data" / "tiny" / ".scratch" / "train").iterdir())
+    several, header = read_tensors(workplace / "data" / "tiny" / "model" / "best.safetensors")
+    stage.run(load(TrainConfig), ALONE)
+    one, expected = read_tensors(workplace / "data" / "tiny" / "model" / "best.safetensors")
+    assert header["validation"] == pytest.approx(expected["validation"])
+    for name, value in one.items():
+        assert torch.isclose(several[name], value, atol=1e-5).float().mean() > 0.95, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_stage_stops_its_processes_and_it_resumes(workplace, number):
+    """The state is saved: the run continues in its last epochs, and ends with the bits of an uninterrupted one."""
+    checkpoint, scratch = (workplace / "data" / "tiny" / name for name in ("model/best.safetensors", ".scratch/train"))
+    with start_stage(workplace, epochs=200) as run:
+        run.communicate(timeout=240)
+    expected = checkpoint.read_bytes()
+    with start_stage(workplace) as run:
+        assert run.stdout is not None and any(line.startswith("epoch 50:") for line in run.stdout)
+        run.send_signal(number)
+        _, errors = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert [line for line in errors.splitlines() if "stopped" in line] == [STOPPED] and "Traceback" not in errors
+    (state,) = scratch.glob("*/state.safetensors")
+    assert read_tensors(state)[1]["epoch"] >= 50
+    with start_stage(workplace) as run:
+        said, errors = run.communicate(timeout=240)
+    assert run.returncode == 0 and "epoch 50:" not in said and "epoch 200:" in said
+    assert checkpoint.read_bytes() == expected
+
+
+@pytest.mark.slow
+def test_a_failure_of_one_process_is_one_line_of_the_stage(workplace):
+    """A process that is killed; then another folder in place of the checkpoint's, so that the first one fails."""
+    with start_stage(workplace, epochs=2000) as run:
+        assert run.stdout is not None and any(line.startswith("epoch 50:") for line in run.stdout)
+        ranks = [child for child in psutil.Process(run.pid).children() if "pipelines.train" in child.cmdline()]
+        assert len(ranks) == 2
+        ranks[1].kill()
+        _, errors = run.communicate(timeout=60)
+    assert run.returncode == 1 and "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("error: process 1 of 2 was killed by SIGKILL, often because memory ran")
+    (workplace / "data" / "tiny" / "model" / "best.safetensors.partial").mkdir(parents=True)
+    with start_stage(workplace, epochs=1) as run:
+        _, errors = run.communicate(timeout=240)
+    lines = [line for line in errors.splitlines() if "best.safetensors.partial" in line]
+    assert run.returncode == 1 and "Traceback" not in errors
+    assert lines == ["error: data/tiny/model/best.safetensors.partial: Is a directory"]
 
 
 def test_embeddings_of_a_different_sam2_are_refused(workplace, capsys):

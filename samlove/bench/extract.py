@@ -21,6 +21,7 @@ from samlove.config import LocalConfig
 from samlove.data.dataset import RefAvsFolder
 from samlove.device import default_device
 from samlove.errors import RequestError
+from samlove.features.encoders.base import Encoder
 from samlove.features.encoders.frames import frame_sources
 from samlove.features.extract import Job, Report, extract
 from samlove.features.worker import READERS
@@ -44,7 +45,7 @@ def run(profile: str, items: int, rounds: int = 5, workers: int = 1) -> dict:
         root = Path(folder)
         clips = RefAvsFolder(root / "clips")
         clip_names = write_clips(clips, items, SIZES[profile])
-        jobs = {
+        jobs: dict[str, tuple[Encoder, int, int, int | None]] = {
             "visual": (vit_encoder(profile, root), FRAMES, visual.BATCH, None),
             "sam2": (sam2_encoder(profile, root), SAM2_FRAMES, sam2.SIZES["train"].batch, 1),
         }

@@ -92,7 +92,7 @@ def _measure(split: Split, config: InferConfig, device: torch.device, rounds: in
     def compute(together: int) -> float:
         """Seconds for as many batches as one video each would need, if each has `together` videos' expressions."""
         start = time.perf_counter()
-        for embeds, given in held[: max(1, len(held) // together)]:
+        for embeds, given in held[: len(held) // together]:
             many = {name: torch.cat([array] * together) for name, array in given.fusion.items()}
             quantise(predict(model, embeds, given._replace(fusion=many), split.mask_size, config))
         return time.perf_counter() - start
@@ -104,7 +104,7 @@ def _measure(split: Split, config: InferConfig, device: torch.device, rounds: in
 
     compute(1)  # warm-up
     ways: dict[str, Callable[[], Any]] = {"stage": stage, "clocked": partial(_clocked, split, config, model)}
-    found = in_turns(ways | {str(n): partial(compute, n) for n in TOGETHER}, rounds)
+    found = in_turns(ways | {str(n): partial(compute, n) for n in TOGETHER if n <= len(held)}, rounds)
     clocks = {part: median(one[part] for one in found["clocked"]) for part in found["clocked"][0]}
     whole, floor, count = median(found["stage"]), median(found["1"]), len(split.rows)
     together = {n: EXPRESSIONS * n * max(1, len(held) // n) / median(found[str(n)]) for n in TOGETHER if n <= len(held)}
@@ -199,7 +199,7 @@ def write_split(root: Path, profile: str, videos: int) -> Split:
     size, channels = sam2_shape(sam2)
     grid, fine = size // 16, sam2.cache_point == "pre_conv"
     frames = dataset.frames
-    shapes = {
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
         "audio": {"audio": (frames, VGGISH_CHANNELS)},
         "visual": {"visual": (frames, tokens, width)},
         "text": {"text": (text.max_tokens, text_width(text))},

@@ -7,6 +7,8 @@ shards in any case, which favours the online step.
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from copy import copy, deepcopy
+from functools import partial
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from samlove.bench.media import FRAMES
+from samlove.bench.steps import operations
 from samlove.data.dataset import RefAvsFolder
 from samlove.data.loader import ExpressionDataset, collate
 from samlove.features.encoders.frames import frame_sources, normalise
@@ -53,22 +56,32 @@ class Encoders(NamedTuple):
             found |= self.part(name, decoded, precision)
         return found
 
-    @torch.no_grad()
     def part(self, name: str, decoded: dict[str, Tensor], precision: str) -> dict[str, Tensor]:
         """What one of PARTS gives."""
-        given, device = decoded[PARTS[name]], self.visual.device
-        rows = given.to(device, non_blocking=True).flatten(0, 1)  # frames or seconds of all videos
+        device, given = self.visual.device, decoded[PARTS[name]]  # (V, N, ...)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            if name == "audio":
-                found = {"audio": self.audio.network(rows).unflatten(0, given.shape[:2])}
-            elif name == "visual":
-                found = {"visual": self.visual._tokens(rows).unflatten(0, given.shape[:2])}
-            else:
-                network = self.sam2.network
-                post_conv = self.sam2.config.cache_point == "post_conv"
-                forward = network.forward_image if post_conv else network.image_encoder
-                found = dict(zip(LEVELS, forward(normalise(rows, MEAN, STD))["backbone_fpn"], strict=True))
+            found = self._run(name, given.to(device, non_blocking=True).flatten(0, 1))
+        if name != "sam2":  # which has one frame per video
+            found = {array: values.unflatten(0, given.shape[:2]) for array, values in found.items()}
         return {array: values.half() for array, values in found.items()}
+
+    @torch.no_grad()
+    def _run(self, name: str, rows: Tensor) -> dict[str, Tensor]:
+        if name == "audio":
+            return {"audio": self.audio.network(rows)}
+        if name == "visual":
+            return {"visual": self.visual._tokens(rows)}
+        network = self.sam2.network
+        forward = network.forward_image if self.sam2.config.cache_point == "post_conv" else network.image_encoder
+        return dict(zip(LEVELS, forward(normalise(rows, MEAN, STD))["backbone_fpn"], strict=True))
+
+    def operations(self, decoded: dict[str, Tensor]) -> dict[str, int]:
+        """Floating-point operations of each of PARTS on decoded videos, counted without computing anything."""
+        meta = Encoders(copy(self.audio), copy(self.visual), copy(self.sam2))
+        for encoder, other in ((self.audio, meta.audio), (self.visual, meta.visual), (self.sam2, meta.sam2)):
+            other.__dict__["network"] = deepcopy(encoder.network).to("meta")
+        rows = {name: decoded[array].to("meta").flatten(0, 1) for name, array in PARTS.items()}
+        return {name: operations(partial(meta._run, name, rows[name])) for name in PARTS}
 
 
 class OnlineItems:

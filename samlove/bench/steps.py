@@ -30,14 +30,14 @@ REPEATS = {"cuda": 50, "cpu": 5}
 class WayTrainer(Trainer):
     """A trainer that executes its steps in one of WAYS: call `use` first."""
 
-    replaced: nn.Module | None = None
+    replaced: Callable[..., Any] | None = None  # ARRAYS -> the four losses
 
     def use(self, way: str, batch: Batch) -> None:
         """Prepare the way, which can take minutes. batch: on the device, of the shapes that all batches will have.
 
         compiled: the blocks' attention and MLPs, and SAM 2's decoder, each compiled as a unit. graph: forward and
         backward pass are one CUDA graph each. checkpointed: the backward pass computes each block again, except the
-        last. Raises ValueError if the model has no block to recompute.
+        last. Raises ValueError if the model has no such block.
         """
         if "compiled" in way:
             compile_parts(self)
@@ -50,6 +50,9 @@ class WayTrainer(Trainer):
     def _losses(self, batch: Batch) -> Losses:
         if self.replaced is None:
             return super()._losses(batch)
+        for parameter in self.parameters.values():  # torch would take the graph's own tensors, which the next batch
+            if parameter.grad is None:  # overwrites, for the gradients
+                parameter.grad = torch.zeros_like(parameter)
         parts = self.replaced(*(batch[name] for name in ARRAYS))
         return Losses(*(part.clone() for part in parts))  # the next batch of the step overwrites them
 
@@ -67,8 +70,11 @@ class _LossesOfArrays(nn.Module):
 
 
 def compile_parts(trainer: Trainer, **options: Any) -> None:
-    """Compile the parts of the model that a step calls again and again. options: of torch.compile."""
-    quickly = partial(torch.compile, dynamic=False, **options)
+    """Compile the parts of the model that a step calls again and again. options: of torch.compile.
+
+    All blocks share the compiled code. Compiling the whole step would take minutes, because it repeats them per frame.
+    """
+    quickly = partial(torch.compile, dynamic=False, fullgraph=True, **options)
     for block in trainer.model.fusion.blocks:
         for name in ("read", "attend"):
             setattr(block, name, quickly(getattr(block, name)))
@@ -80,11 +86,11 @@ def checkpoint_blocks(trainer: Trainer) -> None:
 
     Raises ValueError if the model has no such block.
     """
-    blocks = list(trainer.model.fusion.blocks)[:-1]
-    if not blocks:
+    first, *middle = trainer.model.fusion.blocks
+    if not middle:
         raise ValueError("a model of one block keeps few activations")
-    for block in blocks:
-        setattr(block, "attend", partial(checkpoint, block.attend, use_reentrant=False))  # noqa: B010
+    for block, name in ((first, "attend"), *((block, "forward") for block in middle[:-1])):
+        setattr(block, name, partial(checkpoint, getattr(block, name), use_reentrant=False))
 
 
 def static(batch: Batch) -> Batch:
@@ -94,18 +100,26 @@ def static(batch: Batch) -> Batch:
     return {**batch, "text_mask": mask}
 
 
-def step_flops(trainer: Trainer, batch: Batch) -> int:
-    """Floating-point operations of the matrix products of one batch, forward and backward; a product-sum counts as two.
+def operations(work: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products and convolutions in `work`; a product-sum counts as two."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
 
-    Counted on the model itself, without computing anything. batch: as `Trainer._on_device` returns it. The loss, which
-    has hardly any products, is left out.
+
+def step_operations(trainer: Trainer, batch: Batch) -> int:
+    """The operations of one batch, forward and backward, counted on the model itself without computing anything.
+
+    batch: as `Trainer._on_device` returns it. The loss, which has hardly any matrix products, is left out.
     """
     model = deepcopy(trainer.model).to("meta")
     inputs = {name: batch[name].to("meta") for name in ARRAYS}
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+
+    def step() -> None:
         answer = model(inputs)
         (answer.masks.sum() + answer.object_score.sum()).backward()
-    return counter.get_total_flops()
+
+    return operations(step)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int] | None = None) -> float:

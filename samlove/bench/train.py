@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from samlove.bench.media import SIZES, sam2_encoder, vggish_encoder, vit_encoder, write_clips
 from samlove.bench.online import EXPRESSIONS, PARTS, Encoders, OnlineItems, OnlineTrainer, online_samples
 from samlove.bench.profile import check_profile, device_name, section
-from samlove.bench.steps import WAYS, WayTrainer, matmul_rate, static, step_flops
+from samlove.bench.steps import WAYS, WayTrainer, matmul_rate, static, step_operations
 from samlove.bench.timing import in_turns
 from samlove.config import DatasetConfig, FusionConfig, Resident, Sam2Config, TextConfig, TrainConfig, VisualConfig
 from samlove.data.batches import AHEAD
@@ -88,7 +88,7 @@ def run(profile: str, videos: int = 32, steps: int = 20, rounds: int = 3) -> dic
         result |= _reading(profile, root, device, steps, rounds)
         some = max(1, steps // PART)
         result["ways"] = _ways(profile, root, device, some, rounds, result["floor"])
-        result["online"] = _online(profile, root, device, some, rounds)
+        result["online"] = _online(profile, root, device, some, rounds, result["floor"]["tflop_a_batch"])
     print(json.dumps(result))
     return result
 
@@ -143,7 +143,7 @@ def _floor(trainer: Trainer, batch: Batch) -> dict[str, float]:
     tokens = trainer.config.batch_size * (batch["visual"].shape[2] + batch["text"].shape[1] + batch["audio"].shape[1])
     shape = (tokens, fusion.dim, fusion.mlp_ratio * fusion.dim)
     return {
-        "tflop_a_batch": float(f"{step_flops(trainer, trainer._on_device(batch)) / 1e12:.4g}"),
+        "tflop_a_batch": float(f"{step_operations(trainer, trainer._on_device(batch)) / 1e12:.4g}"),
         "tflop_per_s": float(f"{matmul_rate(trainer.device, dtype) / 1e12:.4g}"),
         "tflop_per_s_step": float(f"{matmul_rate(trainer.device, dtype, shape) / 1e12:.4g}"),
     }
@@ -208,50 +208,78 @@ def _way(
     }
 
 
-def _online(profile: str, root: Path, device: torch.device, steps: int, rounds: int) -> dict[str, Any] | None:
-    """For each of CASES: expressions_per_s cached (from the shards), online, and online_shared; ratio: cached / online.
+def _online(
+    profile: str, root: Path, device: torch.device, steps: int, rounds: int, tflop_a_batch: float
+) -> dict[str, Any]:
+    """What a video's media cost online, and steps with them: see `_cases`, which is null if it was not measured.
 
-    online: every expression decodes and encodes its video; online_shared: the five expressions of a video follow each
-    other and share that work. ms_a_video: what it takes for one video by itself.
+    ms_a_video: time of each part for one video by itself. tflop_a_video: operations of each encoder.
+    ratio_of_operations: those of an online step divided by those of a cached one.
     """
-    folder, precision = RefAvsFolder(root / "clips"), section(profile, TrainConfig).precision
-    dataset = ExpressionDataset(root / "shards")
-    names = write_clips(folder, min(CLIPS, len(dataset.reader)), SIZES[profile], audio=True)
+    folder, config = RefAvsFolder(root / "clips"), section(profile, TrainConfig)
+    names = write_clips(folder, CLIPS, SIZES[profile], audio=True)
     encoders = Encoders(vggish_encoder(profile, root), vit_encoder(profile, root), sam2_encoder(profile, root))
-    parts = _parts_s(encoders, folder, names, precision)
-    each = sum(parts.values())
-    ms = {name: round(1e3 * seconds, 1) for name, seconds in parts.items()}
-    print("online: one video by itself: " + ", ".join(f"{name} {value} ms" for name, value in ms.items()), flush=True)
-    size = section(profile, TrainConfig).batch_size * section(profile, TrainConfig).accumulate
-    needed = len(CASES) * rounds * (ONLINE_WARM_UP + steps) * size * each * (1 + 1 / EXPRESSIONS)
+    parts = _parts_s(encoders, folder, names, config.precision)
+    decoded = {array: value[None] for array, value in encoders.decode(folder, names[0]).items()}
+    tflop = {name: count / 1e12 for name, count in encoders.operations(decoded).items()}
+    found: dict[str, Any] = {
+        "ms_a_video": {name: round(1e3 * seconds, 1) for name, seconds in parts.items()},
+        "tflop_a_video": {name: float(f"{value:.3g}") for name, value in tflop.items()},
+        "ratio_of_operations": round(1 + sum(tflop.values()) * config.batch_size / tflop_a_batch, 2),
+        "cases": None,
+    }
+    print("online, for one video: " + ", ".join(f"{part} {ms} ms" for part, ms in found["ms_a_video"].items()))
+    print(
+        f"online / cached by operations alone: {found['ratio_of_operations']}; {found['tflop_a_video']} TFLOP a video"
+    )
+    samples = len(CASES) * rounds * (ONLINE_WARM_UP + steps) * config.batch_size * config.accumulate
+    needed = samples * (1 + 1 / EXPRESSIONS) * sum(parts.values())
     if device.type == "cpu" and needed > PATIENCE_S:
         print(
-            f"not measured: online steps, which would take about {needed / 60:.0f} minutes here: {each:.1f} s per "
-            "expression to decode and encode its video; use a GPU, or fewer --steps and --rounds"
+            f"not measured: online steps, which would take about {needed / 60:.0f} minutes here: "
+            f"{sum(parts.values()):.1f} s for each expression; use a GPU, or fewer --steps and --rounds"
         )
-        return {"ms_a_video": ms, "cases": None}
+        return found
+
+    def make_items(dataset: ExpressionDataset, shared: bool) -> OnlineItems:
+        return OnlineItems(dataset, folder, names[: len(dataset.reader)], encoders, shared)
+
+    return found | {"cases": _cases(profile, root, device, steps, rounds, make_items)}
+
+
+def _cases(
+    profile: str,
+    root: Path,
+    device: torch.device,
+    steps: int,
+    rounds: int,
+    make_items: Callable[[ExpressionDataset, bool], OnlineItems],
+) -> dict[str, Any]:
+    """For each of CASES: expressions_per_s cached (from the shards), online, and online_shared; ratio: cached / online.
+
+    online: every expression decodes and encodes its video. online_shared: the five expressions of a video follow each
+    other and share that work.
+    """
+    dataset, config = ExpressionDataset(root / "shards"), section(profile, TrainConfig)
     cases: dict[str, Any] = {}
     for case, changes in CASES.items():
-        passes: dict[str, Callable[[], Pass]] = {}
-        for name in ("cached", "online", "online_shared"):
-            if name == "cached":
-                trainer = _trainer(Trainer, profile, _samples(dataset, profile), dataset, device, root, changes)
-            else:
-                items = OnlineItems(dataset, folder, names, encoders, name == "online_shared")
-                trainer = online = _trainer(
-                    OnlineTrainer, profile, online_samples(items), dataset, device, root, changes
-                )
-                online.encoders = encoders
-            passes[name] = partial(_read, trainer, steps, ONLINE_WARM_UP)
-        found = in_turns(passes, rounds)
-        rates = {name: steps * size / median(one.seconds for one in times) for name, times in found.items()}
+        trainer = _trainer(Trainer, profile, _samples(dataset, profile), dataset, device, root, changes)
+        passes = {"cached": partial(_read, trainer, steps, ONLINE_WARM_UP)}
+        for name in ("online", "online_shared"):
+            items = make_items(dataset, name == "online_shared")
+            online = _trainer(OnlineTrainer, profile, online_samples(items), dataset, device, root, changes)
+            online.encoders = items.encoders
+            passes[name] = partial(_read, online, steps, ONLINE_WARM_UP)
+        spent = in_turns(passes, rounds)
+        seconds = {name: median(one.seconds for one in times) for name, times in spent.items()}
+        samples = steps * config.batch_size * config.accumulate
         cases[case] = {
-            "expressions_per_s": {name: round(rate, 2) for name, rate in rates.items()},
-            "ratio": {name: round(rates["cached"] / rate, 2) for name, rate in rates.items() if name != "cached"},
+            "expressions_per_s": {name: round(samples / each, 2) for name, each in seconds.items()},
+            "ratio": {name: round(each / seconds["cached"], 2) for name, each in seconds.items() if name != "cached"},
         }
-        shown = ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items())
+        shown = ", ".join(f"{name} {rate}" for name, rate in cases[case]["expressions_per_s"].items())
         print(f"{case}: {shown} expressions/s; cached / online {cases[case]['ratio']}", flush=True)
-    return {"ms_a_video": ms, "cases": cases}
+    return cases
 
 
 def _parts_s(encoders: Encoders, folder: RefAvsFolder, names: list[str], precision: str) -> dict[str, float]:

@@ -83,6 +83,7 @@ def stages_to_run() -> dict[str, float]:
     except DvcException as error:
         raise SamloveError(f"dvc status: {' '.join(str(error).split())}") from error
     running: set[str] = set()
+    graph = graph.subgraph(stage for stage in graph if ":" not in stage.addressing)  # without those of other dvc.yaml
     ahead = [stage for stage in graph if stage.addressing in changed]
     while ahead:
         stage = ahead.pop()

@@ -223,10 +223,28 @@ def bench_train(
     steps: Annotated[int, typer.Option(min=1, help="Number of timed steps per round.")] = 20,
     rounds: Annotated[int, typer.Option(min=1, help="Number of times to time each variant.")] = 3,
 ) -> None:
-    """Train from shards on disk, in memory and on the GPU, and compare with steps on one batch."""
+    """Train from shards on disk, in memory and on the GPU, and compare with one batch and with online features.
+
+    Online steps decode and encode the media of their samples instead of reading features. On a GPU, also compares
+    plain, compiled and recorded steps, and measures memory; with --profile refavs, this takes about 10 minutes.
+    """
     from samlove.bench.train import run
 
     run(profile, videos, steps, rounds)
+
+
+@bench.command("infer", epilog=examples("samlove bench infer", "samlove bench infer --profile refavs --videos 4"))
+def bench_infer(
+    profile: Annotated[
+        str, typer.Option(help="Profile (configs/PROFILE) that sets sizes and settings; weights are random.")
+    ] = "micro",
+    videos: Annotated[int, typer.Option(min=1, help="Number of generated videos, of five expressions each.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of times to time each variant.")] = 3,
+) -> None:
+    """Predict whole videos as the infer stage does, and compare with the computation alone."""
+    from samlove.bench.infer import run
+
+    run(profile, videos, rounds)
 
 
 @bench.command(

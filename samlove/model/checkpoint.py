@@ -5,6 +5,7 @@ sha256.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,15 @@ class Header(Origin):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write a safetensors file atomically. header: JSON values."""
+    """Write a safetensors file atomically. header: JSON values. Raises OSError, for example if the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, to_metadata(header))
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, to_metadata(header))
+    except SafetensorError as error:
+        if not (number := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(partial)) from error
     seal(partial)
     os.replace(partial, path)
 

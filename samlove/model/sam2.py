@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from sam2.modeling.sam.transformer import Attention, TwoWayTransformer
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor, nn
 
@@ -96,9 +95,8 @@ class LightSam2(SAM2Base):
         """Make only these two trainable (section 3.2, Trainable Modules), and only the parts that `first_frame` uses.
 
         `first_frame` uses neither the heads of the other mask tokens nor the prompt encoder's clicks, boxes and masks,
-        and with a single mask no IoU head, so they could not learn. Nor could the key biases of attention to the image,
-        which cancel in the softmax. Because all these stay frozen, data-parallel training sees no parameter without a
-        gradient.
+        and with a single mask no IoU head, so they could not learn. Because they stay frozen, data-parallel training
+        sees no parameter without a gradient.
         """
         encoder, decoder = self.sam_prompt_encoder, self.sam_mask_decoder
         self.requires_grad_(False)
@@ -108,9 +106,6 @@ class LightSam2(SAM2Base):
         if mask_decoder:
             decoder.requires_grad_(True)
             decoder.iou_prediction_head.requires_grad_(self.best_of_three)
-            reading = [layer.cross_attn_token_to_image for layer in decoder.transformer.layers]
-            for attention in (*reading, decoder.transformer.final_attn_token_to_image):
-                attention.k_proj.bias.requires_grad_(False)
             for number, head in enumerate(decoder.output_hypernetworks_mlps):
                 head.requires_grad_(number in self._answers)
 
@@ -130,23 +125,21 @@ class LightSam2(SAM2Base):
         """
         fine, middle, image = self._on_device(embeds)
         encoder = self.sam_prompt_encoder
-        offset = (self.no_mem_embed + encoder.no_mask_embed.weight).flatten()
+        image = image + self.no_mem_embed.view(1, -1, 1, 1) + encoder.no_mask_embed.weight.view(1, -1, 1, 1)
         no_point = encoder.not_a_point_embed.weight.expand(len(token), 2, -1)
-        return self._decode(image, offset, fine, middle, torch.cat([no_point, token], dim=1))
+        return self._decode(image, fine, middle, torch.cat([no_point, token], dim=1))
 
-    def _decode(self, image: Tensor, offset: Tensor, fine: Tensor, middle: Tensor, prompt: Tensor) -> FirstFrame:
+    def _decode(self, image: Tensor, fine: Tensor, middle: Tensor, prompt: Tensor) -> FirstFrame:
         """What SAM 2's mask decoder computes for the masks asked for, without what it computes for the others.
 
-        image (B, C, h, w); offset (C,), to add to it everywhere; fine (B, C0, 4h, 4w); middle (B, C1, 2h, 2w);
-        prompt (B, P, C).
+        image (B, C, h, w) with the dense prompt added; fine (B, C0, 4h, 4w); middle (B, C1, 2h, 2w); prompt (B, P, C).
         The upscaling runs on tokens, C channels last: a transposed convolution of kernel and stride 2 turns each token
         into 2x2 tokens, each by a matrix of its own. So only the masks, of one channel each, must be put in order.
         """
         decoder, B, (h, w) = self.sam_mask_decoder, len(image), image.shape[-2:]
         own = torch.cat([decoder.obj_score_token.weight, decoder.iou_token.weight, decoder.mask_tokens.weight])
         tokens = torch.cat([own.expand(B, -1, -1), prompt], dim=1)
-        image, positions = (x.flatten(2).transpose(1, 2) for x in (image, self._dense_positions()))
-        said, seen = _two_way(decoder.transformer, image, offset, positions, tokens)
+        said, seen = decoder.transformer(image, self._dense_positions().expand_as(image), tokens)  # seen (B, hw, C)
         up1, norm, act1, up2, act2 = decoder.output_upscaling
         middle = middle.view(B, -1, h, 2, w, 2).permute(0, 2, 4, 3, 5, 1).flatten(1, 4)  # (B, hw*4, C1)
         fine = fine.view(B, -1, h, 2, 2, w, 2, 2).permute(0, 2, 5, 3, 6, 4, 7, 1).flatten(1, 6)  # (B, hw*16, C0)
@@ -327,63 +320,6 @@ class LightSam2(SAM2Base):
                 del memories[t]
             else:
                 memories[t]["maskmem_features"] = memories[t]["maskmem_pos_enc"] = None
-
-
-def _two_way(
-    transformer: TwoWayTransformer, image: Tensor, offset: Tensor, positions: Tensor, tokens: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What the transformer of SAM 2's mask decoder computes on `image + offset`.
-
-    image (B, hw, C), offset (C,), positions (1, hw, C), tokens (B, T, C) -> tokens (B, T, C) and image (B, hw, C).
-    The offset is kept apart so that its gradient does not need that of the image.
-    """
-    queries = tokens
-    for layer in transformer.layers:
-        placed = image + positions
-        if layer.skip_first_layer_pe:
-            queries = layer.self_attn(queries, queries, queries)
-        else:
-            queries = queries + layer.self_attn(queries + tokens, queries + tokens, queries)
-        queries = layer.norm1(queries)
-        found = _look_at_image(layer.cross_attn_token_to_image, queries + tokens, placed, image, offset)
-        queries = layer.norm2(queries + found)
-        queries = layer.norm3(queries + layer.mlp(queries))
-        found = _look_at_tokens(layer.cross_attn_image_to_token, placed, offset, queries + tokens, queries)
-        image = layer.norm4(image + offset + found)
-        offset = torch.zeros_like(offset)  # it is in the image now
-    found = _look_at_image(transformer.final_attn_token_to_image, queries + tokens, image + positions, image, offset)
-    return transformer.norm_final_attn(queries + found), image
-
-
-def _look_at_image(attention: Attention, q: Tensor, placed: Tensor, image: Tensor, offset: Tensor) -> Tensor:
-    """SAM 2's attention of tokens q (B, T, C) to keys `placed + offset` and values `image + offset` -> (B, T, C).
-
-    As in `samlove.model.fusion.FirstTokens`, the few tokens are projected instead of the image. The offset of the keys
-    and the bias of their projection add the same to all scores of a query and cancel in the softmax.
-    """
-    (B, T, C), heads, width = q.shape, attention.num_heads, attention.internal_dim // attention.num_heads
-    to_key, to_value = attention.k_proj.weight.view(heads, width, C), attention.v_proj.weight.view(heads, width, C)
-    q = (attention.q_proj(q) * width**-0.5).view(B * T, heads, width).transpose(0, 1)
-    q = (q @ to_key).transpose(0, 1).reshape(B, T * heads, C)
-    weights = (q @ placed.mT).softmax(-1)  # (B, T*heads, hw)
-    seen = (weights @ image).view(B * T, heads, C).transpose(0, 1)
-    seen = (seen @ to_value.mT).transpose(0, 1).reshape(B, T, heads * width)
-    return attention.out_proj(seen + F.linear(offset, attention.v_proj.weight, attention.v_proj.bias))
-
-
-def _look_at_tokens(attention: Attention, placed: Tensor, offset: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """SAM 2's attention of queries `placed + offset` (B, hw, C) to tokens k and v (B, T, C) -> (B, hw, C)."""
-    (B, T, C), heads, width = k.shape, attention.num_heads, attention.internal_dim // attention.num_heads
-    of_query, of_out = attention.q_proj.weight.view(heads, width, C), attention.out_proj.weight.view(C, heads, width)
-    k = (attention.k_proj(k) * width**-0.5).view(B * T, heads, width).transpose(0, 1)
-    bias = k @ F.linear(offset, attention.q_proj.weight, attention.q_proj.bias).view(heads, width, 1)
-    bias = bias.transpose(0, 1).reshape(B, T * heads, 1)
-    k = (k @ of_query).transpose(0, 1).reshape(B, T * heads, C)
-    scores = torch.baddbmm(bias, k, placed.mT).view(B, T, -1)  # (B, T, heads*hw): on a CPU, the fastest to normalise
-    weights = scores.softmax(1).view(B, T * heads, -1)
-    v = attention.v_proj(v).view(B * T, heads, width).transpose(0, 1)
-    v = (v @ of_out.permute(1, 2, 0)).transpose(0, 1).reshape(B, T * heads, C)
-    return weights.mT @ v + attention.out_proj.bias
 
 
 def _upscale(tokens: Tensor, conv: nn.ConvTranspose2d) -> Tensor:
