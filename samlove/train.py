@@ -433,7 +433,7 @@ class _Silent(tqdm):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{**settings, "disable": True})
 
-    def write(self, *args: object) -> None:  # type: ignore[override]
+    def write(self, *args: object) -> None:
         pass
 
 

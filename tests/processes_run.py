@@ -32,6 +32,7 @@ class Case:
     of: int = 0
     number: int = signal.SIGTERM
     split: str = "train"
+    apart: bool = False  # the second process has a scratch folder of its own, as on a disk that is not shared
     file_limit: int | None = None  # bytes that a file of the first process may have; simulates a full disk
 
 
@@ -80,10 +81,12 @@ def train_in(case: Case, count: int) -> list[dict[str, Any]]:
 
 def new_trainer(case: Case, train: Items | None = None, **settings: Any) -> Trainer:
     """The trainer of a case. settings: `val` and `processes`; by default, this process alone."""
+    rank = settings["processes"].rank if "processes" in settings else 0
     start = origin(case.sam2, **case.settings)
     torch.manual_seed(start.train.seed)
+    scratch = case.root / ("scratch1" if case.apart and rank == 1 else "scratch")
     data = samples(train, settings.pop("val", None) or Items(5, seed=2))
-    return Trainer(start.build(), start, data, torch.device("cpu"), case.root / "scratch", **settings)
+    return Trainer(start.build(), start, data, torch.device("cpu"), scratch, **settings)
 
 
 def _work(case: Case, rank: int, count: int, port: int) -> None:
@@ -92,7 +95,9 @@ def _work(case: Case, rank: int, count: int, port: int) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
         "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }

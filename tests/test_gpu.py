@@ -14,6 +14,7 @@ import torch
 from dvclive import Live
 
 from pipelines import audio, sam2, text, visual
+from samlove.bench import train as bench_train
 from samlove.bench.steps import WAYS, WayTrainer, static
 from samlove.config import AudioConfig, Sam2Config, TextConfig, VisualConfig, load
 from samlove.data.dataset import RefAvsFolder
@@ -255,6 +256,13 @@ def test_every_way_to_execute_a_step_gives_its_gradients(
 def full(batch: dict) -> dict:
     """A batch whose texts the trainer does not shorten when it moves them."""
     return {**batch, "text_mask": torch.ones_like(batch["text_mask"])}
+
+
+def test_the_benchmark_measures_every_way(in_root: None) -> None:
+    ways = bench_train.run("micro", videos=4, steps=1, rounds=1)["ways"]
+    errors = {way: found["error"] for way, found in ways.items() if "error" in found}
+    assert list(ways) == list(WAYS) and list(errors) == ["checkpointed"], errors  # micro has one block
+    assert all(found["peak_gb"] > 0 and found["share"] > 0 for way, found in ways.items() if way not in errors)
 
 
 # --- inference -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from dvclive import Live
 
 from samlove.model.checkpoint import read_tensors
-from samlove.model.processes import processes_to_start
+from samlove.model.processes import VARIABLES, processes_to_start
 from samlove.train import Trainer
 from tests.processes_run import Case, new_trainer, train_in
 from tests.tiny_training import order, write_sam2
@@ -104,6 +104,14 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes(case, tmp_path, of
     assert_same_bits(case, whole)
 
 
+def test_processes_that_do_not_see_the_same_state_are_refused(case):
+    train_in(replace(case, reads=4), 2)
+    found = train_in(replace(case, apart=True), 2)
+    assert [each["status"] for each in found] == [1, 1]
+    assert all("the processes found different runs or states" in each["text"] for each in found)
+    assert "at step 1" in found[0]["text"] and "at step 0" in found[0]["text"]
+
+
 def test_a_full_disk_of_the_first_process_ends_all_and_the_run_resumes(case, tmp_path):
     whole = replace(case, root=tmp_path / "whole")
     train_in(whole, 2)
@@ -146,8 +154,10 @@ def test_runs_killed_at_every_step_end_bit_identical(case, tmp_path):
 
 
 def test_processes_of_a_machine_are_its_gpus_or_one(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert processes_to_start(2) == 2
     assert processes_to_start(None) == max(1, torch.cuda.device_count())
-    monkeypatch.setenv("WORLD_SIZE", "4")  # torchrun has started them
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert processes_to_start(2) == 2  # torchrun sets more than that
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "4")
     assert processes_to_start(2) == 1

@@ -90,7 +90,7 @@ def checkpoint_blocks(trainer: Trainer) -> None:
     if not middle:
         raise ValueError("a model of one block keeps few activations")
     for block, name in ((first, "attend"), *((block, "forward") for block in middle[:-1])):
-        setattr(block, name, partial(checkpoint, getattr(block, name), use_reentrant=False))
+        setattr(block, name, partial(checkpoint, getattr(block, name), use_reentrant=False, preserve_rng_state=False))
 
 
 def static(batch: Batch) -> Batch:

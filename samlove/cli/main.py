@@ -226,7 +226,7 @@ def bench_train(
     """Train from shards on disk, in memory and on the GPU, and compare with one batch and with online features.
 
     Online steps decode and encode the media of their samples instead of reading features. On a GPU, also compares
-    plain, compiled and recorded steps, and measures memory; with --profile refavs, this takes about 10 minutes.
+    plain, compiled and recorded steps, and measures memory. On a CPU, a step of --profile refavs takes minutes.
     """
     from samlove.bench.train import run
 

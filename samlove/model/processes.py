@@ -15,8 +15,9 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from samlove.errors import RequestError, SamloveError, os_error_line
 
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of torchrun
 FAILED = "samlove/failed"  # key of the store: the first error of any process
 AGAIN = "run the same command again to resume"
 T = TypeVar("T")
@@ -80,13 +82,12 @@ class Processes:
             parameter.grad = part.view_as(parameter)
 
     def _lost(self, error: RuntimeError) -> SamloveError:
-        try:
+        with suppress(RuntimeError):  # the store is gone, too
             if self.store is not None and self.store.check([FAILED]):
                 return OtherFailed(**json.loads(self.store.get(FAILED)))
-        except RuntimeError:  # the store is gone, too
-            pass
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        return SamloveError(f"process {self.rank} of {self.count}: lost contact with another one ({reason}); {AGAIN}")
+        return SamloveError(
+            f"process {self.rank} of {self.count}: lost contact with another one ({_line(error)}); {AGAIN}"
+        )
 
 
 ALONE = Processes()
@@ -96,27 +97,43 @@ ALONE = Processes()
 def joined() -> Iterator[Processes]:
     """The processes of this run, if torchrun started this one; `ALONE` otherwise. They leave the block together.
 
-    Selects the GPU of this process. An exception of the block is what the other processes end with.
+    Selects the GPU of this process. An exception of the block is what the other processes end with. Raises SamloveError
+    if the processes cannot connect.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not _in_torchrun() or os.environ["WORLD_SIZE"] == "1":
         yield ALONE
         return
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store, rank, count = next(iter(rendezvous("env://")))
-    processes = Processes(rank, count, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), store)
     try:
+        store, rank, count = next(iter(rendezvous("env://")))
         # Objects are exchanged over gloo, gradients on GPUs over NCCL.
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=count)
+    except RuntimeError as error:
+        raise SamloveError(
+            f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: cannot connect to the others "
+            f"({_line(error)}); check the network between the machines, and torchrun's --rdzv-endpoint"
+        ) from error
+    processes = Processes(rank, count, int(os.environ["LOCAL_WORLD_SIZE"]), store)
+    try:
         yield processes
         processes.exchange(None)
     except Exception as error:
         status = error.exit_status if isinstance(error, SamloveError) else 1
         text = os_error_line(error) if isinstance(error, OSError) else str(error) or type(error).__name__
-        store.compare_set(FAILED, "", json.dumps({"message": f"process {rank}: {text}", "exit_status": status}))
+        with suppress(RuntimeError):  # the store is gone
+            store.compare_set(FAILED, "", json.dumps({"message": f"process {rank}: {text}", "exit_status": status}))
         raise
     dist.destroy_process_group()
+
+
+def _in_torchrun() -> bool:
+    return all(name in os.environ for name in VARIABLES)
+
+
+def _line(error: RuntimeError) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def processes_to_start(asked: int | None) -> int:
@@ -124,7 +141,7 @@ def processes_to_start(asked: int | None) -> int:
 
     1 within a process that torchrun started. Raises RequestError if there are GPUs, but fewer than `asked`.
     """
-    if "WORLD_SIZE" in os.environ:
+    if _in_torchrun():
         return 1
     gpus = torch.cuda.device_count()
     if gpus and asked and asked > gpus:
@@ -148,7 +165,8 @@ def launch(module: str, count: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CPU_COUNT // count)))
     logging.disable()  # torchrun's own account of a failure, which would follow the error
     try:
-        run(parse_args(["--standalone", "--nproc-per-node", str(count), "-m", module]))
+        with TemporaryDirectory(prefix="samlove-torchrun-") as logs:
+            run(parse_args(["--standalone", "--nproc-per-node", str(count), "--log-dir", logs, "-m", module]))
     except SignalException:
         raise KeyboardInterrupt from None
     except ChildFailedError as error:
