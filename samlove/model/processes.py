@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
@@ -29,6 +30,8 @@ from samlove.errors import RequestError, SamloveError, os_error_line
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of torchrun
 FAILED = "samlove/failed"  # key of the store: the first error of any process
+LEAVING, LEFT = "samlove/leaving", "samlove/left"  # keys of the store: how many are about to end; whether all are
+LEAVE = timedelta(seconds=30)  # the longest wait for the others at the end
 AGAIN = "run the same command again to resume"
 T = TypeVar("T")
 
@@ -117,8 +120,13 @@ def joined() -> Iterator[Processes]:
         ) from error
     processes = Processes(rank, count, int(os.environ["LOCAL_WORLD_SIZE"]), store)
     try:
-        yield processes
-        processes.exchange(None)
+        try:
+            yield processes
+            processes.exchange(None)
+        except (KeyboardInterrupt, SystemExit):  # in all processes
+            _leave_together(store, count)
+            raise
+        _leave_together(store, count)
     except Exception as error:
         status = error.exit_status if isinstance(error, SamloveError) else 1
         text = os_error_line(error) if isinstance(error, OSError) else str(error) or type(error).__name__
@@ -126,6 +134,14 @@ def joined() -> Iterator[Processes]:
             store.compare_set(FAILED, "", json.dumps({"message": f"process {rank}: {text}", "exit_status": status}))
         raise
     dist.destroy_process_group()
+
+
+def _leave_together(store: dist.Store, count: int) -> None:
+    """Wait until all processes are here: one that ended first would break connections that others still read."""
+    with suppress(RuntimeError):  # nothing is left to do, so it does not matter that another one has gone
+        if store.add(LEAVING, 1) == count:
+            store.set(LEFT, "")
+        store.wait([LEFT], LEAVE)
 
 
 def _in_torchrun() -> bool:
