@@ -56,8 +56,10 @@ SPEED = {"workers", "resident", "processes"}  # settings that do not affect the 
 CODE = (
     "samlove.data.batches",
     "samlove.data.loader",
+    "samlove.model.block",
     "samlove.model.fusion",
     "samlove.model.loss",
+    "samlove.model.one_block",
     "samlove.model.optimizer",
     "samlove.model.processes",
     "samlove.model.sam2",

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from samlove.config import FusionConfig
-from samlove.model.fusion import Block, FirstTokens, Fusion, OneBlockLoop, fold
+from samlove.model.block import Block, FirstTokens
+from samlove.model.fusion import Fusion
+from samlove.model.one_block import OneBlockLoop, fold
 
 B, N, P, L, D = 3, 4, 6, 5, 32
 DIMS = {"audio": 7, "visual": 9, "text": 11, "frames": N}
@@ -223,3 +225,14 @@ def test_narrow_and_wide_models_start_with_tokens_of_similar_size():
         fusion = Fusion(FusionConfig(dim=dim, blocks=2, heads=4), DIMS, prompt_dim=64)
         sizes.append(fusion(**inputs()).std().item())
     assert 0.2 < sizes[0] < 2 and 0.2 < sizes[1] < 2
+
+
+@pytest.mark.parametrize("prompt", ["seg", "mean"])
+def test_without_a_time_embedding_the_order_of_the_seconds_of_audio_has_no_effect(prompt):
+    batch = inputs()
+    batch["audio_valid"] = torch.ones(B, N, dtype=torch.bool)
+    turned = {**batch, "audio": batch["audio"].flip(1)}
+    for time_embedding in (True, False):
+        fusion = make(prompt=prompt, time_embedding=time_embedding)
+        same = torch.allclose(fusion(**turned), fusion(**batch), rtol=1e-4, atol=1e-4)
+        assert same != time_embedding

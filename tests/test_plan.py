@@ -1,16 +1,20 @@
 """`samlove plan`: the counts, the sizes at the paper's scale, the time by a calibration."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from samlove.ablations.runs import plan_runs
+from samlove.cli import plan_ablations
 from samlove.cli.plan import PER_SHARD, measured, run, seconds_an_item
-from samlove.config import SECTIONS, DatasetConfig, SynthConfig
+from samlove.config import SECTIONS, AblationsConfig, DatasetConfig, SynthConfig, load
 from samlove.data.index import audit_folder, write_index
 from samlove.data.layout import Layout
-from samlove.data.sizes import REF_AVS, Settings, count, item_bytes, planned, read_settings
+from samlove.data.sizes import REF_AVS, Count, Settings, count, item_bytes, planned, read_settings
 from samlove.features.encoders.roberta import RobertaEncoder
 from samlove.synth.write import write_dataset
 from tests.small_encoders import roberta_config
@@ -106,3 +110,37 @@ def test_a_disk_with_too_little_room_is_said(
     assert not run(calibrate=False)
     printed = capsys.readouterr().out
     assert "MISSING" in printed and "Ref-AVS as published" in printed
+
+
+def test_the_plan_of_ablations_names_every_run_with_its_time_and_disk(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    select(checkout, "micro")
+    shutil.copytree(ROOT / "weights" / "micro", checkout / "weights" / "micro")
+    config = yaml.safe_load((checkout / "configs/micro/ablations.yaml").read_text())
+    config["runs"] = {name: config["runs"][name] for name in ("no_cls", "blocks_4", "clip")}
+    rows = [{"run": name, "label": name} for name in config["runs"]]
+    config |= {"seeds": [0, 1], "tables": {"all": {"title": "All", "base": "no_cls", "rows": rows}}}
+    (checkout / "configs/micro/ablations.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(checkout)
+    (checkout / "samlove" / "micro").mkdir(parents=True)
+    shutil.copy(ROOT / "samlove/micro/sam2_micro.yaml", checkout / "samlove/micro")
+    assert plan_ablations.run()
+    lines = capsys.readouterr().out.splitlines()
+    found = {line.split()[0]: line for line in lines if line.split()}
+    assert {"no_cls", "blocks_4", "clip", "shards", "disk:"} <= set(found)
+    assert "fusion.blocks=4" in found["blocks_4"] and "2 seed(s)" in lines[0]
+    assert any("device hours" in line for line in lines)
+    assert sum(name.startswith(("visual-", "text-")) for name in found) == 2  # CLIP's own stores
+
+
+def test_the_estimate_of_a_run_follows_from_its_speed_and_the_dataset(checkout: Path) -> None:
+    select(checkout, "micro")
+    base, *_ = plan_runs(load(AblationsConfig, checkout / "configs"), "micro")
+    counts = {split: Count(2, 5, 10) for split in REF_AVS}
+    found = plan_ablations.estimate(base, plan_ablations.Speed(1.0, 2.0, 3.0, 1000), counts)
+    assert found.train_s == pytest.approx(base.sections["train"].epochs * (10 + 10 / 3))
+    assert (found.infer_s, found.evaluate_s, found.checkpoint) == (60, 90, 4000)
+    three = base.sections["infer"].model_copy(update={"controls": ["true_mask", "swapped_audio"]})
+    varied = replace(base, sections=base.sections | {"infer": three})
+    assert plan_ablations.estimate(varied, plan_ablations.Speed(1.0, 2.0, 3.0, 1000), counts).infer_s == 180

@@ -43,6 +43,15 @@ TESTS = ("test_s", "test_u", "test_n")
 EXPRESSIONS = 5  # of a video, as in Ref-AVS
 
 
+class Speed(NamedTuple):
+    """What was measured of one run."""
+
+    sample_s: float  # to train on one sample
+    expression_s: float  # to predict one expression
+    row_s: float  # to score one expression
+    parameters: int  # trained
+
+
 class Estimate(NamedTuple):
     """Of one run, for each seed."""
 
@@ -67,9 +76,10 @@ def run() -> bool:
     if device.type == "cpu":
         torch.set_num_threads(max(1, threads // workers))  # as each worker
     try:
-        estimates = [_estimate(run, settings, counts, device) for run in tqdm(runs, desc="measure", unit="run")]
+        measured_runs = [_measure(run, settings, device) for run in tqdm(runs, desc="measure", unit="run")]
     finally:
         torch.set_num_threads(threads)
+    estimates = [estimate(run, speed, counts) for run, speed in zip(runs, measured_runs, strict=True)]
     features = _features(runs, settings, counts)
     print(f"profile {active_profile()}, {seeds} seed(s); counted from: {source}; measured on: {device_name(device)}\n")
     print(render(runs, estimates, seeds, features))
@@ -84,8 +94,8 @@ def run() -> bool:
     there = bytes_there(paths, ("ablations",))
     missing = needed + passing - there - free_bytes(paths)
     print(
-        f"disk: {gib(needed)} GiB for checkpoints, features and shards, at most {gib(passing)} GiB for predictions that "
-        f"are deleted once scored; {gib(there)} GiB present, {gib(free_bytes(paths))} GiB free"
+        f"disk: {gib(needed)} GiB for checkpoints, features and shards, at most {gib(passing)} GiB for predictions "
+        f"that are deleted once scored; {gib(there)} GiB present, {gib(free_bytes(paths))} GiB free"
     )
     if missing > 0:
         print(f"MISSING {gib(missing)} GiB: free some")
@@ -129,7 +139,19 @@ def _features(runs: list[Run], settings: Settings, counts: Counts) -> dict[str, 
     return found
 
 
-def _estimate(run: Run, settings: Settings, counts: Counts, device: torch.device) -> Estimate:
+def estimate(run: Run, speed: Speed, counts: Counts) -> Estimate:
+    """The times of a run with one seed."""
+    rows = sum(counts[split].rows for split in TESTS) * (1 + len(run.sections["infer"].controls))
+    samples = counts["train"].rows + counts["val"].rows / 3  # validation computes no gradient
+    return Estimate(
+        train_s=run.sections["train"].epochs * samples * speed.sample_s,
+        infer_s=rows * speed.expression_s,
+        evaluate_s=rows * speed.row_s,
+        checkpoint=4 * speed.parameters,
+    )
+
+
+def _measure(run: Run, settings: Settings, device: torch.device) -> Speed:
     """Time the steps of a run with random weights and inputs: their speed does not depend on the values."""
     model, inputs = _model(run, settings, device), _inputs(run, settings, device)
     config = run.sections["train"]
@@ -158,14 +180,7 @@ def _estimate(run: Run, settings: Settings, counts: Counts, device: torch.device
     per_expression = _seconds([partial(track, n) for n in (1, EXPRESSIONS)], device, [1, EXPRESSIONS])
     bins = torch.randint(0, 256, (frames, size, size), dtype=torch.uint8).numpy()
     per_row = _seconds([partial(scores_from_bins, bins, bins > 127)], torch.device("cpu"), [1])
-    rows = sum(counts[split].rows for split in TESTS)
-    variants = 1 + len(run.sections["infer"].controls)
-    return Estimate(
-        train_s=config.epochs * (counts["train"].rows + counts["val"].rows / 3) * per_sample,  # validation: no gradient
-        infer_s=rows * variants * per_expression,
-        evaluate_s=rows * variants * per_row,
-        checkpoint=4 * sum(parameter.numel() for parameter in parameters.values()),
-    )
+    return Speed(per_sample, per_expression, per_row, sum(parameter.numel() for parameter in parameters.values()))
 
 
 def _model(run: Run, settings: Settings, device: torch.device) -> SamLove:
