@@ -27,10 +27,11 @@ demo: $(INSTALLED) ## run the whole pipeline on the generated dataset; print res
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m samlove.cli.demo
 
 ablations: $(INSTALLED) ## run the ablations of the active profile in parallel; print their tables
+	@cp pipelines/ablations/pipeline.yaml pipelines/ablations/dvc.yaml
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m dvc repro pipelines/ablations/dvc.yaml
 
 test: $(INSTALLED) ## run the test suite
-	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -q
+	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -q -n auto --dist loadfile
 
 lint: $(INSTALLED) ## run ruff, mypy and import-linter, as CI does
 	@$(BIN)/ruff check

@@ -70,7 +70,7 @@ def stopping_bar(stop: Event, steps: int) -> Callable[..., tqdm]:
                 stop.set()
             return super().update(n)
 
-    return lambda **settings: Bar(**settings | {"file": open(os.devnull, "w")})
+    return lambda **settings: Bar(**settings | {"file": open(os.devnull, "w", encoding="utf-8")})
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +165,18 @@ def test_executes_what_is_missing_and_nothing_else(project: Path) -> None:
     execute_all()
     third = executed()
     assert set(third) == set(second) and all(third[name] != second[name] for name in third)
+
+
+def test_runs_that_swap_their_names_keep_their_results(project: Path) -> None:
+    write_ablations(RUNS)
+    execute_all()
+    before = executed()
+    write_ablations({"base": RUNS["no_cls"], "no_cls": {}})
+    execute_all()
+    after = executed()
+    assert (after["base/seed0"], after["no_cls/seed0"]) == (before["no_cls/seed0"], before["base/seed0"])
+    record = json.loads((layout().ablation_runs / "base/seed0/run.json").read_text())
+    assert record["run"] == "base" and record["changes"] == {"fusion.accumulate_cls": [True, False]}
 
 
 def test_equal_runs_are_trained_once(project: Path) -> None:

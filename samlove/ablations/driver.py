@@ -28,7 +28,7 @@ from samlove.features.cluster import connect, count_workers, finished, settle
 from samlove.features.lock import only_run
 from samlove.features.worker import check_place
 from samlove.train import ExpressionDataset
-from stores.manifest import write_json
+from stores.manifest import replace_folder, write_json
 
 LOCK = "ablations.lock"
 TELL_S = 2.0  # seconds between a run's reports
@@ -54,9 +54,10 @@ def execute_missing(tasks: list[Task], paths: Layout, cluster: ClusterConfig) ->
 
 
 def _reuse(tasks: list[Task], runs: Path) -> list[Task]:
-    """The tasks without a result. A result of another name or seed folder that is theirs is linked into their place."""
+    """The tasks without a result. A result that is theirs but has another name is linked into their place."""
     found = {record["id"]: path.parent for path in runs.glob(f"*/*/{RECORD}") if (record := read_record(path))}
-    missing = []
+    missing: list[Task] = []
+    linked: dict[Path, Path] = {}  # complete copies -> their places; none is replaced before all are made
     for task in tasks:
         if task.id not in found:
             missing.append(task)
@@ -70,8 +71,9 @@ def _reuse(tasks: list[Task], runs: Path) -> list[Task]:
             record = read_record(new / RECORD)
             (new / RECORD).unlink()  # linked files are never edited
             write_json(new / RECORD, (record or {}) | wanted)
-            shutil.rmtree(task.out, ignore_errors=True)
-            new.rename(task.out)
+            linked[new] = task.out
+    for new, out in linked.items():
+        replace_folder(new, out)
     return missing
 
 
@@ -169,7 +171,7 @@ class _Reports(tqdm):
 
     def __init__(self, tell: Any, settings: dict[str, Any]) -> None:
         self._tell = tell
-        super().__init__(**settings | {"mininterval": TELL_S, "file": open(os.devnull, "w"), "gui": False})
+        super().__init__(**settings | {"mininterval": TELL_S, "file": open(os.devnull, "w", encoding="utf-8"), "gui": False})
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         state = self.format_dict

@@ -1,0 +1,109 @@
+"""The pipeline of the ablations, run by DVC on the smallest LAVS-synth: what it runs, shows and shares."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.stage_code import ROOT
+from tests.test_sharing import COPIED, SMALL, Clone, run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+PIPELINE = "pipelines/ablations/dvc.yaml"
+STAGES = {"ablation_features", "ablation_runs", "ablation_tables"}
+NAMES = ("base", "clip", "no_cls")
+
+
+def choose(clone: Clone, *names: str) -> None:
+    """Keep these of the shipped runs, in one table."""
+    shipped = yaml.safe_load((ROOT / "configs/micro/ablations.yaml").read_text())["runs"]
+    rows = [{"run": name, "label": name} for name in names]
+    table = {"title": "All", "base": names[0], "rows": rows}
+    clone.edit("ablations", runs={name: shipped[name] for name in names}, tables={"all": table})
+
+
+def finished(clone: Clone) -> dict[str, int]:
+    """{run: when its checkpoint was written}."""
+    runs = clone.root / "data/micro/ablations/runs"
+    return {path.parts[-3]: path.stat().st_mtime_ns for path in runs.glob("*/seed0/best.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("team")
+    (folder / "remote").mkdir()
+    repository = folder / "repository"
+    for name in (*COPIED, ".dvc/plots"):
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, repository / name, ignore=shutil.ignore_patterns("__pycache__", "dvc.lock"))
+        else:
+            shutil.copy(ROOT / name, repository / name)
+    shutil.copy(repository / "pipelines/ablations/pipeline.yaml", repository / PIPELINE)  # as `make ablations` does
+    for section, values in SMALL.items():
+        path = repository / "configs" / "micro" / f"{section}.yaml"
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | values))
+    run(repository, "git", "init", "--quiet")
+    run(repository, "git", "config", "receive.denyCurrentBranch", "updateInstead")
+    run(repository, "git", "add", "--all")
+    run(repository, "git", "commit", "--quiet", "--message", "as released")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(team: Path) -> Iterator[Clone]:
+    """A clone in which the pipeline has run once and been pushed."""
+    clone = Clone(team / "first", team, "copy")
+    choose(clone, *NAMES)
+    ran = clone.repro(PIPELINE)
+    assert STAGES < ran and "train" not in ran, "the profile's own run is not needed"
+    run(clone.root, "git", "add", "--all")
+    run(clone.root, "git", "commit", "--quiet", "--message", "ablations")
+    run(clone.root, "git", "push", "--quiet", "origin", "HEAD")
+    run(clone.root, "dvc", "push", "--remote", "folder", PIPELINE, "index", "audio", "visual", "text", "sam2", "pack")
+    yield clone
+
+
+def test_runs_and_tables_are_there_and_dvc_shows_them(first: Clone) -> None:
+    below = first.root / "data/micro/ablations"
+    assert set(finished(first)) == set(NAMES)
+    assert {path.name.split("-")[0] for path in (below / "features").iterdir()} == {"visual", "text"}
+    assert {path.name for path in (below / "tables").iterdir()} == {"tables.md", "all.csv", "index.html", "curves.csv"}
+    record = json.loads((below / "runs/clip/seed0/run.json").read_text())
+    assert record["changes"]["visual.encoder"] == ["vit", "clip"]
+    metrics = run(first.root, "dvc", "metrics", "show", "--md")
+    assert all(f"data/micro/ablations/metrics/{name}.json" in metrics for name in NAMES)
+    plots = run(first.root, "dvc", "plots", "show", "data/micro/ablations/tables/curves.csv", "--show-vega")
+    assert all(f'"run": "{name}"' in plots for name in NAMES)
+    assert first.repro(PIPELINE) == set()
+
+
+def test_adding_a_run_executes_that_run_only_also_where_the_others_were_pulled(first: Clone, team: Path) -> None:
+    second = Clone(team / "second", team, "copy")
+    run(second.root, "dvc", "pull", "--remote", "folder", PIPELINE, "index", "audio", "visual", "text", "sam2", "pack")
+    for clone in (first, second):
+        before = finished(clone)
+        stores = {path: path.stat().st_mtime_ns for path in (clone.root / "data/micro/ablations/features").iterdir()}
+        choose(clone, *NAMES, "seg_4")
+        assert clone.repro(PIPELINE) - {"dataset", "index"} <= {
+            *STAGES,
+            "audio",
+            "visual",
+            "text",
+            "sam2-train",
+            "sam2-eval",
+        }
+        after = finished(clone)
+        assert {name: after[name] for name in NAMES} == before and "seg_4" in after
+        assert {path: path.stat().st_mtime_ns for path in stores} == stores
+
+
+def test_a_changed_base_executes_all_runs(first: Clone) -> None:
+    before = finished(first)
+    first.edit("train", lr=0.001)
+    assert first.repro(PIPELINE) == {"ablation_runs", "ablation_tables"}
+    after = finished(first)
+    assert set(after) == set(before) and all(after[name] != before[name] for name in after)
