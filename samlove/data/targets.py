@@ -122,7 +122,7 @@ def _opened(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
 @contextmanager
 def _alone(lock: Path) -> Iterator[bool]:
     """Wait until no other process holds the lock. Yields False if the file system has no locks."""
-    with open(lock, "a") as file:
+    with open(lock, "a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             alone = True
