@@ -67,7 +67,7 @@ def train_in(case: Case, count: int) -> list[dict[str, Any]]:
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(60)
+        process.join(120)
     found = []
     for rank, process in enumerate(ranks):
         if hung := process.is_alive():
