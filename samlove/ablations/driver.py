@@ -171,7 +171,9 @@ class _Reports(tqdm):
 
     def __init__(self, tell: Any, settings: dict[str, Any]) -> None:
         self._tell = tell
-        super().__init__(**settings | {"mininterval": TELL_S, "file": open(os.devnull, "w", encoding="utf-8"), "gui": False})
+        super().__init__(
+            **settings | {"mininterval": TELL_S, "file": open(os.devnull, "w", encoding="utf-8"), "gui": False}
+        )
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         state = self.format_dict
