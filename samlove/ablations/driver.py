@@ -10,6 +10,7 @@ import shutil
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from datetime import timedelta
+from io import StringIO
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -171,9 +172,7 @@ class _Reports(tqdm):
 
     def __init__(self, tell: Any, settings: dict[str, Any]) -> None:
         self._tell = tell
-        super().__init__(
-            **settings | {"mininterval": TELL_S, "file": open(os.devnull, "w", encoding="utf-8"), "gui": False}
-        )
+        super().__init__(**settings | {"mininterval": TELL_S, "file": StringIO()})
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         state = self.format_dict

@@ -59,7 +59,7 @@ class Targets:
 
     def prepare(self, frames: int, size: int) -> None:
         """Open the file, or decode all objects and write it; raises as `load_masks`."""
-        if (frames, size) not in self._opened:
+        if self._numbers and (frames, size) not in self._opened:
             self._opened[frames, size] = self._open(frames, size)
 
     def _open(self, frames: int, size: int) -> np.ndarray:
