@@ -101,6 +101,7 @@ def _work(case: Case, rank: int, count: int, port: int) -> None:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
+    os.chdir(case.root)  # DVCLive opens the repository of its folder, whose database may exceed the file limit
     kills = rank == case.of
     items = {
         "train": Recorded(10, 1, case, kills and case.split == "train"),
