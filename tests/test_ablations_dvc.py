@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.stage_code import ROOT
-from tests.test_sharing import COPIED, SMALL, Clone, run
+from tests.test_sharing import Clone, make_team, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PIPELINE = "pipelines/ablations/dvc.yaml"
@@ -35,22 +35,11 @@ def finished(clone: Clone) -> dict[str, int]:
 @pytest.fixture(scope="module")
 def team(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("team")
-    (folder / "remote").mkdir()
+    make_team(folder, ".dvc/plots")
     repository = folder / "repository"
-    for name in (*COPIED, ".dvc/plots"):
-        (repository / name).parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, repository / name, ignore=shutil.ignore_patterns("__pycache__", "dvc.lock"))
-        else:
-            shutil.copy(ROOT / name, repository / name)
     shutil.copy(repository / "pipelines/ablations/pipeline.yaml", repository / PIPELINE)  # as `make ablations` does
-    for section, values in SMALL.items():
-        path = repository / "configs" / "micro" / f"{section}.yaml"
-        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | values))
-    run(repository, "git", "init", "--quiet")
-    run(repository, "git", "config", "receive.denyCurrentBranch", "updateInstead")
     run(repository, "git", "add", "--all")
-    run(repository, "git", "commit", "--quiet", "--message", "as released")
+    run(repository, "git", "commit", "--quiet", "--message", "with ablations")
     return folder
 
 

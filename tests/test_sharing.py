@@ -95,13 +95,11 @@ def assert_untouched(clone: Clone) -> None:
     assert cached and {name: found for name, found in cached.items() if name != found} == {}
 
 
-@pytest.fixture(scope="module")
-def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with the team's repository and remote; the environment names its S3 service."""
-    folder = tmp_path_factory.mktemp("team")
+def make_team(folder: Path, *more: str) -> None:
+    """Write folder/remote and folder/repository, the released project at small scale. more: further paths to copy."""
     (folder / "remote").mkdir()
     repository = folder / "repository"
-    for name in COPIED:
+    for name in (*COPIED, *more):
         (repository / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, repository / name, ignore=shutil.ignore_patterns("__pycache__", "dvc.lock"))
@@ -114,6 +112,13 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     run(repository, "git", "config", "receive.denyCurrentBranch", "updateInstead")
     run(repository, "git", "add", "--all")
     run(repository, "git", "commit", "--quiet", "--message", "as released")
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the team's repository and remote; the environment names its S3 service."""
+    folder = tmp_path_factory.mktemp("team")
+    make_team(folder)
     with s3_service("team"):
         yield folder
 

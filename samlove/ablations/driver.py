@@ -91,7 +91,7 @@ def _remove_others(tasks: list[Task], paths: Layout) -> None:
 
 def _execute(tasks: list[Task], paths: Layout, cluster: ClusterConfig, token: str) -> None:
     name = f"samlove ablations {uuid4().hex[:8]}"
-    # The longest first, so that no worker waits long for the last: a run's time grows with its blocks and tokens.
+    # The longest first, so that no worker waits long for the last: a run's time grows with its blocks and their width.
     tasks = sorted(tasks, key=lambda task: -task.run.sections["fusion"].blocks * task.run.sections["fusion"].dim)
     failed: list[str] = []
     with connect(cluster, cores=1, tasks=1, most=len(tasks)) as (client, threads):

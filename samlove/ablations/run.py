@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from threading import Event
@@ -49,7 +50,7 @@ class Task:
     """A run with everything that a worker needs to know about it."""
 
     run: Run
-    id: str  # of all that its result depends on, see `fingerprint`
+    id: str  # of all that its result depends on
     paths: Layout
     dataset: DatasetConfig
     protocol: str  # of EvaluateConfig
@@ -66,27 +67,34 @@ class Task:
 
 def make_tasks(runs: list[Run], paths: Layout, dataset: DatasetConfig, evaluating: EvaluateConfig) -> list[Task]:
     """Raises RequestError or SamloveError if features, shards or weights of a run are missing or damaged."""
-    return [
-        Task(run, fingerprint_id(fingerprint(run, paths, dataset, evaluating)), paths, dataset, evaluating.protocol)
-        for run in runs
-    ]
+    shared = _shared(paths, dataset, evaluating)
+    sha256 = cache(sha256_file)  # most runs have the same SAM 2
+    ids = [fingerprint_id({**_own(run, paths, sha256), **shared}) for run in runs]
+    return [Task(run, id, paths, dataset, evaluating.protocol) for run, id in zip(runs, ids, strict=True)]
 
 
-def fingerprint(run: Run, paths: Layout, dataset: DatasetConfig, evaluating: EvaluateConfig) -> dict[str, Any]:
-    """Everything that the result of a run depends on."""
-    rows, shards = pd.read_parquet(paths.expressions), run.shards(paths)
+def _own(run: Run, paths: Layout, sha256: Callable[[Path], str]) -> dict[str, Any]:
+    """What the result of this run depends on, besides `_shared`."""
+    shards = run.shards(paths)
     sections = {name: run.sections[name].model_dump(mode="json") for name in ("fusion", "train", "sam2", "infer")}
     for setting in training.SPEED:
         del sections["train"][setting]
     return {
         **sections,
-        "sam2_sha256": sha256_file(checkpoint_path(run.sections["sam2"].checkpoint)),
+        "sam2_sha256": sha256(checkpoint_path(run.sections["sam2"].checkpoint)),
         "shards": {split: fingerprint_id(ShardReader(shards / split).manifest) for split in ("train", "val")},
         "features": {
             name: FeatureStore.open(run.store(name, paths)).manifest["fingerprint"]
             for name in STORES
             if name != "sam2_train"  # in the fingerprint of the shards
         },
+    }
+
+
+def _shared(paths: Layout, dataset: DatasetConfig, evaluating: EvaluateConfig) -> dict[str, Any]:
+    """What the results of all runs depend on."""
+    rows = pd.read_parquet(paths.expressions)
+    return {
         "rows": {split: rows_digest(rows[rows["split"] == split]) for split in TESTS},
         "gt_mask_sha256": paths.mask_digest.read_text(encoding="utf-8").strip(),
         "mask_size": dataset.mask_size,

@@ -31,7 +31,7 @@ from samlove.config import DatasetConfig, FusionConfig, Resident, Sam2Config, Te
 from samlove.data.batches import AHEAD
 from samlove.data.dataset import RefAvsFolder
 from samlove.data.loader import FEATURES, ExpressionDataset, PoolSampler, collate, make_resident
-from samlove.data.sizes import VGGISH_CHANNELS, sam2_shape, text_width, vit_shape
+from samlove.data.sizes import array_shapes
 from samlove.device import default_device
 from samlove.model.checkpoint import Origin
 from samlove.model.sam2_build import instantiate_sam2
@@ -339,17 +339,8 @@ def _write_shards(root: Path, profile: str, videos: int) -> None:
     """Write videos of random numbers, all different, each with EXPRESSIONS expressions for two objects."""
     dataset = section(profile, DatasetConfig)
     text, sam2 = section(profile, TextConfig), section(profile, Sam2Config)
-    tokens, width = vit_shape(section(profile, VisualConfig))
-    size, channels = sam2_shape(sam2)
-    grid, fine = size // 16, sam2.cache_point == "pre_conv"
-    shapes = {
-        "audio": (dataset.frames, VGGISH_CHANNELS),
-        "visual": (dataset.frames, tokens, width),
-        "sam2_image_embed": (channels, grid, grid),
-        "sam2_high_res_0": (channels if fine else channels // 8, 4 * grid, 4 * grid),
-        "sam2_high_res_1": (channels if fine else channels // 4, 2 * grid, 2 * grid),
-        "text": (EXPRESSIONS, text.max_tokens, text_width(text)),
-    }
+    shapes = array_shapes(dataset.frames, section(profile, VisualConfig), text, sam2)
+    shapes["text"] = (EXPRESSIONS, *shapes["text"])
     random = np.random.default_rng(0)
     numbers = {name: random.standard_normal(shape, np.float32).astype(np.float16) for name, shape in shapes.items()}
     masks = np.zeros((2, dataset.mask_size, dataset.mask_size), np.uint8)

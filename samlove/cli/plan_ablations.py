@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from samlove.ablations.run import TESTS
 from samlove.ablations.runs import ENCODERS, STORES, Run, plan_runs
 from samlove.bench.profile import device_name
 from samlove.cli.plan import gib, measured
@@ -18,12 +19,12 @@ from samlove.data.sizes import (
     VGGISH_CHANNELS,
     Counts,
     Settings,
+    array_shapes,
     bytes_there,
     count,
     free_bytes,
     planned,
     read_settings,
-    sam2_shape,
     text_width,
     vit_shape,
 )
@@ -39,7 +40,6 @@ from samlove.scoring.metrics import scores_from_bins
 
 SECONDS = 1.0  # a measurement goes on for so long after its first, unmeasured round
 SLOW_S = 5.0  # a first round that takes so long is itself the measurement
-TESTS = ("test_s", "test_u", "test_n")
 EXPRESSIONS = 5  # of a video, as in Ref-AVS
 
 
@@ -198,19 +198,9 @@ def _model(run: Run, settings: Settings, device: torch.device) -> SamLove:
 
 def _inputs(run: Run, settings: Settings, device: torch.device) -> dict[str, torch.Tensor]:
     """A batch of random numbers, float32, as the trainer's."""
-    sam2, text, frames = run.sections["sam2"], run.sections["text"], settings.dataset.frames
+    text, frames = run.sections["text"], settings.dataset.frames
     batch = max(EXPRESSIONS, run.sections["train"].batch_size)
-    tokens, width = vit_shape(run.sections["visual"])
-    size, channels = sam2_shape(sam2)
-    grid, fine = size // 16, sam2.cache_point == "pre_conv"
-    shapes = {
-        "audio": (frames, VGGISH_CHANNELS),
-        "visual": (frames, tokens, width),
-        "text": (text.max_tokens, text_width(text)),
-        "sam2_image_embed": (channels, grid, grid),
-        "sam2_high_res_0": (channels if fine else channels // 8, 4 * grid, 4 * grid),
-        "sam2_high_res_1": (channels if fine else channels // 4, 2 * grid, 2 * grid),
-    }
+    shapes = array_shapes(frames, run.sections["visual"], text, run.sections["sam2"])
     inputs = {name: torch.randn(batch, *shape, device=device) for name, shape in shapes.items()}
     inputs["audio_valid"] = torch.ones(batch, frames, dtype=torch.bool, device=device)
     inputs["text_mask"] = torch.ones(batch, text.max_tokens, dtype=torch.bool, device=device)

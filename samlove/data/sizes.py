@@ -180,6 +180,21 @@ def item_bytes(settings: Settings) -> dict[str, int]:
     }
 
 
+def array_shapes(frames: int, visual: VisualConfig, text: TextConfig, sam2: Sam2Config) -> dict[str, tuple[int, ...]]:
+    """The shape of each numeric feature array of an expression, as training reads it: SAM 2's levels of one frame."""
+    tokens, width = vit_shape(visual)
+    size, channels = sam2_shape(sam2)
+    grid, fine = size // 16, sam2.cache_point == "pre_conv"
+    return {
+        "audio": (frames, VGGISH_CHANNELS),
+        "visual": (frames, tokens, width),
+        "sam2_image_embed": (channels, grid, grid),
+        "sam2_high_res_0": (channels if fine else channels // 8, 4 * grid, 4 * grid),
+        "sam2_high_res_1": (channels if fine else channels // 4, 2 * grid, 2 * grid),
+        "text": (text.max_tokens, text_width(text)),
+    }
+
+
 def vit_shape(visual: VisualConfig) -> tuple[int, int]:
     """Tokens per frame, including [cls], and their width, derived from timm's model name (CLIP: as ViT-B/16)."""
     name = "base_patch16" if visual.encoder == "clip" else visual.model
