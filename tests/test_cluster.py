@@ -243,6 +243,13 @@ def test_a_worker_that_always_dies_gives_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_workers_of_this_machine_allocate_memory_as_this_process_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    with connect(LocalConfig(kind="local", workers=2, threads=1)) as (client, _):
+        for environment in client.run(lambda: dict(os.environ)).values():
+            assert "MALLOC_TRIM_THRESHOLD_" not in environment and environment["OMP_NUM_THREADS"] == "1"
+
+
 @pytest.mark.parametrize("setting", [("temporary-directory", "/proc/x"), ("distributed.scheduler.worker-ttl", "moon")])
 def test_a_users_own_setting_of_dask_with_which_no_worker_starts_is_named(setting: tuple[str, str]) -> None:
     with (

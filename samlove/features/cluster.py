@@ -59,7 +59,12 @@ def connect(
             workers = min(count_asked(config, cores), most or CPU_COUNT)
             threads = config.threads or (max(1, CPU_COUNT // workers) if workers > 1 else None)
             with (
-                dask.config.set({"distributed.dashboard.link": f"http://{LOOPBACK}:{{port}}/status"}),
+                dask.config.set(
+                    {
+                        "distributed.dashboard.link": f"http://{LOOPBACK}:{{port}}/status",
+                        "distributed.nanny.pre-spawn-environ": _worker_defaults(),
+                    }
+                ),
                 _local_cluster(workers, threads, tasks) as cluster,
                 _client(cluster, "the local cluster") as client,
             ):
@@ -124,6 +129,16 @@ def _local_cluster(workers: int, threads: int | None, tasks: int) -> Iterator[Sp
 def _environment(worker: int, threads: int | None) -> dict[str, str]:
     gpus = torch.cuda.device_count()
     return {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": str(worker % gpus)} if gpus else {})
+
+
+def _worker_defaults() -> dict[str, Any]:
+    """Dask's environment of a worker process without MALLOC_TRIM_THRESHOLD_.
+
+    Dask lowers this threshold to return memory early. The C library then also maps and unmaps the memory of each larger
+    tensor: in training on a CPU, the kernel took a quarter of the time.
+    """
+    environment: dict[str, Any] = dask.config.get("distributed.nanny.pre-spawn-environ")
+    return {name: value for name, value in environment.items() if name != "MALLOC_TRIM_THRESHOLD_"}
 
 
 def dask_setup(worker: Worker) -> None:
