@@ -72,7 +72,8 @@ def _writer(data: Path, split: str, name: str, frames: int, size: int) -> Predic
 
 def _row(split: str, i: int, data: Path, frames: int, width: int, generator: np.random.Generator) -> dict:
     null = split == "test_n"
-    media_id = f"{'null_m-' if null else ''}{split}_clip{i // 3}"
+    made = ("null_m-", "null_c-")[i // 3 % 2] if null else ""
+    media_id = f"{made}{split}_clip{i // 3}"
     cues = CUES[i % 3]
     uid = f"{media_id}_x_{i}"
     place = tuple(generator.uniform(0.3, 0.7, 2).tolist())

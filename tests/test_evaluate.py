@@ -94,6 +94,16 @@ def test_breakdowns_cover_every_row_once(run):
         }
 
 
+def test_s_is_given_for_each_kind_of_null(run):
+    result = evaluated(run)
+    nulls, rows = result.details["nulls"], result.rows[result.rows["split"] == "test_n"]
+    assert sum(of_kind["n"] for of_kind in nulls.values()) == len(rows)
+    for prefix, kind in (("null_m-", "sound removed"), ("null_c-", "sound of another video")):
+        of_kind = rows[rows["media_id"].str.startswith(prefix)]
+        assert nulls[kind] == {"S": pytest.approx(of_kind["S"].mean(), abs=1e-6), "n": len(of_kind)}
+        assert f"{kind} {of_kind['S'].mean():.3f} (n {len(of_kind)})" in render_table(result.metrics, result.details)
+
+
 def test_controls_compare_the_same_rows(run):
     result = evaluated(run)
     controls, rows = result.details["controls"], result.rows

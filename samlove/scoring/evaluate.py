@@ -33,12 +33,14 @@ SPLITS = ("val", "test_s", "test_u", "test_n")
 CONTROLS = ("swapped_audio", "permuted_text", "true_mask")
 CUES = ("sight", "sound", "time")
 PROTOCOLS = ("per_expression", "official_batch")
+# How Ref-AVS makes a video of null expressions; the key begins the name of its folder, as in samlove.synth.write.
+NULLS = {"null_m-": "sound removed", "null_c-": "sound of another video"}
 
 
 class Evaluation(NamedTuple):
     metrics: dict  # content of metrics.json: percent for J, F, J&F, a fraction for S
     rows: pd.DataFrame  # one per expression; J, F, JF, S and {J,F,JF,S}_{control} as fractions, NaN: no score
-    details: dict  # protocols, cues, categories, controls
+    details: dict  # protocols, cues, categories, nulls, controls
 
 
 def evaluate(
@@ -84,6 +86,7 @@ def evaluate(
         "protocols": results,
         "cues": _by_cue(scored),
         "categories": _by_category(scored),
+        "nulls": _by_null(scored),
         "controls": _controls(scored),
     }
     metrics = {k: v for k, v in results[protocol].items() if k != "val"}
@@ -249,6 +252,13 @@ def _by_category(rows: pd.DataFrame) -> dict[str, dict]:
     return found
 
 
+def _by_null(rows: pd.DataFrame) -> dict[str, dict]:
+    """{kind in NULLS: S} of the null split; a kind without rows is left out."""
+    part = rows[rows["split"] == "test_n"]
+    kinds = {kind: part[part["media_id"].str.startswith(prefix)] for prefix, kind in NULLS.items()}
+    return {kind: _aggregate_null(of_kind) for kind, of_kind in kinds.items() if len(of_kind)}
+
+
 def _controls(rows: pd.DataFrame) -> dict[str, dict]:
     """The effect of each control, on exactly the rows that it was run on.
 
@@ -322,6 +332,9 @@ def render_table(metrics: dict, details: dict) -> str:
         lines.append(f"  {NAMES[split]:<8}{row['n']:>6}{scores}{'':>8}")
     null = metrics["test_n"]
     lines.append(f"  {NAMES['test_n']:<8}{null['n']:>6}{'':>24}{number(null['S'], 3):>8}")
+    if nulls := details.get("nulls"):  # not in older files
+        kinds = (f"{kind} {number(of_kind['S'], 3)} (n {of_kind['n']})" for kind, of_kind in nulls.items())
+        lines.append(f"  S by kind of null: {', '.join(kinds)}")
     for control, result in details["controls"].items():
         lines += ["", *_render_control(control, result)]
     return "\n".join(lines)
