@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,7 @@ from samlove.data.digest import rows_digest
 from samlove.data.targets import Targets
 from samlove.errors import RequestError, SamloveError
 from samlove.scoring.metrics import EDGES, Scores, histogram, scores_of
+from samlove.scoring.presence import curve, empty_scores
 from stores import PredictionReader
 from stores.fingerprint import check_fingerprint, flat
 from stores.manifest import replace_folder
@@ -31,6 +32,7 @@ from stores.manifest import replace_folder
 BATCH = 4  # expressions per batch in Ref-AVS Bench's script
 SPLITS = ("val", "test_s", "test_u", "test_n")
 CONTROLS = ("swapped_audio", "permuted_text", "true_mask")
+UNGATED = "ungated"  # the file with the masks of the rows that were left empty because of their object score
 CUES = ("sight", "sound", "time")
 PROTOCOLS = ("per_expression", "official_batch")
 # How Ref-AVS makes a video of null expressions; the key begins the name of its folder, as in samlove.synth.write.
@@ -40,7 +42,7 @@ NULLS = {"null_m-": "sound removed", "null_c-": "sound of another video"}
 class Evaluation(NamedTuple):
     metrics: dict  # content of metrics.json: percent for J, F, J&F, a fraction for S
     rows: pd.DataFrame  # one per expression; J, F, JF, S and {J,F,JF,S}_{control} as fractions, NaN: no score
-    details: dict  # protocols, cues, categories, nulls, controls
+    details: dict  # protocols, cues, categories, nulls, presence, controls
 
 
 def evaluate(
@@ -87,6 +89,7 @@ def evaluate(
         "cues": _by_cue(scored),
         "categories": _by_category(scored),
         "nulls": _by_null(scored),
+        "presence": _presence(scored, predictions),
         "controls": _controls(scored),
     }
     metrics = {k: v for k, v in results[protocol].items() if k != "val"}
@@ -102,6 +105,7 @@ def _score_split(
     """Scores of each expression, also under every available control, and of each of Ref-AVS Bench's batches."""
     readers = {name: _open(source / f"{name}.h5") for name in CONTROLS if (source / f"{name}.h5").exists()}
     main = _open(source / "predictions.h5")
+    ungated = _open(source / f"{UNGATED}.h5") if (source / f"{UNGATED}.h5").exists() else None
     absent = [row_id for row_id in rows["row_id"] if row_id not in main]
     if absent:
         raise SamloveError(
@@ -117,6 +121,11 @@ def _score_split(
         target = _target(folder, row, bins.shape)
         counts.append((bool(row["null"]), histogram(bins, target)))
         row |= _columns(scores_of(counts[-1][1]), row["null"])
+        if ungated is not None:
+            gated = row["row_id"] in ungated
+            raw = histogram(ungated.read(row["row_id"]), target) if gated else counts[-1][1]
+            row |= {f"{k}_{UNGATED}": v for k, v in _columns(scores_of(raw), row["null"]).items()}
+            row |= empty_scores(target) | {"object_score": ungated.attrs["object_scores"][row["row_id"]]}
         for name, reader in readers.items():
             if row["row_id"] in reader:
                 scores = scores_of(histogram(reader.read(row["row_id"]), target))
@@ -132,7 +141,7 @@ def _check_same_run(predictions: Path, splits: dict[str, pd.DataFrame]) -> None:
     """
     first: tuple[Path, dict] | None = None
     for split, rows in splits.items():
-        for name in ("predictions", *CONTROLS):
+        for name in ("predictions", UNGATED, *CONTROLS):
             path = predictions / split / f"{name}.h5"
             if rows.empty or not path.exists():
                 continue
@@ -140,7 +149,7 @@ def _check_same_run(predictions: Path, splits: dict[str, pd.DataFrame]) -> None:
             own = {"split": split, "variant": name, "rows_sha256": rows_digest(rows)}
             said = {field: attrs[field] for field in own if field in attrs}
             check_fingerprint(said, {field: own[field] for field in said}, path, "dvc repro -f -s infer")
-            shared = flat({field: value for field, value in attrs.items() if field not in own})
+            shared = flat({field: value for field, value in attrs.items() if field not in (*own, "object_scores")})
             first = first or (path, shared)
             check_fingerprint(shared, first[1], f"{path}, compared with {first[0]}", "dvc repro infer")
 
@@ -259,6 +268,14 @@ def _by_null(rows: pd.DataFrame) -> dict[str, dict]:
     return {kind: _aggregate_null(of_kind) for kind, of_kind in kinds.items() if len(of_kind)}
 
 
+def _presence(rows: pd.DataFrame, predictions: Path) -> dict[str, Any] | None:
+    """The curve of S against J&F over the threshold of the object score; None if the run has no such threshold."""
+    if "object_score" not in rows:
+        return None
+    path = next(path for split in SPLITS if (path := predictions / split / f"{UNGATED}.h5").exists())
+    return curve(rows[rows["split"] != "val"], _open(path).attrs["threshold"])
+
+
 def _controls(rows: pd.DataFrame) -> dict[str, dict]:
     """The effect of each control, on exactly the rows that it was run on.
 
@@ -335,6 +352,8 @@ def render_table(metrics: dict, details: dict) -> str:
     if nulls := details.get("nulls"):  # not in older files
         kinds = (f"{kind} {number(of_kind['S'], 3)} (n {of_kind['n']})" for kind, of_kind in nulls.items())
         lines.append(f"  S by kind of null: {', '.join(kinds)}")
+    if presence := details.get("presence"):
+        lines.append(f"  Masks are left empty below an object score of {presence['threshold']:.2f}, chosen on val")
     for control, result in details["controls"].items():
         lines += ["", *_render_control(control, result)]
     return "\n".join(lines)

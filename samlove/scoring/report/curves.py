@@ -78,9 +78,27 @@ def draw_runs(metric: str, runs: list[tuple[Line, pd.DataFrame]]) -> str:
         return _as_svg(figure)
 
 
-def _finish(axis: Axes, metric: str, size: int) -> None:
+def draw_presence(points: list[dict], threshold: float) -> str:
+    """S against J&F, in percent, over the threshold of the object score, as an <svg> element; the chosen one is marked.
+
+    points: as in samlove.scoring.presence.
+    """
+    with plain_style(SVG | {"font.size": 9}):
+        figure = Figure(figsize=(6.2, 2.9), layout="constrained")
+        axis = figure.subplots()
+        for colour, name in zip(COLOURS, ("seen", "unseen"), strict=False):
+            known = [p for p in points if p[name] is not None and p["S"] is not None]
+            axis.plot([p["S"] for p in known], [p[name] for p in known], color=colour, lw=1.6, label=name)
+            chosen = [p for p in known if p["threshold"] == round(threshold, 4)]
+            axis.plot([p["S"] for p in chosen], [p[name] for p in chosen], "o", color=colour, ms=6)
+        axis.legend(frameon=False)
+        _finish(axis, "J&F by S, over the threshold", 10, "S of null expressions (lower is better)")
+        return _as_svg(figure)
+
+
+def _finish(axis: Axes, metric: str, size: int, along: str = "epoch") -> None:
     axis.set_title(metric, loc="left", fontsize=size, fontweight="bold")
-    axis.set_xlabel("epoch")
+    axis.set_xlabel(along)
     axis.grid(color="#e4e4de", lw=0.7)
     axis.spines[["top", "right"]].set_visible(False)
 

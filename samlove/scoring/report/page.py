@@ -13,7 +13,7 @@ from samlove.data.dataset import RefAvsFolder
 from samlove.errors import RequestError
 from samlove.scoring.evaluate import CONTROL_NAMES, NAMES, number
 from samlove.scoring.report.clips import Clip, choose, draw_clip
-from samlove.scoring.report.curves import draw_curves, read_curves
+from samlove.scoring.report.curves import draw_curves, draw_presence, read_curves
 from samlove.scoring.report.paper import TABLE_1
 from samlove.scoring.report.provenance import checkpoint_header, fingerprints, source_revision, versions
 from stores import PredictionReader
@@ -37,6 +37,7 @@ def build_report(data: Path, folder: RefAvsFolder, clips: int, profile: str, con
         names=NAMES,
         control_names=CONTROL_NAMES,
         paper=TABLE_1,
+        presence=Markup(draw_presence(**details["presence"])) if details.get("presence") else None,
         curves=Markup(draw_curves(read_curves(data / "dvclive"))),  # our own SVG
         clips=_draw_clips(rows, clips, folder, data / "predictions"),
         config=config,
