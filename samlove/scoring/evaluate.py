@@ -37,8 +37,10 @@ PROTOCOLS = ("per_expression", "official_batch")
 
 class Evaluation(NamedTuple):
     metrics: dict  # content of metrics.json: percent for J, F, J&F, a fraction for S
-    rows: pd.DataFrame  # one per expression; J, F, JF, S and {J,F,JF,S}_{control} as fractions, NaN: no score
-    details: dict  # protocols, cues, categories, controls
+    # One per expression; J, F, JF, S and {J,F,JF,S}_{control} as fractions, NaN: no score. late: whether the
+    # ground-truth masks show the target, but not on frame 0.
+    rows: pd.DataFrame
+    details: dict  # protocols, cues, late, categories, controls
 
 
 def evaluate(
@@ -83,6 +85,7 @@ def evaluate(
         "protocol": "per_expression",
         "protocols": results,
         "cues": _by_cue(scored),
+        "late": _late(scored),
         "categories": _by_category(scored),
         "controls": _controls(scored),
     }
@@ -113,6 +116,7 @@ def _score_split(
         bins = main.read(row["row_id"])
         target = _target(folder, row, bins.shape)
         counts.append((bool(row["null"]), histogram(bins, target)))
+        row["late"] = bool(target.any() and not target[0].any())
         row |= _columns(scores_of(counts[-1][1]), row["null"])
         for name, reader in readers.items():
             if row["row_id"] in reader:
@@ -237,6 +241,12 @@ def _by_cue(rows: pd.DataFrame) -> dict[str, dict]:
         }
         found[split] = {name: aggregate(group) for name, group in groups.items() if len(group)}
     return found
+
+
+def _late(rows: pd.DataFrame) -> dict[str, dict]:
+    """The scores of each test split on targets that are out of sight in frame 0; {} if there are none."""
+    late = rows[rows["late"]]
+    return {split: aggregate(part) for split in ("test_s", "test_u") if len(part := late[late["split"] == split])}
 
 
 def _by_category(rows: pd.DataFrame) -> dict[str, dict]:
