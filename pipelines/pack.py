@@ -1,4 +1,5 @@
-"""Stage `pack`: features and first-frame masks of train and val as WebDataset shards -> data/<profile>/shards."""
+"""Stage `pack`: features of train and val, and the masks of the frames that training reads, as WebDataset shards
+-> data/<profile>/shards."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ import pandas as pd
 from pipelines import stage
 from samlove.config import AudioConfig, DatasetConfig, PackConfig, Sam2Config, Section, TextConfig, VisualConfig, load
 from samlove.data.dataset import RefAvsFolder
+from samlove.data.frames import trained_frames
 from samlove.data.layout import layout
 from samlove.data.pack import check_asked, is_packed, pack, shards_fingerprint
 from stores import FeatureStore
@@ -28,9 +30,13 @@ def write(stores: Mapping[str, Path], asked: Mapping[str, Section], out: Path, r
     """Pack train and val of the active profile into `out`.
 
     stores: audio, visual, text, sam2_train and sam2_eval. asked: the sections that they must match. reuse: leave a
-    shard set as it is if it was packed from the same stores, rows and masks. Raises as `samlove.data.pack`.
+    shard set as it is if it was packed from the same stores, rows, frames and masks. Raises as `samlove.data.pack`.
     """
     paths, dataset, config = layout(), load(DatasetConfig), load(PackConfig)
+    size = dataset.mask_size
+    sam2_config = asked["sam2"]
+    assert isinstance(sam2_config, Sam2Config)
+    frames = trained_frames(dataset.frames, sam2_config.train_frames)
     rows = pd.read_parquet(paths.expressions)
     opened = {name: FeatureStore.open(path) for name, path in stores.items()}
     for name, store in opened.items():
@@ -42,11 +48,12 @@ def write(stores: Mapping[str, Path], asked: Mapping[str, Section], out: Path, r
     for split, sam2 in (("train", train), ("val", val)):
         of_split, digest = rows[rows["split"] == split], paths.mask_digest.read_text(encoding="utf-8").strip()
         sources = {**{name: opened[name] for name in ("audio", "visual", "text")}, "sam2": sam2}
-        if reuse and is_packed(out / split, shards_fingerprint(of_split, sources, dataset.mask_size, digest)):
+        if reuse and is_packed(out / split, shards_fingerprint(of_split, sources, size, digest, frames)):
             print(f"{split}: packed already")
             continue
         folder, per_shard = RefAvsFolder(dataset.root), config.videos_per_shard
-        packed = pack(out / split, of_split, sources, folder, dataset.mask_size, per_shard, digest)
+        stored = frames if split == "train" else None  # the store of val has all frames
+        packed = pack(out / split, of_split, sources, folder, size, per_shard, digest, frames, stored)
         print(f"{split}: {packed}")
 
 

@@ -105,6 +105,7 @@ class Sam2Config(Section):
     cache_point: Literal["post_conv", "pre_conv"] = "post_conv"  # after or before the mask decoder's conv_s0, conv_s1
     dtype: Sam2Dtype = "float16"  # int8 stores one scale per channel; int8 and bfloat16 are read back as float32
     compression: Literal["none", "zstd"] = "none"  # zstd: a smaller store that reads more slowly
+    train_frames: Size = 1  # frames of a training video that are stored, evenly spaced from frame 0; 1: the paper's
 
 
 class PackConfig(Section):
@@ -168,6 +169,9 @@ class TrainConfig(Section):
     # sizes (11.4 MB each). With 16 samples per step, about one step in ten has two samples of one video.
     pool: Count = 1024
     resident: Resident = "auto"  # where to hold all shards while training; auto: the GPU, else RAM, if they fit
+    # The frame whose mask a sample is trained on: the first one, as in the paper, or in every epoch any of the stored
+    # ones (train_frames in sam2.yaml).
+    supervise: Literal["first", "any"] = "first"
     loss: LossConfig = LossConfig()
 
 
@@ -175,7 +179,10 @@ class InferConfig(Section):
     """Full-video inference."""
 
     precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast
-    absent: Literal["track", "empty"] = "track"  # objects that SAM 2 judges absent in frame 0: track anyway, or empty
+    # The frame that the token prompts: the first one, as in the paper, or the one with the highest object score, from
+    # which SAM 2 tracks both ways.
+    prompt_frame: Literal["first", "best"] = "first"
+    absent: Literal["track", "empty"] = "track"  # objects that SAM 2 judges absent there: track anyway, or empty
     # Also predict test_s and test_u with another video's audio, with permuted expressions, from the ground-truth mask.
     controls: list[Literal["swapped_audio", "permuted_text", "true_mask"]] = []
 

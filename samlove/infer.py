@@ -1,5 +1,5 @@
-"""Full-video inference on precomputed features (section 3.3, Inference): [seg] prompts frame 0, then SAM 2's memory
-propagates the mask through the other frames.
+"""Full-video inference on precomputed features (section 3.3, Inference): [seg] prompts frame 0, or the frame on which
+it finds the object best, then SAM 2's memory propagates the mask through the other frames.
 
 All expressions of a video are one batch that shares the video's embeddings. Each split gives one HDF5 file of binned
 masks, and one more per control. Letters: B expressions of a video, T frames, S mask size.
@@ -32,7 +32,7 @@ from samlove.data.digest import rows_digest, source_digests
 from samlove.errors import RequestError, SamloveError
 from samlove.features.lock import only_run
 from samlove.model.checkpoint import Header, load_model, read_header
-from samlove.model.sam2 import LEVELS
+from samlove.model.sam2 import LEVELS, LightSam2
 from samlove.model.sam2_love import SamLove
 from samlove.scoring.metrics import EDGES, quantise
 from stores import FeatureStore, PredictionReader, PredictionWriter
@@ -152,6 +152,7 @@ def infer(
             "sam2_sha256": header.sam2_sha256,
             "features": sources.fingerprints,
             "precision": config.precision,
+            "prompt_frame": config.prompt_frame,
             "absent": config.absent,
             "mask_size": mask_size,
         }
@@ -189,22 +190,38 @@ def predict(model: SamLove, embeds: dict[str, Tensor], given: Inputs, mask_size:
     """Mask logits (B, T, S, S) float32 of one job.
 
     embeds: sam2_image_embed (T, C, h, w) and its finer levels, on any device. The model is in evaluation mode.
-    config.absent decides about objects that SAM 2 judges absent in frame 0. "track" tracks them anyway, as the official
-    predictor does, because they may appear later; but a memory without an object may drift onto any object. "empty"
-    keeps them empty in all frames; use it with null expressions, if the object score was trained.
+    config.prompt_frame: a token prompts frame 0, or the frame on which SAM 2 gives it the highest object score.
+    Ground-truth masks always prompt frame 0.
+    config.absent decides about objects that SAM 2 judges absent in the prompted frame. "track" tracks them anyway, as
+    the official predictor does, because they may appear later; but a memory without an object may drift onto any
+    object. "empty" keeps them empty in all frames; use it with null expressions, if the object score was trained.
     """
     device = model.sam2.device
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         if given.masks is None:
             token = model.token({name: array.to(device) for name, array in given.fusion.items()})
-            logits = model.sam2.track(embeds, token=token)  # (B, T, 4h, 4w)
-            if config.absent == "empty":
-                absent = (logits[:, 0] == NO_OBJ_SCORE).flatten(1).all(1)
-                logits[absent] = NO_OBJ_SCORE
+            logits = _track(model.sam2, embeds, token, config)
         else:
             logits = model.sam2.track(embeds, masks=given.masks)[given.objects]
     size = (mask_size, mask_size)
     return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)  # (B, T, S, S)
+
+
+def _track(sam2: LightSam2, embeds: dict[str, Tensor], token: Tensor, config: InferConfig) -> Tensor:
+    """Logits (B, T, 4h, 4w). The expressions that prompt the same frame are one batch."""
+    if config.prompt_frame == "first":
+        prompted = [0] * len(token)
+    else:
+        prompted = sam2.object_scores(embeds, token).argmax(1).tolist()  # of equal scores, that of the earlier frame
+    parts: dict[int, Tensor] = {}  # expression -> logits (T, 4h, 4w)
+    for frame in sorted(set(prompted)):
+        rows = [row for row, own in enumerate(prompted) if own == frame]
+        logits = sam2.track(embeds, token=token[rows], frame=frame)
+        if config.absent == "empty":
+            absent = (logits[:, frame] == NO_OBJ_SCORE).flatten(1).all(1)
+            logits[absent] = NO_OBJ_SCORE
+        parts |= dict(zip(rows, logits, strict=True))
+    return torch.stack([parts[row] for row in range(len(token))])
 
 
 # --- inputs of each expression ---------------------------------------------------------------------------------------

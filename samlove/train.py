@@ -1,7 +1,7 @@
 """Training (sections 3.3 and 4.1): the fusion module, SAM 2's prompt encoder and mask decoder, on precomputed features.
 
-(seed, epoch) determines the sample order, so the number of samples consumed is a run's whole position, however they
-are loaded. An interrupted run resumes from its state file; on the CPU the result is bit-identical to an uninterrupted
+(seed, epoch) determines the samples of an epoch and their order, so the number of samples consumed is a run's whole
+position, however they are loaded. An interrupted run resumes from its state file; on the CPU the result is bit-identical to an uninterrupted
 run. The state is found by a fingerprint of everything the run depends on.
 
 SIGINT or SIGTERM saves the state and ends the run: at once while it waits for a batch, else after the current step.
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Event
@@ -27,12 +28,13 @@ import torch
 from dask.system import CPU_COUNT
 from dvclive import Live
 from torch import Tensor
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from samlove.config import FusionConfig, Sam2Config, TrainConfig
 from samlove.data.batches import Batch, Items, Numbers, read_batches, split
 from samlove.data.digest import source_digests
-from samlove.data.loader import ExpressionDataset, PoolSampler, collate, make_resident
+from samlove.data.loader import ExpressionDataset, collate, epoch_order, make_resident
 from samlove.errors import RequestError, SamloveError
 from samlove.features.lock import only_run
 from samlove.model.checkpoint import Header, Origin, save_checkpoint
@@ -77,7 +79,7 @@ class Samples:
     train: Items
     val: Items
     collate: Callable[[list], Batch]
-    order: Callable[[int], np.ndarray]  # epoch -> a fixed permutation of the training items, int64
+    order: Callable[[int], np.ndarray]  # epoch -> the numbers of its training items, int64; equally many in all epochs
     on_gpu: bool = False  # whether the items are already on the GPU
 
 
@@ -105,6 +107,7 @@ class Trainer:
         self.processes = processes
         self.config: TrainConfig = origin.train
         self.origin, self.samples, self.device = origin, samples, device
+        self.samples_per_epoch = len(samples.order(0))
         model.sam2.set_trainable(self.config.train_prompt_encoder, self.config.train_mask_decoder)
         self.model = model.to(device)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -138,7 +141,7 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        return self.config.epochs * math.ceil(len(self.samples.train) / self._samples_per_step)
+        return self.config.epochs * math.ceil(self.samples_per_epoch / self._samples_per_step)
 
     @property
     def _samples_per_step(self) -> int:
@@ -178,7 +181,7 @@ class Trainer:
         bar.write(f"epoch {self.progress.epoch}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()))
         if self.progress.epoch == 1 and f"val/{SELECTED_BY}" not in row:
             bar.write(
-                f"no first frame of the val split has a target, so F and {SELECTED_BY} are undefined: the "
+                f"no validated frame of the val split has a target, so F and {SELECTED_BY} are undefined: the "
                 "checkpoint will be that of the last epoch, not of the best"
             )
 
@@ -273,11 +276,11 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """J, F and J&F in percent, as means over the expressions of the validation split.
+        """J, F and J&F in percent, as means over the validation samples.
 
-        Only on the first frame: it is the only frame that is trained, and the only one whose SAM 2 embedding and mask
-        are in the shards. The infer and evaluate stages score the masks of the whole video. F is the mean over the
-        expressions with a target on that frame; if there are none, F and J&F are undefined and left out.
+        They are what is trained: the expressions on the first frame or, if any frame is trained, on each frame that is
+        in the shards. The infer and evaluate stages score the masks of the whole video. F is the mean over the samples
+        with a target; if there are none, F and J&F are undefined and left out.
         Raises SamloveError if a mask is not finite.
         """
         self.model.eval()
@@ -293,7 +296,7 @@ class Trainer:
                 bins = quantise(upsample(logits[:, None], batch["mask"].shape[-1])[:, 0])
                 for frame, mask in zip(bins, batch["mask"].cpu().numpy() > 0, strict=True):
                     mine.append(scores_from_bins(frame[None], mask[None])[:2])
-        J, F = np.empty(count), np.empty(count)  # of each expression, as fractions; F is NaN without a target
+        J, F = np.empty(count), np.empty(count)  # of each sample, as fractions; F is NaN without a target
         for rank, scores_of_rank in enumerate(self._stopping.exchange(mine)):
             J[rank :: self.processes.count], F[rank :: self.processes.count] = np.reshape(scores_of_rank, (-1, 2)).T
         scores = {"J": 100 * float(J.mean())}
@@ -332,7 +335,7 @@ class Trainer:
         return batch
 
     def _bar(self) -> tqdm:
-        samples = len(self.samples.train)
+        samples = self.samples_per_epoch
         done = self.progress.epoch * samples + self.progress.consumed
         return self._new_bar(total=self.config.epochs * samples, initial=done, unit="expr", mininterval=2, desc="train")
 
@@ -351,8 +354,14 @@ def prepare(
 ) -> tuple[Origin, Samples]:
     """What `train` needs, from the shard sets `shards`/train and `shards`/val. say: is told where they are held.
 
-    Raises RequestError or SamloveError if they are missing or damaged, or differ from each other or from `sam2`.
+    Raises RequestError or SamloveError if they are missing or damaged, or differ from each other or from `sam2`, or if
+    any frame is to be trained and `sam2` stores only one.
     """
+    if config.supervise == "any" and sam2.train_frames == 1:
+        raise RequestError(
+            "train.yaml: supervise: any needs more than one frame per video, found train_frames: 1 in sam2.yaml; set "
+            "it to at least 2 and run: dvc repro train"
+        )
     train_set, val_set = (ExpressionDataset(shards / split) for split in ("train", "val"))
     features = train_set.features
     check_fingerprint(val_set.made_from, train_set.made_from, shards / "val", "dvc repro pack")
@@ -367,14 +376,16 @@ def prepare(
     )
     wanted = {"weights_sha256": origin.sam2_sha256, "cache_point": sam2.cache_point}
     found = {name: features["sam2"].get(name) for name in wanted}
-    check_fingerprint(found, wanted, f"{shards / 'train'}: its SAM 2 embeddings", "dvc repro pack")
-    videos = train_set.videos
+    where = f"{shards / 'train'}: its SAM 2 embeddings"
+    check_fingerprint(found, wanted, where, "dvc repro pack")
+    check_fingerprint({"train_frames": train_set.frames}, {"train_frames": sam2.train_frames}, where, "dvc repro pack")
     resident = make_resident([train_set, val_set], config.resident, device, say)
+    first = range(0, len(val_set), val_set.frames)
     samples = Samples(
         train_set,
-        val_set,
+        val_set if config.supervise == "any" else Subset(val_set, first),
         collate,
-        order=lambda epoch: PoolSampler(videos, config.pool, config.seed, epoch).order(),
+        order=partial(epoch_order, train_set.videos, train_set.frames, config),
         on_gpu=resident == "gpu",
     )
     return origin, samples

@@ -104,9 +104,11 @@ def live_embeds(predictor, state: dict, before_convs: bool = False) -> dict[str,
 
 
 def official_logits(predictor, state: dict, prompt: Callable[[int], None], objects: int) -> torch.Tensor:
-    """Call `prompt(obj_id)` for each object, then propagate: logits (B, T, H, W) at the video's size."""
+    """Call `prompt(obj_id)` for each object, then propagate to the end and back to frame 0: logits (B, T, H, W) at the
+    video's size."""
     predictor.reset_state(state)
     for obj_id in range(objects):
         prompt(obj_id)
-    frames = [logits[:, 0] for _, _, logits in predictor.propagate_in_video(state)]
-    return torch.stack(frames, dim=1)
+    found = {t: logits[:, 0] for t, _, logits in predictor.propagate_in_video(state)}
+    found |= {t: logits[:, 0] for t, _, logits in predictor.propagate_in_video(state, reverse=True)}
+    return torch.stack([found[t] for t in range(state["num_frames"])], dim=1)

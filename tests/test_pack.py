@@ -23,12 +23,12 @@ def test_a_sample_holds_its_video_texts_and_masks(tmp_path):
             for name, value in features_of(source, media_id).items():
                 np.testing.assert_array_equal(sample[name], value)
         for name, value in features_of("sam2", media_id).items():
-            np.testing.assert_array_equal(sample[name], value[0])
+            np.testing.assert_array_equal(sample[name], value[:1])
         rows = ROWS[ROWS["media_id"] == media_id]
         assert [row["row_id"] for row in sample["rows"]] == list(rows["row_id"])
         assert len(sample["text"]) == rows["exp"].nunique()
         assert len(sample["masks"]) == rows.loc[~rows["null"], "fid"].nunique()
-        assert sample["masks"].dtype == np.uint8 and sample["masks"].shape[1:] == (SIZE, SIZE)
+        assert sample["masks"].dtype == np.uint8 and sample["masks"].shape[1:] == (1, SIZE, SIZE)
         for packed_row, row in zip(sample["rows"], rows.itertuples(), strict=True):
             words = features_of("text", row.exp)
             np.testing.assert_array_equal(sample["text"][packed_row["text"]], words["text"])
@@ -37,13 +37,14 @@ def test_a_sample_holds_its_video_texts_and_masks(tmp_path):
                 assert packed_row["mask"] == -1
             else:
                 expected = resize_mask(true_mask(media_id, row.fid), SIZE)
-                np.testing.assert_array_equal(sample["masks"][packed_row["mask"]], expected)
+                np.testing.assert_array_equal(sample["masks"][packed_row["mask"], 0], expected)
 
 
 def test_the_manifest_records_the_sources(tmp_path):
     make_shards(tmp_path)
     fingerprint = ShardReader(tmp_path / "shards").manifest["fingerprint"]
-    assert set(fingerprint) == {"audio", "visual", "text", "sam2", "mask_size", "rows_sha256", "gt_mask_sha256"}
+    made_of = {"audio", "visual", "text", "sam2", "mask_size", "rows_sha256", "gt_mask_sha256", "sam2_frames"}
+    assert set(fingerprint) == made_of and fingerprint["sam2_frames"] == [0]
     assert fingerprint["mask_size"] == SIZE
     assert fingerprint["rows_sha256"] == rows_digest(ROWS) != rows_digest(ROWS[1:])
     assert fingerprint["visual"] == {"encoder": "visual", "dtype": "float16"}
@@ -58,7 +59,7 @@ def test_rows_with_failed_features_are_left_out_and_reported(tmp_path):
     assert "4 rows left out" in str(packed)
     reader = ShardReader(tmp_path / "shards")
     assert [[row["row_id"] for row in reader[i]["rows"]] for i in range(2)] == [["r0"], ["r5"]]
-    assert reader[0]["masks"].shape == (1, SIZE, SIZE)
+    assert reader[0]["masks"].shape == (1, 1, SIZE, SIZE)
 
 
 @pytest.mark.parametrize(("coding", "packed"), [("int8", np.float16), ("bfloat16", np.float32)])
@@ -70,7 +71,7 @@ def test_embeddings_that_are_stored_narrower_are_packed_as_floats(tmp_path, codi
     for i, media_id in enumerate(reader.keys()):
         for name, value in sources["sam2"].read(media_id).items():
             assert reader[i][name].dtype == packed
-            np.testing.assert_array_equal(reader[i][name], value[0].astype(packed))
+            np.testing.assert_array_equal(reader[i][name], value[:1].astype(packed))
 
 
 def test_a_row_that_a_store_does_not_know_is_an_error(tmp_path):

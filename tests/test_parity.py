@@ -83,24 +83,25 @@ class Case:
             case.token = case.light.sam_prompt_encoder(points=point, boxes=None, masks=None)[0][:, :1]
         return case
 
-    def click(self, object_: int, points: int) -> None:
+    def click(self, object_: int, points: int, frame: int = 0) -> None:
         clicks, labels = self.clicks[object_, :points], self.labels[object_, :points]
-        self.official.add_new_points_or_box(self.state, 0, object_, points=clicks, labels=labels)
+        self.official.add_new_points_or_box(self.state, frame, object_, points=clicks, labels=labels)
 
-    def box(self, object_: int) -> None:
-        self.official.add_new_points_or_box(self.state, 0, object_, box=self.boxes[object_])
+    def box(self, object_: int, frame: int = 0) -> None:
+        self.official.add_new_points_or_box(self.state, frame, object_, box=self.boxes[object_])
 
-    def mask(self, object_: int) -> None:
-        self.official.add_new_mask(self.state, 0, object_, self.masks[object_])
+    def mask(self, object_: int, frame: int = 0) -> None:
+        self.official.add_new_mask(self.state, frame, object_, self.masks[object_])
 
-    def put_token(self, object_: int) -> None:
+    def put_token(self, object_: int, frame: int = 0) -> None:
         """Append the token to the sparse embeddings of the official "no point"; use the single mask."""
         predictor, token = self.official, self.token[object_ : object_ + 1]
         hook = predictor.sam_prompt_encoder.register_forward_hook(
             lambda module, inputs, out: (torch.cat([out[0], token], dim=1), out[1])
         )
         multimask, predictor.multimask_output_in_sam = predictor.multimask_output_in_sam, False
-        predictor.add_new_points_or_box(self.state, 0, object_, points=torch.zeros(1, 2), labels=torch.tensor([-1]))
+        nowhere, padding = torch.zeros(1, 2), torch.tensor([-1])
+        predictor.add_new_points_or_box(self.state, frame, object_, points=nowhere, labels=padding)
         predictor.multimask_output_in_sam = multimask
         hook.remove()
 
@@ -131,15 +132,17 @@ def _pixel(rng: np.random.Generator, mask: np.ndarray) -> list[float]:
     return [float(x), float(y)]
 
 
-def _prompts(case: Case) -> dict[str, tuple]:
+def _prompts(case: Case, frame: int = 0) -> dict[str, tuple]:
+    """Each kind of prompt on a frame: of the official predictor, and of the light SAM 2. Masks and clicks are those of
+    frame 0, wherever the objects have moved."""
     clicks, corners = case.clicks / case.size, case.boxes.unflatten(1, (2, 2)) / case.size
     box = Points(corners, torch.tensor([[2, 3]] * len(corners)))
     return {
-        "point": (lambda o: case.click(o, 1), {"points": Points(clicks[:, :1], case.labels[:, :1])}),
-        "points": (lambda o: case.click(o, 2), {"points": Points(clicks, case.labels)}),
-        "box": (case.box, {"points": box}),
-        "mask": (case.mask, {"masks": case.masks}),
-        "token": (case.put_token, {"token": case.token}),
+        "point": (lambda o: case.click(o, 1, frame), {"points": Points(clicks[:, :1], case.labels[:, :1])}),
+        "points": (lambda o: case.click(o, 2, frame), {"points": Points(clicks, case.labels)}),
+        "box": (lambda o: case.box(o, frame), {"points": box}),
+        "mask": (lambda o: case.mask(o, frame), {"masks": case.masks}),
+        "token": (lambda o: case.put_token(o, frame), {"token": case.token}),
     }
 
 
@@ -154,6 +157,18 @@ def test_agrees_with_the_official_predictor(case, kind):
     assert (differences <= TOLERANCE).all(), differences
     present = expected[expected > -1000]
     assert present.numel() > expected.numel() / 2 and present.std() > 0.1, "the case is trivial"
+
+
+@pytest.mark.parametrize(
+    ("kind", "frame"), [("token", 5), ("token", FRAMES - 1), ("mask", 5)]
+)
+def test_agrees_with_the_official_predictor_prompted_on_a_later_frame(case, kind, frame):
+    """It tracks to the last frame, and then in reverse to the first one."""
+    prompt, ours = _prompts(case, frame)[kind]
+    expected, differences = case.compare(prompt, **ours, frame=frame)
+    print(f"\n{kind} on frame {frame}, two objects in a batch: at most {differences.max():.2g} over all frames")
+    assert (differences <= TOLERANCE).all(), differences
+    assert (case.track(**ours) - expected).abs().amax(dim=(0, 2, 3)).max() > 10 * TOLERANCE, "the frame does not matter"
 
 
 @pytest.mark.parametrize("kind", ["point", "mask", "token"])
@@ -178,6 +193,14 @@ def test_memory_takes_part(case):
     for t in range(2, FRAMES):
         skipped = {name: torch.cat([value[:1], value[t : t + 1]]) for name, value in case.embeds.items()}
         assert (case.light.track(skipped, masks=case.masks)[:, 1] - whole[:, t]).abs().max() > 10 * TOLERANCE
+
+
+def test_frames_tracked_forwards_are_in_memory_on_the_way_back(case):
+    """As in the official predictor: without them, the frames before the prompted one change."""
+    whole = case.light.track(case.embeds, masks=case.masks, frame=5)
+    cut = case.light.track({name: value[:6] for name, value in case.embeds.items()}, masks=case.masks, frame=5)
+    torch.testing.assert_close(cut[:, 5], whole[:, 5])
+    assert all((cut[:, t] - whole[:, t]).abs().max() > 10 * TOLERANCE for t in range(3, 5))
 
 
 def test_absent_objects_agree(case):
@@ -223,17 +246,21 @@ def trained_case(request, tmp_path_factory) -> Case:
     return Case.trained(tmp_path_factory.mktemp("trained"), request.param)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_agrees_with_trained_weights(trained_case, kind):
+@pytest.mark.parametrize(("kind", "frame"), [*((kind, 0) for kind in KINDS), ("mask", 4), ("token", 9)])
+def test_agrees_with_trained_weights(trained_case, kind, frame):
     """One object at a time: the same numbers. In a batch, a last bit may change how a memory is rounded to bfloat16."""
     case = trained_case
-    prompt, ours = _prompts(case)[kind]
+    prompt, ours = _prompts(case, frame)[kind]
     expected = official_logits(case.official, case.state, prompt, objects=3)
     assert (expected > 0).any(dim=(2, 3)).float().mean() > 0.5, "the case is trivial"
-    one = torch.cat([case.track(**{name: _one_object(v, o) for name, v in ours.items()}) for o in range(3)])
-    batch = case.track(**ours)
+    parts = [{name: _one_object(value, o) for name, value in ours.items()} for o in range(3)]
+    one = torch.cat([case.track(**part, frame=frame) for part in parts])
+    batch = case.track(**ours, frame=frame)
     largest, flipped = (batch - expected).abs().max(), ((batch > 0) != (expected > 0)).float().mean()
-    print(f"\n{kind}: one at a time {(one - expected).abs().max():.2g}; three in a batch {largest:.2g}", end="")
+    print(
+        f"\n{kind} on frame {frame}: one at a time {(one - expected).abs().max():.2g}; three in a batch {largest:.2g}",
+        end="",
+    )
     print(f" in a logit, {1e5 * flipped:.2g} of 100,000 pixels change sides")
     assert torch.equal(one, expected)
     assert largest <= TRAINED_TOLERANCE and flipped <= TRAINED_FLIPS

@@ -336,9 +336,10 @@ def workplace(sam2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
                 first, second = (Items(4, seed=3)[2 * video + i] for i in range(2))
                 shared = ("audio", "audio_valid", "visual", "sam2_image_embed", "sam2_high_res_0", "sam2_high_res_1")
                 sample = {name: first[name].numpy() for name in shared}
+                sample |= {name: sample[name][None] for name in shared[3:]}  # one frame
                 for name in ("text", "text_mask"):
                     sample[name] = np.stack([first[name], second[name]])
-                sample["masks"] = np.stack([first["mask"], second["mask"]]).astype(np.uint8)
+                sample["masks"] = np.stack([first["mask"], second["mask"]])[:, None].astype(np.uint8)
                 rows = [{"row_id": f"{video}_{i}", "text": i, "mask": i} for i in range(2)]
                 writer.write(f"video{video}", {**sample, "rows": rows})
     monkeypatch.chdir(tmp_path)

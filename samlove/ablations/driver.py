@@ -192,7 +192,7 @@ class _Progress:
 
     def __init__(self, tasks: list[Task]) -> None:
         self._tasks, self._states = tasks, dict[int, dict[str, Any]]()
-        sizes = {path: len(ExpressionDataset(path)) for path in {t.run.shards(t.paths) / "train" for t in tasks}}
+        sizes = {path: ExpressionDataset(path).expressions for path in {t.run.shards(t.paths) / "train" for t in tasks}}
         self._totals = [
             task.run.sections["train"].epochs * sizes[task.run.shards(task.paths) / "train"] for task in tasks
         ]

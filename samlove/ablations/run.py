@@ -40,7 +40,7 @@ from stores import FeatureStore, ShardReader
 from stores.fingerprint import fingerprint_id, sha256_file
 from stores.manifest import replace_folder, write_json
 
-TESTS = SPLITS[1:]  # val is scored on first frames only, in training
+TESTS = SPLITS[1:]  # val is scored on single frames only, in training
 SCORING = ("samlove.data.targets", "samlove.scoring.evaluate", "samlove.scoring.metrics")
 RECORD = "run.json"
 
@@ -194,7 +194,7 @@ def _record(task: Task, checkpoint: Path, device: torch.device) -> dict[str, Any
         parameters = sum(prod(file.get_slice(name).get_shape()) for name in file.keys())
     threads = torch.get_num_threads()
     of_cpu = f"cpu, {threads} thread{'s' * (threads > 1)}"
-    samples = header.train.epochs * len(training.ExpressionDataset(task.run.shards(task.paths) / "train"))
+    samples = header.train.epochs * training.ExpressionDataset(task.run.shards(task.paths) / "train").expressions
     return {
         "id": task.id,
         "run": task.run.name,

@@ -44,12 +44,12 @@ def _sample(key: str) -> dict[str, Any]:
         "audio": np.ones((2, 4), half),
         "audio_valid": np.ones(2, bool),
         "visual": np.ones((2, 3, 4), half),
-        "sam2_image_embed": np.ones((4, 2, 2), half),
-        "sam2_high_res_0": np.ones((2, 8, 8), half),
-        "sam2_high_res_1": np.ones((2, 4, 4), half),
+        "sam2_image_embed": np.ones((1, 4, 2, 2), half),
+        "sam2_high_res_0": np.ones((1, 2, 8, 8), half),
+        "sam2_high_res_1": np.ones((1, 2, 4, 4), half),
         "text": np.ones((EXPRESSIONS, 4, 4), half),
         "text_mask": np.ones((EXPRESSIONS, 4), bool),
-        "masks": np.ones((2, 8, 8), np.uint8),
+        "masks": np.ones((2, 1, 8, 8), np.uint8),
         "rows": [
             {"row_id": f"{key}_{n}", "text": n, "mask": -1 if n == last else n % 2} for n in range(EXPRESSIONS)
         ],  # the last one is a null expression

@@ -34,6 +34,7 @@ from samlove.data.loader import FEATURES, ExpressionDataset, PoolSampler, collat
 from samlove.data.sizes import array_shapes
 from samlove.device import default_device
 from samlove.model.checkpoint import Origin
+from samlove.model.sam2 import LEVELS
 from samlove.model.sam2_build import instantiate_sam2
 from samlove.train import Batch, Samples, Trainer
 from stores import ShardWriter
@@ -304,7 +305,7 @@ def _read(trainer: Trainer, steps: int, warm_up: int = WARM_UP) -> Pass:
     """`steps` steps on batches from the loader, which goes on reading ahead until the last of them ends."""
     accumulate, size = trainer.config.accumulate, trainer.config.batch_size
     wanted = ((warm_up + steps) * accumulate + AHEAD * trainer.workers) * size
-    epochs = -(-wanted // len(trainer.samples.train))
+    epochs = -(-wanted // trainer.samples_per_epoch)
     order = np.concatenate([trainer.samples.order(epoch) for epoch in range(epochs)])[:wanted]
     with closing(trainer._batches(trainer.samples.train, order)) as batches:
         return _time(trainer, lambda: list(islice(batches, accumulate)), steps, warm_up)
@@ -343,8 +344,9 @@ def _write_shards(root: Path, profile: str, videos: int) -> None:
     shapes["text"] = (EXPRESSIONS, *shapes["text"])
     random = np.random.default_rng(0)
     numbers = {name: random.standard_normal(shape, np.float32).astype(np.float16) for name, shape in shapes.items()}
-    masks = np.zeros((2, dataset.mask_size, dataset.mask_size), np.uint8)
-    masks[0, : dataset.mask_size // 2] = masks[1, dataset.mask_size // 2 :] = 1
+    numbers |= {name: numbers[name][None] for name in LEVELS}  # one frame
+    masks = np.zeros((2, 1, dataset.mask_size, dataset.mask_size), np.uint8)
+    masks[0, :, : dataset.mask_size // 2] = masks[1, :, dataset.mask_size // 2 :] = 1
     with ShardWriter(root, fingerprint={name: {} for name in FEATURES}) as writer:
         for video in range(videos):
             sample: dict[str, Any] = {name: array + np.float16(video / videos) for name, array in numbers.items()}

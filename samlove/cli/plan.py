@@ -31,12 +31,7 @@ from samlove.features.encoders.vggish import VggishEncoder
 from samlove.features.worker import READERS
 
 GIB = 2**30
-PER_SHARD = {
-    "audio": audio.SHARD,
-    "visual": visual.SHARD,
-    "text": text.SHARD,
-    **{f"sam2_{group}": sizes.shard for group, sizes in sam2.SIZES.items()},
-}
+PER_SHARD = {"audio": audio.SHARD, "visual": visual.SHARD, "text": text.SHARD}
 ARRAYS = {"audio": 2, "visual": 1, "text": 2, "sam2_train": 3, "sam2_eval": 3}  # of an item
 ENCODERS = ("audio", "visual", "text", "sam2")
 SECONDS = 2.0  # a calibration goes on for so long after its first batch
@@ -66,7 +61,8 @@ def _files(entry: Planned, settings: Settings, counts: Counts) -> int:
     kind, name = entry.path.split("/")
     if kind == "features":  # four files; per shard one zarr.json, and per array zarr.json and data
         arrays = ARRAYS[name] * (2 if name.startswith("sam2") and settings.sam2.dtype == "int8" else 1)  # and scales
-        return 4 + -(-sum(entry.items.values()) // PER_SHARD[name]) * (1 + 2 * arrays)
+        of_sam2 = sam2.sizes_of(name.removeprefix("sam2_"), settings.sam2).shard if name.startswith("sam2") else 0
+        return 4 + -(-sum(entry.items.values()) // (of_sam2 or PER_SHARD[name])) * (1 + 2 * arrays)
     if kind == "shards":  # three files; one per shard
         return 3 + -(-counts[name].folders // settings.pack.videos_per_shard)
     return 1 + len(settings.infer.controls) * (name in CONTROLLED_SPLITS)
@@ -132,7 +128,10 @@ def measured(settings: Settings, made: list[Planned], sections: Collection[str] 
         "audio": {"audio": items["audio"]},
         "visual": {"visual": items["visual"]},
         "text": {"text": items["text"]},
-        "sam2": {"sam2_train": items["sam2_train"], "sam2_eval": items["sam2_eval"] * frames},  # in frames
+        "sam2": {  # in frames
+            "sam2_train": items["sam2_train"] * settings.sam2.train_frames,
+            "sam2_eval": items["sam2_eval"] * frames,
+        },
     }
     times: dict[str, float | str] = {}
     for name in sections:

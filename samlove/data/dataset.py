@@ -1,7 +1,7 @@
 """Reads a Ref-AVS folder: its table, frames, audio and masks.
 
     metadata.csv                              vid,uid,split,fid,exp
-    cues.csv                                  in LAVS-synth only: uid,fid,exp,template,sight,sound,time
+    cues.csv                                  in LAVS-synth only: uid,fid,exp,template,sight,sound,time,late
     media/{media_id}/frames/{t}.jpg           one frame per second
     media/{media_id}/audio.wav
     gt_mask/{media_id}/fid_{fid}/{t:05d}.png  every pixel > 0 belongs to the object
@@ -27,7 +27,7 @@ from samlove.data.links import unwatched
 from samlove.errors import RequestError, SamloveError, absence
 
 COLUMNS = ("vid", "uid", "split", "fid", "exp")
-CUE_COLUMNS = ("uid", "fid", "exp", "template", "sight", "sound", "time")
+CUE_COLUMNS = ("uid", "fid", "exp", "template", "sight", "sound", "time")  # earlier versions had no `late`
 FRAME_NAME = re.compile(r"(0|[1-9][0-9]{0,8})\.jpg")
 MASK_NAME = re.compile(r"([0-9]{5})\.png")
 MAX_PEAK = 16  # of float samples; lossy codecs exceed 1 a little, integers saved as floats by far

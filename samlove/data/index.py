@@ -3,7 +3,7 @@
 videos.parquet       one row per video: media_id, vid, split, kind, frames, width, height, audio_seconds,
                      audio_rate; the last five are <NA> if the media were not checked or cannot be read
 expressions.parquet  one row per expression, in the order of metadata.csv: row_id, uid, vid, media_id, split, fid,
-                     object, exp, null; if there is a cues.csv, also template, sight, sound, time
+                     object, exp, null; if there is a cues.csv, also template, sight, sound, time, late
 audit.json           counts per split, found and kept, and every fault with its location
 media.sha256         digest of the folder media/, on which later stages depend (samlove.data.digest)
 gt_mask.sha256       digest of the folder gt_mask/
@@ -37,7 +37,7 @@ from samlove.errors import RequestError, SamloveError
 
 POLICIES: dict[str, Policy] = {kind: policy for kind, (policy, _) in KINDS.items()}
 EXPRESSION_COLUMNS = ["row_id", "uid", "vid", "media_id", "split", "fid", "object", "exp", "null"]
-CUE_FLAGS = ["sight", "sound", "time"]
+CUE_FLAGS = ["sight", "sound", "time", "late"]  # cues that an expression needs; late: its target is not in frame 0
 
 
 @dataclass(frozen=True)
@@ -227,18 +227,19 @@ def _add_cues(rows: pd.DataFrame, folder: RefAvsFolder) -> tuple[pd.DataFrame, l
     if cues is None:
         return rows, []
     path = folder.root / "cues.csv"
-    for column in CUE_FLAGS:
+    flags = [column for column in CUE_FLAGS if column in cues]
+    for column in flags:
         if odd := set(cues[column]) - {"0", "1"}:
             raise SamloveError(f"{path}: column {column}: expected 0 or 1, found {sorted(odd)}")
     if odd := {f for f in cues["fid"] if not f.isdecimal()}:
         raise SamloveError(f"{path}: column fid: expected integers, found {sorted(odd)}")
     cues = cues.assign(fid=cues["fid"].astype(int), exp=cues["exp"].map(normalise))
-    cues[CUE_FLAGS] = cues[CUE_FLAGS] == "1"
+    cues[flags] = cues[flags] == "1"
     key = ["uid", "fid", "exp"]
-    cues = cues[[*key, "template", *CUE_FLAGS]].drop_duplicates(key)
+    cues = cues[[*key, "template", *flags]].drop_duplicates(key)
     joined = rows.merge(cues, how="left", on=key).set_axis(rows.index)
     absent = joined["template"].isna()
-    joined[CUE_FLAGS] = joined[CUE_FLAGS].astype("boolean" if absent.any() else "bool")
+    joined[flags] = joined[flags].astype("boolean" if absent.any() else "bool")
     found = [
         Fault("missing_cues", str(path), f"no row for uid {uid}, fid {fid}, {exp!r}", (int(str(line)),))
         for line, uid, fid, exp in joined.loc[absent, key].itertuples()

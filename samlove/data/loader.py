@@ -1,10 +1,12 @@
-"""The trainer's dataset: one expression per item, from packed shards, in an order that seed and epoch determine.
+"""The trainer's dataset: one expression on one frame per item, from packed shards, in an order that seed and epoch
+determine.
 
 The arrays of an item are views of memory-mapped files: nothing is copied until `collate` builds a batch.
 Safe in DataLoader workers, forked or spawned: each of them maps the files itself.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from samlove.config import Resident
+from samlove.config import Resident, TrainConfig
 from samlove.errors import RequestError, SamloveError
 from stores import ShardReader
 from stores.fingerprint import fingerprint_id, flat
@@ -24,13 +26,14 @@ FEATURES = ("audio", "visual", "text", "sam2")  # the sources whose fingerprints
 _DRAWS = 1 << 16  # random numbers that the sampler draws at a time; does not affect the order
 
 # The arrays of every sample with their number of dimensions. A sample also has `rows`, a JSON list.
-_LEVELS = dict.fromkeys(("sam2_image_embed", "sam2_high_res_0", "sam2_high_res_1"), 3)
-_VIDEO_ARRAYS = {"audio": 2, "audio_valid": 1, "visual": 3, **_LEVELS}
-_DIMENSIONS = {**_VIDEO_ARRAYS, "text": 3, "text_mask": 2, "masks": 3}
+_VIDEO_ARRAYS = {"audio": 2, "audio_valid": 1, "visual": 3}
+_LEVELS = dict.fromkeys(("sam2_image_embed", "sam2_high_res_0", "sam2_high_res_1"), 4)
+_DIMENSIONS = {**_VIDEO_ARRAYS, **_LEVELS, "text": 3, "text_mask": 2, "masks": 4}
 
 
 class ExpressionDataset(Dataset):
-    """Map-style dataset: item i is one expression with its video's arrays (see `__getitem__`).
+    """Map-style dataset of expressions on frames: item i is expression i // K on the frame i % K of the K that the
+    shards hold of each video (see `__getitem__`).
 
     Raises RequestError if `root` holds no shards, SamloveError if the shards were not written by samlove.data.pack,
     are truncated, or hold no expression.
@@ -52,7 +55,7 @@ class ExpressionDataset(Dataset):
                         f"{root}: {name} of a sample: expected {dims} dimensions of little-endian numbers of at most "
                         f"8 bytes, found {found_dims} of {dtype}: not written by the pack stage; run: dvc repro pack"
                     )
-        if not len(self):
+        if not self.expressions:
             raise SamloveError(f"{root}: expected at least one expression, found none; run: samlove audit")
 
     @property
@@ -86,14 +89,23 @@ class ExpressionDataset(Dataset):
         dims = {name: first[name].shape[-1] for name in ("audio", "visual", "text")}
         return {**dims, "frames": first["visual"].shape[0]}
 
+    @cached_property
+    def frames(self) -> int:
+        """K, the number of frames of each video that have a SAM 2 embedding and masks."""
+        return self.reader[0]["sam2_image_embed"].shape[0]
+
+    @property
+    def expressions(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
     @property
     def _ends(self) -> np.ndarray:
-        """For each video, the number of items up to and including its last one: int64 (videos,)."""
+        """For each video, the number of expressions up to and including its last one: int64 (videos,)."""
         return self.reader.index.row_ends
 
     @property
     def videos(self) -> np.ndarray:
-        """The video of each item, as the number of its sample in the shards: int32 (items,).
+        """The video of each expression, as the number of its sample in the shards: int32 (expressions,).
 
         Raises SamloveError if the index is damaged.
         """
@@ -116,37 +128,39 @@ class ExpressionDataset(Dataset):
         ]
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self.expressions * self.frames
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """One expression; letters as in samlove.data.pack. Arrays are read-only views, in the stores' dtypes.
+        """One expression on one frame; letters as in samlove.data.pack. Arrays are read-only views, in the stores' dtypes.
 
-        audio (N,dA), audio_valid (N,), visual (N,1+P,dV), sam2_image_embed (C,h,w), sam2_high_res_0,
-        sam2_high_res_1, text (L,dT), text_mask (L,) bool, mask (S,S) uint8 (all 0 for a null expression),
-        row_id str, media_id str.
+        Of the whole video: audio (N,dA), audio_valid (N,), visual (N,1+P,dV). Of the frame: sam2_image_embed (C,h,w),
+        sam2_high_res_0, sam2_high_res_1, mask (S,S) uint8 (all 0 if the object is out of sight or the expression is
+        null). Of the expression: text (L,dT), text_mask (L,) bool, row_id str, media_id str.
         Raises IndexError if there is no item i, SamloveError if the shards or their index are damaged.
         """
         if not 0 <= i < len(self):
             raise IndexError(f"item {i} of {len(self)}")
-        place = int(np.searchsorted(self._ends, i, side="right"))
+        expression, frame = divmod(i, self.frames)
+        place = int(np.searchsorted(self._ends, expression, side="right"))
         sample = self._held[place] if self._held else self.reader[place]
         try:
-            row = sample["rows"][i - int(self._ends[place])]  # counted from the last one, which is -1
+            row = sample["rows"][expression - int(self._ends[place])]  # counted from the last one, which is -1
             row_id, text, mask = row["row_id"], row["text"], row["mask"]
             masks = sample["masks"]
             if not isinstance(row_id, str) or type(text) is not int or type(mask) is not int or text < 0 or mask < -1:
                 raise TypeError(str(row))
             return {
                 **{name: sample[name] for name in _VIDEO_ARRAYS},
+                **{name: sample[name][frame] for name in _LEVELS},
                 "text": sample["text"][text],
                 "text_mask": sample["text_mask"][text],
-                "mask": masks[mask] if mask >= 0 else _blank(masks),
+                "mask": masks[mask][frame] if mask >= 0 else _blank(masks),
                 "row_id": row_id,
                 "media_id": sample["__key__"],
             }
         except (KeyError, TypeError, IndexError) as error:
             raise SamloveError(
-                f"{self.reader.root}: row {i} is not one of sample {place} ({error!r}); run: dvc repro pack"
+                f"{self.reader.root}: row {expression} is not one of sample {place} ({error!r}); run: dvc repro pack"
             ) from None
 
 
@@ -155,10 +169,10 @@ def _moves(name: str, value: Any) -> bool:
 
 
 def _blank(masks: Any) -> Any:
-    """An empty mask of the shape and type of those in `masks` (m,S,S), where m may be 0."""
+    """An empty mask of the shape and type of those in `masks` (m,K,S,S), where m may be 0."""
     if isinstance(masks, Tensor):
-        return masks.new_zeros(masks.shape[1:])
-    return np.zeros(masks.shape[1:], masks.dtype)
+        return masks.new_zeros(masks.shape[2:])
+    return np.zeros(masks.shape[2:], masks.dtype)
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -216,6 +230,19 @@ def make_resident(
         elif place == "ram":
             each.reader.preload()
     return place
+
+
+def epoch_order(videos: np.ndarray, frames: int, config: TrainConfig, epoch: int) -> np.ndarray:
+    """The items of an epoch in their order, int64 (expressions,): each expression once, on its first frame or, with
+    `supervise: any`, on one of its frames, all equally likely.
+
+    videos, frames: of the ExpressionDataset.
+    """
+    expressions = PoolSampler(videos, config.pool, config.seed, epoch).order()
+    if config.supervise == "first":
+        return expressions * frames
+    drawn = np.random.default_rng([config.seed, epoch, frames]).integers(frames, size=len(videos))  # by expression
+    return expressions * frames + drawn[expressions]
 
 
 class PoolSampler(Sampler[int]):

@@ -26,6 +26,7 @@ from samlove.config import (
     read_sam2_config,
 )
 from samlove.data.dataset import RefAvsFolder
+from samlove.data.frames import trained_frames
 from samlove.data.layout import Layout
 
 MADE = ("features", "shards", "predictions")  # the large folders below data/<profile>/
@@ -133,13 +134,14 @@ class Planned(NamedTuple):
 def planned(settings: Settings, counts: Counts) -> list[Planned]:
     """All large outputs of the pipeline."""
     item, frames = item_bytes(settings), settings.dataset.frames
+    trained = len(trained_frames(frames, settings.sam2.train_frames))
     mask = settings.dataset.mask_size**2
     folders = {split: n.folders for split, n in counts.items()}
     stores = {
         "audio": (folders, item["audio"]),
         "visual": (folders, item["visual"]),
         "text": ({split: n.texts for split, n in counts.items()}, item["text"]),
-        "sam2_train": ({"train": folders["train"]}, item["sam2"]),
+        "sam2_train": ({"train": folders["train"]}, item["sam2"] * trained),
         "sam2_eval": ({split: n for split, n in folders.items() if split != "train"}, item["sam2"] * frames),
     }
     made = [
@@ -148,8 +150,8 @@ def planned(settings: Settings, counts: Counts) -> list[Planned]:
     ]
     for split in ("train", "val"):
         n = counts[split]
-        size = n.folders * (item["audio"] + item["visual"] + item["sam2 packed"])
-        size += n.rows * (item["text"] + mask)  # rows of a video share equal texts and masks
+        size = n.folders * (item["audio"] + item["visual"] + item["sam2 packed"] * trained)
+        size += n.rows * (item["text"] + mask * trained)  # rows of a video share equal texts and masks
         made.append(Planned(f"shards/{split}", {split: n.rows}, {split: size}))
     for split in SPLITS[1:]:
         n = counts[split]

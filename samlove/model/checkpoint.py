@@ -56,7 +56,7 @@ class Origin(BaseModel):
 
 class Header(Origin):
     epoch: int  # counted from 1
-    validation: dict[str, float]  # J, F and J&F on the first frames of the validation split, in percent
+    validation: dict[str, float]  # J, F and J&F on the validation samples, in percent
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ LEVELS = ("sam2_high_res_0", "sam2_high_res_1", "sam2_image_embed")
 
 
 class Points(NamedTuple):
-    """Clicks on frame 0. coords: (B, P, 2) float, (x, y) as fractions of the frame's width and height, 0..1.
+    """Clicks on one frame. coords: (B, P, 2) float, (x, y) as fractions of the frame's width and height, 0..1.
     labels: (B, P) int: 1 object, 0 background, 2 and 3 box corners, -1 padding."""
 
     coords: Tensor
@@ -28,7 +28,7 @@ class Points(NamedTuple):
 
 
 class FirstFrame(NamedTuple):
-    """SAM 2's answer to a prompt on frame 0, float32. M is 1 or, with the best of three masks, 3."""
+    """SAM 2's answer to a prompt, on the prompted frame, float32. M is 1 or, with the best of three masks, 3."""
 
     masks: Tensor  # (B, M, 4h, 4w) raw logits
     object_score: Tensor  # (B,) raw logits
@@ -115,31 +115,52 @@ class LightSam2(SAM2Base):
         return range(1, self.sam_mask_decoder.num_mask_tokens) if self.best_of_three else range(1)
 
     def first_frame(self, embeds: dict[str, Tensor], token: Tensor) -> FirstFrame:
-        """The training path: segment frame 0 of B videos, each with its own token, with gradients.
+        """The training path: segment one frame of each of B videos, the first that SAM 2 sees of it, with gradients.
 
-        embeds: the precomputed embeddings of frame 0, `sam2_image_embed` (B, C, h, w), `sam2_high_res_0`
+        embeds: the precomputed embeddings of these frames, `sam2_image_embed` (B, C, h, w), `sam2_high_res_0`
             (B, C0, 4h, 4w), `sam2_high_res_1` (B, C1, 2h, 2w); other keys are ignored.
-        token: (B, K, prompt_dim), appended to the sparse prompt embeddings of "no point".
+        token: (B, K, prompt_dim), each video's own, appended to the sparse prompt embeddings of "no point".
         If the object score is negative, SAM 2's tracking sets the whole mask to -1024, which would pass no gradient;
         this method does not.
         """
         fine, middle, image = self._on_device(embeds)
-        encoder = self.sam_prompt_encoder
+        return self._decode(*self._answer(image, token), fine, middle)
+
+    @torch.no_grad()
+    def object_scores(self, embeds: dict[str, Tensor], token: Tensor) -> Tensor:
+        """The object score of `first_frame` on every frame by itself: raw logits (B, T), float32.
+
+        embeds: as in `track`. token: (B, K, prompt_dim).
+        """
+        scores = []
+        for frame in range(len(embeds[LEVELS[-1]])):
+            image = embeds[LEVELS[-1]][frame : frame + 1].to(self.device, non_blocking=True).to(self.no_mem_embed.dtype)
+            said, _ = self._answer(image.expand(len(token), -1, -1, -1), token)
+            scores.append(self.sam_mask_decoder.pred_obj_score_head(said[:, 0])[:, 0].float())
+        return torch.stack(scores, dim=1)
+
+    def _answer(self, image: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """The mask decoder's transformer for B frames and their tokens (B, K, prompt_dim), without memory.
+
+        image (B, C, h, w). Returns the tokens of the object score, the IoU, each mask and the prompt, (B, n, C), and
+        the image as tokens, (B, hw, C).
+        """
+        encoder, decoder = self.sam_prompt_encoder, self.sam_mask_decoder
         image = image + self.no_mem_embed.view(1, -1, 1, 1) + encoder.no_mask_embed.weight.view(1, -1, 1, 1)
         no_point = encoder.not_a_point_embed.weight.expand(len(token), 2, -1)
-        return self._decode(image, fine, middle, torch.cat([no_point, token], dim=1))
+        prompt = torch.cat([no_point, token], dim=1)
+        own = torch.cat([decoder.obj_score_token.weight, decoder.iou_token.weight, decoder.mask_tokens.weight])
+        tokens = torch.cat([own.expand(len(token), -1, -1), prompt], dim=1)
+        return decoder.transformer(image, self._dense_positions().expand_as(image), tokens)
 
-    def _decode(self, image: Tensor, fine: Tensor, middle: Tensor, prompt: Tensor) -> FirstFrame:
+    def _decode(self, said: Tensor, seen: Tensor, fine: Tensor, middle: Tensor) -> FirstFrame:
         """What SAM 2's mask decoder computes for the masks asked for, without what it computes for the others.
 
-        image (B, C, h, w) with the dense prompt added; fine (B, C0, 4h, 4w); middle (B, C1, 2h, 2w); prompt (B, P, C).
+        said (B, n, C) and seen (B, hw, C) as from `_answer`; fine (B, C0, 4h, 4w); middle (B, C1, 2h, 2w).
         The upscaling runs on tokens, C channels last: a transposed convolution of kernel and stride 2 turns each token
         into 2x2 tokens, each by a matrix of its own. So only the masks, of one channel each, must be put in order.
         """
-        decoder, B, (h, w) = self.sam_mask_decoder, len(image), image.shape[-2:]
-        own = torch.cat([decoder.obj_score_token.weight, decoder.iou_token.weight, decoder.mask_tokens.weight])
-        tokens = torch.cat([own.expand(B, -1, -1), prompt], dim=1)
-        said, seen = decoder.transformer(image, self._dense_positions().expand_as(image), tokens)  # seen (B, hw, C)
+        decoder, B, (h, w) = self.sam_mask_decoder, len(said), (side // 4 for side in fine.shape[-2:])
         up1, norm, act1, up2, act2 = decoder.output_upscaling
         middle = middle.view(B, -1, h, 2, w, 2).permute(0, 2, 4, 3, 5, 1).flatten(1, 4)  # (B, hw*4, C1)
         fine = fine.view(B, -1, h, 2, 2, w, 2, 2).permute(0, 2, 5, 3, 6, 4, 7, 1).flatten(1, 6)  # (B, hw*16, C0)
@@ -170,41 +191,44 @@ class LightSam2(SAM2Base):
         token: Tensor | None = None,
         points: Points | None = None,
         masks: Tensor | None = None,
+        frame: int = 0,
     ) -> Tensor:
-        """Segment B objects in all frames of one video, prompted on frame 0 by one kind of prompt.
+        """Segment B objects in all frames of one video, prompted on one frame by one kind of prompt.
 
-        Follows, step by step, what `SAM2VideoPredictor` does for each object separately; `tests/test_parity.py`
-        compares the two.
+        Tracks from the prompted frame to the last one, and then from it back to the first one. Follows, step by step,
+        what `SAM2VideoPredictor` does for each object separately in `propagate_in_video` and then, with `reverse`, in
+        a second call: the frames tracked forwards stay in memory. `tests/test_parity.py` compares the two.
 
         embeds: as in `first_frame`, with T frames in place of B; may be on another device: frames move one at a time.
         token: (B, K, prompt_dim). masks: (B, H, W), nonzero at the object; resized to SAM 2's input size if necessary.
+        frame: the prompted one, 0 <= frame < T.
         Returns mask logits (B, T, 4h, 4w). All logits of a frame are -1024 if SAM 2 finds the object absent in it.
         """
         if sum(prompt is not None for prompt in (token, points, masks)) != 1:
             raise ValueError("track takes exactly one of token, points and masks")
         frames = len(embeds[LEVELS[-1]])
         batch = len(next(p for p in (token, masks, points and points.coords) if p is not None))
-        features = self._features(embeds, frame=0, batch=batch)
-        first = self._prompted(features, frames, token, points, masks)
-        bank: dict[str, dict[int, dict]] = {"cond_frame_outputs": {0: first}, "non_cond_frame_outputs": {}}
-        logits = [first.pop("pred_masks")]
-        for t in range(1, frames):
+        prompted = self._prompted(self._features(embeds, frame, batch), frame, frames, token, points, masks)
+        logits = {frame: prompted.pop("pred_masks")}
+        memories: dict[int, dict] = {}
+        order = [*range(frame + 1, frames), *range(frame - 1, -1, -1)]
+        for place, t in enumerate(order):
             out = self.track_step(
                 frame_idx=t,
                 is_init_cond_frame=False,
-                **self._features(embeds, frame=t, batch=batch),
+                **self._features(embeds, t, batch),
                 point_inputs=None,
                 mask_inputs=None,
-                output_dict=bank,
+                output_dict={"cond_frame_outputs": {frame: prompted}, "non_cond_frame_outputs": memories},
                 num_frames=frames,
-                run_mem_encoder=t + 1 < frames,  # nothing reads the last frame's memory
+                track_in_reverse=t < frame,
+                run_mem_encoder=place + 1 < len(order),  # nothing reads the last memory
             )
-            logits.append(out["pred_masks"])
-            if t + 1 < frames:
-                memory = self._stored(out["maskmem_features"], out["maskmem_pos_enc"], out["obj_ptr"])
-                bank["non_cond_frame_outputs"][t] = memory
-                self._forget(bank["non_cond_frame_outputs"], t + 1)
-        return torch.cat(logits, dim=1)  # (B, T, 4h, 4w)
+            logits[t] = out["pred_masks"]
+            if upcoming := order[place + 1 : place + 2] + [frame - 1] * (t > frame > 0):  # the nearest of each direction
+                memories[t] = self._stored(out["maskmem_features"], out["maskmem_pos_enc"], out["obj_ptr"])
+                self._forget(memories, upcoming)
+        return torch.cat([logits[t] for t in range(frames)], dim=1)  # (B, T, 4h, 4w)
 
     def _features(self, embeds: dict[str, Tensor], frame: int | None = None, batch: int | None = None) -> dict:
         """A frame's features in the form that SAM2Base's methods take, from the precomputed embeddings.
@@ -251,14 +275,20 @@ class LightSam2(SAM2Base):
         )
 
     def _prompted(
-        self, features: dict, frames: int, token: Tensor | None, points: Points | None, masks: Tensor | None
+        self,
+        features: dict,
+        frame: int,
+        frames: int,
+        token: Tensor | None,
+        points: Points | None,
+        masks: Tensor | None,
     ) -> dict:
-        """Segment frame 0 from its prompt: `pred_masks` (B, 1, 4h, 4w) and the memory that later frames attend to."""
+        """Segment the prompted frame: `pred_masks` (B, 1, 4h, 4w) and the memory that all other frames attend to."""
         if token is not None:
             out = self._prompted_by_token(features, token)
         else:
             out = self.track_step(
-                frame_idx=0,
+                frame_idx=frame,
                 is_init_cond_frame=True,
                 **features,
                 point_inputs=None if points is None else self._point_inputs(points),
@@ -267,7 +297,7 @@ class LightSam2(SAM2Base):
                 num_frames=frames,
                 run_mem_encoder=False,
             )
-        # The official predictor's preflight encodes frame 0 from its upsampled low-resolution mask. With a mask prompt,
+        # The official predictor's preflight encodes this frame from its upsampled low-resolution mask. With a mask prompt,
         # that differs from the given mask.
         size = (self.image_size, self.image_size)
         high_res = F.interpolate(out["pred_masks"], size=size, mode="bilinear", align_corners=False)
@@ -312,13 +342,14 @@ class LightSam2(SAM2Base):
         """A frame's entry in the memory bank; in bfloat16, as in the official predictor."""
         return {"maskmem_features": memory.to(torch.bfloat16), "maskmem_pos_enc": positions, "obj_ptr": obj_ptr}
 
-    def _forget(self, memories: dict[int, dict], upcoming: int) -> None:
-        """Drop memories that no frame from `upcoming` onwards can attend to."""
+    def _forget(self, memories: dict[int, dict], upcoming: list[int]) -> None:
+        """Drop memories that no upcoming frame can attend to. upcoming: the nearest such frames."""
         reach = 1 + max(self.num_maskmem - 2, 0) * self.memory_temporal_stride_for_eval  # in frames, for spatial memory
-        for t in [t for t in memories if t < upcoming - reach]:
-            if t < upcoming - max(reach, self.max_obj_ptrs_in_encoder - 1):
+        for t in list(memories):
+            distance = min(abs(t - frame) for frame in upcoming)
+            if distance > max(reach, self.max_obj_ptrs_in_encoder - 1):
                 del memories[t]
-            else:
+            elif distance > reach:
                 memories[t]["maskmem_features"] = memories[t]["maskmem_pos_enc"] = None
 
 

@@ -41,8 +41,10 @@ NULLS = {"null_m-": "sound removed", "null_c-": "sound of another video"}
 
 class Evaluation(NamedTuple):
     metrics: dict  # content of metrics.json: percent for J, F, J&F, a fraction for S
-    rows: pd.DataFrame  # one per expression; J, F, JF, S and {J,F,JF,S}_{control} as fractions, NaN: no score
-    details: dict  # protocols, cues, categories, nulls, presence, controls
+    # One per expression; J, F, JF, S and {J,F,JF,S}_{control} as fractions, NaN: no score. late: whether the
+    # ground-truth masks show the target, but not on frame 0.
+    rows: pd.DataFrame
+    details: dict  # protocols, cues, late, categories, nulls, presence, controls
 
 
 def evaluate(
@@ -87,6 +89,7 @@ def evaluate(
         "protocol": "per_expression",
         "protocols": results,
         "cues": _by_cue(scored),
+        "late": _late(scored),
         "categories": _by_category(scored),
         "nulls": _by_null(scored),
         "presence": _presence(scored, predictions),
@@ -120,6 +123,7 @@ def _score_split(
         bins = main.read(row["row_id"])
         target = _target(folder, row, bins.shape)
         counts.append((bool(row["null"]), histogram(bins, target)))
+        row["late"] = bool(target.any() and not target[0].any())
         row |= _columns(scores_of(counts[-1][1]), row["null"])
         if ungated is not None:
             gated = row["row_id"] in ungated
@@ -249,6 +253,12 @@ def _by_cue(rows: pd.DataFrame) -> dict[str, dict]:
         }
         found[split] = {name: aggregate(group) for name, group in groups.items() if len(group)}
     return found
+
+
+def _late(rows: pd.DataFrame) -> dict[str, dict]:
+    """The scores of each test split on targets that are out of sight in frame 0; {} if there are none."""
+    late = rows[rows["late"]]
+    return {split: aggregate(part) for split in ("test_s", "test_u") if len(part := late[late["split"] == split])}
 
 
 def _by_category(rows: pd.DataFrame) -> dict[str, dict]:

@@ -43,11 +43,12 @@ class Expression:
 
 
 class Facts:
-    """Properties of each thing in a scene; positions are those at second 0, the frame on which SAM 2 is prompted."""
+    """Properties of each thing in a scene; positions are those at second 0. A thing that is out of sight then has no
+    place."""
 
     def __init__(self, scene: Scene) -> None:
         self.things = scene.things
-        self.x = np.array([thing.path[0, 0] for thing in scene.things])
+        self.x = np.array([np.nan if thing.late else thing.path[0, 0] for thing in scene.things])
         self.sounds = np.array([thing.sounding.any() for thing in scene.things])
         self.length = np.array([thing.sounding.sum() for thing in scene.things])
         self.first = np.array([int(np.argmax(thing.sounding)) for thing in scene.things])

@@ -5,7 +5,7 @@ A `Scene` is the ground truth from which frames (`render`), audio (`samlove.synt
 of its shorter side, times are integer seconds: frame t shows second t.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -26,6 +26,8 @@ COLOURS = {
 RADII = {"small": (0.12, 0.14), "medium": (0.155, 0.175), "big": (0.2, 0.23)}
 CORE = {"moon": (-0.45, 0.0)}  # centre of the bright core, if it is not the middle of the shape
 PULSE = 1.15  # a sounding object is larger by this factor and has a bright core
+REACH = 1.15  # the largest distance of a vertex of OUTLINES from the centre, in radii
+OUTSIDE = 0.01 + REACH * PULSE * RADII["big"][1]  # of the frame: so far from its side, nothing is in sight
 
 
 def _polar(radius: np.ndarray) -> np.ndarray:
@@ -93,6 +95,7 @@ class Thing:
     sounding: np.ndarray  # (SECONDS,) bool
     pitch: float  # Hz
     loudness: float  # RMS amplitude while sounding, 0..1
+    late: bool = False  # out of sight at second 0; all other things are in sight then
 
 
 @dataclass(frozen=True)
@@ -154,8 +157,14 @@ def _voice(rng: np.random.Generator, count: int) -> list[tuple[np.ndarray, float
     return voices
 
 
-def sample_scene(rng: np.random.Generator, categories: tuple[str, ...], must: tuple[str, ...] = ()) -> Scene:
-    """A random scene of 2 to 4 things of the given categories; with `must`, at least one is of those categories."""
+def sample_scene(
+    rng: np.random.Generator, categories: tuple[str, ...], must: tuple[str, ...] = (), late: float = 0.0
+) -> Scene:
+    """A random scene of 2 to 4 things of the given categories; with `must`, at least one is of those categories.
+
+    late: the probability that one thing is out of sight at second 0 and appears later. A scene without such a thing
+    does not depend on this probability.
+    """
     while True:
         aspect = float(rng.choice([4 / 3, 1.0, 3 / 4], p=[0.5, 0.3, 0.2]))
         count = int(rng.choice([2, 3, 4], p=[0.35, 0.4, 0.25]))
@@ -187,7 +196,39 @@ def sample_scene(rng: np.random.Generator, categories: tuple[str, ...], must: tu
                 *voices[k],
             )
         )
-    return Scene(tuple(things), aspect, int(rng.integers(2**31)))
+    scene = Scene(tuple(things), aspect, int(rng.integers(2**31)))
+    (own,) = rng.spawn(1)  # leaves the numbers of `rng` as they are
+    return _with_late_thing(own, scene) if own.random() < late else scene
+
+
+def _with_late_thing(rng: np.random.Generator, scene: Scene) -> Scene:
+    """The scene with one thing, now the rearmost, that is out of sight until a second from 2 to 5 and then moves to its
+    place within two seconds: from behind another thing if one is large enough, else from outside the frame."""
+    things = list(scene.things)
+    pairs = [(one, other) for one in things for other in things if one is not other and _hides(other, one)]
+    if pairs:
+        late, front = pairs[int(rng.integers(len(pairs)))]
+        origin = front.path
+    else:
+        late, side = things[int(rng.integers(len(things)))], int(rng.integers(2))
+        origin = np.tile(late.path[0], (SECONDS, 1))
+        origin[:, side] = 1 + OUTSIDE if late.path[0, side] > 0.5 else -OUTSIDE
+    t = np.arange(SECONDS)[:, None]
+    there = np.clip((t - rng.integers(2, 6) + 1) / 2, 0, 1)  # 0: at the origin, 1: at its place
+    place = late.path[0] + rng.uniform(-0.06, 0.06, 2) * np.sin(rng.uniform(0.25, 0.9, 2) * t)
+    path = (1 - there) * origin + there * place
+    others = [thing for thing in things if thing is not late]
+    return replace(scene, things=(replace(late, path=path, late=True), *others))
+
+
+def _hides(front: Thing, behind: Thing) -> bool:
+    """Whether one thing covers all of the other if both have the same centre, also while that one sounds."""
+    side = 128
+    shapes = [
+        _fill(thing.outline, np.array([side / 2, side / 2]), np.full(2, side * radius), (side, side))
+        for thing, radius in ((front, front.radius), (behind, behind.radius * PULSE * 1.05))
+    ]
+    return not front.hole and not (shapes[1] & ~shapes[0]).any()
 
 
 def _shade(rng: np.random.Generator, rgb: tuple[int, int, int]) -> tuple[int, int, int]:

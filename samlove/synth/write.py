@@ -50,6 +50,9 @@ SCALES = {
 }
 NULL_SHARE = {"train": 0.25, "val": 0.2}  # fraction of the videos that also get a null version
 NULL_ROWS = 3
+# Probability that one thing of a video is out of sight in frame 0 and appears later. The share of such targets in
+# Ref-AVS is not known without its masks; its table only shows that they exist ("the object appearing longer than ...").
+LATE = 0.25
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,8 @@ def _real_clip(seed: int, split_number: int, number: int, split: str, rows: int)
     name = "".join(rng.choice(VID_LETTERS, 11))
     start = 1000 * int(rng.integers(0, 400))
     while True:
-        scene = sample_scene(rng, UNSEEN + UNSEEN + SEEN, UNSEEN) if split == "test_u" else sample_scene(rng, SEEN)
+        categories, must = (UNSEEN + UNSEEN + SEEN, UNSEEN) if split == "test_u" else (SEEN, ())
+        scene = sample_scene(rng, categories, must, LATE)
         said = expressions(scene)
         if split == "test_u":
             said = [e for e in said if scene.things[e.target].category in UNSEEN]
@@ -258,11 +262,12 @@ def _write_tables(clips: list[Clip], root: Path) -> None:
     ):
         metadata, cues = csv.writer(meta), csv.writer(side)
         metadata.writerow(["vid", "uid", "split", "fid", "exp"])
-        cues.writerow(["uid", "fid", "exp", "template", "sight", "sound", "time"])
+        cues.writerow(["uid", "fid", "exp", "template", "sight", "sound", "time", "late"])
         for clip in clips:
             for number, row in enumerate(clip.rows, start=1):
                 name = "null" if clip.null else clip.scene.things[row.target].category
                 uid = f"{clip.media_id}_{name}_{number}"
                 metadata.writerow([clip.vid, uid, clip.split, row.target, row.text])
-                flags = [int(row.sight), int(row.sound), int(row.time)]
+                late = clip.scene.things[row.target].late and not clip.null
+                flags = [int(row.sight), int(row.sound), int(row.time), int(late)]
                 cues.writerow([uid, row.target, row.text, row.template, *flags])

@@ -27,13 +27,14 @@ def build_report(data: Path, folder: RefAvsFolder, clips: int, profile: str, con
     config: {section: its settings}, shown unchanged. Raises RequestError if evaluate has not run.
     """
     metrics = _read_json(data / "metrics.json")
-    details = _read_json(data / "evaluation" / "details.json")
+    details = {"late": {}} | _read_json(data / "evaluation" / "details.json")  # earlier versions did not write it
     rows = pd.read_parquet(data / "evaluation" / "rows.parquet")
     return load_template(TEMPLATE).render(
         dataset=config["dataset"]["name"],
         profile=profile,
         metrics=metrics,
         details=details,
+        by_cue=_by_cue(details),
         names=NAMES,
         control_names=CONTROL_NAMES,
         paper=TABLE_1,
@@ -55,6 +56,13 @@ def load_template(name: str) -> Template:
     )
     environment.filters |= {"number": number, "yaml": _as_yaml}
     return environment.get_template(name)
+
+
+def _by_cue(details: dict) -> dict[str, dict]:
+    """{split: {cues, or that the target appears later: scores}}; splits without any are left out."""
+    late = {split: {"target out of sight in frame 0": scores} for split, scores in details["late"].items()}
+    splits = {split: details["cues"].get(split, {}) | late.get(split, {}) for split in ("test_s", "test_u")}
+    return {split: groups for split, groups in splits.items() if groups}
 
 
 def _draw_clips(rows: pd.DataFrame, clips: int, folder: RefAvsFolder, predictions: Path) -> list[Clip]:
