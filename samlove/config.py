@@ -139,11 +139,11 @@ class FusionConfig(Section):
 
 
 class LossConfig(Section):
-    """Weights of the loss terms (Eq. 5). The paper does not supervise SAM 2's object score: 0."""
+    """Weights of the loss terms (Eq. 5), and of the object score's (`null_references: presence`)."""
 
     bce: Factor = 1.0
     dice: Factor = 1.0
-    object_score: Factor = 0.0
+    object_score: Factor = 0.5
 
 
 class TrainConfig(Section):
@@ -172,7 +172,15 @@ class TrainConfig(Section):
     # The frame whose mask a sample is trained on: the first one, as in the paper, or in every epoch any of the stored
     # ones (train_frames in sam2.yaml).
     supervise: Literal["first", "any"] = "first"
+    # Expressions that refer to nothing: as in the paper, or with SAM 2's object score trained on whether the target is
+    # there; masks are then left empty if it is below a threshold that is chosen on the validation split.
+    null_references: Literal["paper", "presence"] = "paper"
     loss: LossConfig = LossConfig()
+
+    @property
+    def weights(self) -> LossConfig:
+        """The weights that apply: the paper does not train the object score."""
+        return self.loss if self.null_references == "presence" else self.loss.model_copy(update={"object_score": 0.0})
 
 
 class InferConfig(Section):
@@ -182,7 +190,6 @@ class InferConfig(Section):
     # The frame that the token prompts: the first one, as in the paper, or the one with the highest object score, from
     # which SAM 2 tracks both ways.
     prompt_frame: Literal["first", "best"] = "first"
-    absent: Literal["track", "empty"] = "track"  # objects that SAM 2 judges absent there: track anyway, or empty
     # Also predict test_s and test_u with another video's audio, with permuted expressions, from the ground-truth mask.
     controls: list[Literal["swapped_audio", "permuted_text", "true_mask"]] = []
 

@@ -21,7 +21,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from sam2.modeling.sam2_base import NO_OBJ_SCORE
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,6 +34,7 @@ from samlove.model.checkpoint import Header, load_model, read_header
 from samlove.model.sam2 import LEVELS, LightSam2
 from samlove.model.sam2_love import SamLove
 from samlove.scoring.metrics import EDGES, quantise
+from samlove.scoring.presence import SCORES, UNGATED
 from stores import FeatureStore, PredictionReader, PredictionWriter
 from stores.fingerprint import check_fingerprint, fingerprint_id, sha256_file
 from stores.manifest import replace_folder
@@ -134,9 +134,10 @@ def infer(
     """Predict all expressions of a split. Returns the number of rows in each file in `out`, by variant.
 
     rows: those of expressions.parquet for this split. out: the folder to write, with predictions.h5 and, for splits
-    with controls, {control}.h5; each row is (T, S, S) uint8, bins of samlove.scoring.metrics. scratch: a folder for
-    this split only, outside every DVC output, on the file system of `out`. bar: shows the progress. stop: when it is
-    set, the run ends after the current video with a KeyboardInterrupt.
+    with controls, {control}.h5; each row is (T, S, S) uint8, bins of samlove.scoring.metrics. If the checkpoint has a
+    threshold, the masks of expressions with a lower object score are empty, and ungated.h5 has what they would be, and
+    all scores. scratch: a folder for this split only, outside every DVC output, on the file system of `out`. bar: shows
+    the progress. stop: when it is set, the run ends after the current video with a KeyboardInterrupt.
     Raises RequestError if an input is missing, SamloveError if the inputs do not match each other or another run is
     predicting the same split.
     """
@@ -153,7 +154,7 @@ def infer(
             "features": sources.fingerprints,
             "precision": config.precision,
             "prompt_frame": config.prompt_frame,
-            "absent": config.absent,
+            "threshold": header.threshold,
             "mask_size": mask_size,
         }
         finished = scratch / fingerprint_id({**made_by, "videos": videos, "code": source_digests(CODE)})
@@ -165,63 +166,98 @@ def infer(
             for media_id, embeds, inputs in _read_ahead(todo, sources, folder):
                 assert model is not None
                 for variant, given in inputs.items():
-                    bins = quantise(predict(model, embeds, given, mask_size, config))
-                    with PredictionWriter(finished / media_id / f"{variant}.h5", frames, mask_size, EDGES) as writer:
-                        writer.write(given.row_ids, bins)
+                    predicted = predict(model, embeds, given, mask_size, config)
+                    _write_video(finished / media_id, variant, given.row_ids, predicted, header.threshold)
                 progress.update()
                 if stop is not None and stop.is_set():
                     raise KeyboardInterrupt
         counts = {}
         for variant in (PREDICTIONS, *controls):
-            path = finished / "published" / f"{variant}.h5"
-            with PredictionWriter(path, frames, mask_size, EDGES, {**made_by, "variant": variant}) as writer:
-                for media_id, jobs in videos.items():
-                    if variant in jobs:
-                        part = PredictionReader(finished / media_id / f"{variant}.h5")
-                        writer.write(part.row_ids, np.stack([part.read(row_id) for row_id in part.row_ids]))
+            parts = [finished / media_id / f"{variant}.h5" for media_id, jobs in videos.items() if variant in jobs]
+            about = {**made_by, "variant": variant}
+            with PredictionWriter(finished / "published" / f"{variant}.h5", frames, mask_size, EDGES, about) as writer:
+                _join(parts, writer)
             counts[variant] = sum(len(jobs[variant].row_ids) for jobs in videos.values() if variant in jobs)
+        if header.threshold is not None:
+            parts = [finished / media_id / f"{UNGATED}.h5" for media_id in videos]
+            scores = {row_id: score for part in parts for row_id, score in PredictionReader(part).attrs[SCORES].items()}
+            about = {**made_by, "variant": UNGATED, SCORES: scores}
+            with PredictionWriter(finished / "published" / f"{UNGATED}.h5", frames, mask_size, EDGES, about) as writer:
+                _join(parts, writer)
         replace_folder(finished / "published", out)
         shutil.rmtree(scratch)
         return counts
 
 
+class Predicted(NamedTuple):
+    """The masks of B expressions of a video."""
+
+    logits: Tensor  # (B, T, S, S) float32
+    object_scores: Tensor | None  # (B,) float32, of the prompted frames; None for ground-truth masks as prompts
+
+
 @torch.no_grad()
-def predict(model: SamLove, embeds: dict[str, Tensor], given: Inputs, mask_size: int, config: InferConfig) -> Tensor:
-    """Mask logits (B, T, S, S) float32 of one job.
+def predict(model: SamLove, embeds: dict[str, Tensor], given: Inputs, mask_size: int, config: InferConfig) -> Predicted:
+    """The masks of one job.
 
     embeds: sam2_image_embed (T, C, h, w) and its finer levels, on any device. The model is in evaluation mode.
     config.prompt_frame: a token prompts frame 0, or the frame on which SAM 2 gives it the highest object score.
-    Ground-truth masks always prompt frame 0.
-    config.absent decides about objects that SAM 2 judges absent in the prompted frame. "track" tracks them anyway, as
-    the official predictor does, because they may appear later; but a memory without an object may drift onto any
-    object. "empty" keeps them empty in all frames; use it with null expressions, if the object score was trained.
+    Ground-truth masks always prompt frame 0. An object that SAM 2 judges absent in the prompted frame is tracked
+    nevertheless, as in the official predictor, because it may appear later.
     """
     device = model.sam2.device
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         if given.masks is None:
             token = model.token({name: array.to(device) for name, array in given.fusion.items()})
-            logits = _track(model.sam2, embeds, token, config)
+            scores, prompted = _prompt_frames(model.sam2, embeds, token, config)
+            logits = _track(model.sam2, embeds, token, prompted)
         else:
-            logits = model.sam2.track(embeds, masks=given.masks)[given.objects]
+            scores, logits = None, model.sam2.track(embeds, masks=given.masks)[given.objects]
     size = (mask_size, mask_size)
-    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)  # (B, T, S, S)
+    return Predicted(F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False), scores)
 
 
-def _track(sam2: LightSam2, embeds: dict[str, Tensor], token: Tensor, config: InferConfig) -> Tensor:
-    """Logits (B, T, 4h, 4w). The expressions that prompt the same frame are one batch."""
+def _prompt_frames(
+    sam2: LightSam2, embeds: dict[str, Tensor], token: Tensor, config: InferConfig
+) -> tuple[Tensor, list[int]]:
+    """The object score (B,) of each token on the frame that it prompts, and these frames."""
     if config.prompt_frame == "first":
-        prompted = [0] * len(token)
-    else:
-        prompted = sam2.object_scores(embeds, token).argmax(1).tolist()  # of equal scores, that of the earlier frame
+        embeds = {name: embeds[name][:1] for name in LEVELS}
+    best = sam2.object_scores(embeds, token).max(1)  # of equal scores, that of the earlier frame
+    return best.values, best.indices.tolist()
+
+
+def _track(sam2: LightSam2, embeds: dict[str, Tensor], token: Tensor, prompted: list[int]) -> Tensor:
+    """Logits (B, T, 4h, 4w). The expressions that prompt the same frame are one batch."""
     parts: dict[int, Tensor] = {}  # expression -> logits (T, 4h, 4w)
     for frame in sorted(set(prompted)):
         rows = [row for row, own in enumerate(prompted) if own == frame]
-        logits = sam2.track(embeds, token=token[rows], frame=frame)
-        if config.absent == "empty":
-            absent = (logits[:, frame] == NO_OBJ_SCORE).flatten(1).all(1)
-            logits[absent] = NO_OBJ_SCORE
-        parts |= dict(zip(rows, logits, strict=True))
+        parts |= dict(zip(rows, sam2.track(embeds, token=token[rows], frame=frame), strict=True))
     return torch.stack([parts[row] for row in range(len(token))])
+
+
+def _write_video(folder: Path, variant: str, row_ids: list[str], predicted: Predicted, threshold: float | None) -> None:
+    """Write the masks of one video, with those below the threshold empty; these also go to a file of their own."""
+    bins = quantise(predicted.logits)
+    frames, size = bins.shape[1:3]
+    if threshold is not None and predicted.object_scores is not None:
+        scores = predicted.object_scores.tolist()
+        hidden = [row for row, score in enumerate(scores) if score < threshold]
+        if variant == PREDICTIONS:
+            about = {SCORES: dict(zip(row_ids, scores, strict=True))}
+            with PredictionWriter(folder / f"{UNGATED}.h5", frames, size, EDGES, about) as writer:
+                writer.write([row_ids[row] for row in hidden], bins[hidden])
+        bins[hidden] = 0
+    with PredictionWriter(folder / f"{variant}.h5", frames, size, EDGES) as writer:
+        writer.write(row_ids, bins)
+
+
+def _join(parts: list[Path], writer: PredictionWriter) -> None:
+    """Append the rows of several predictions files."""
+    for path in parts:
+        part = PredictionReader(path)
+        if part.row_ids:
+            writer.write(part.row_ids, np.stack([part.read(row_id) for row_id in part.row_ids]))
 
 
 # --- inputs of each expression ---------------------------------------------------------------------------------------

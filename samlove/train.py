@@ -1,8 +1,8 @@
 """Training (sections 3.3 and 4.1): the fusion module, SAM 2's prompt encoder and mask decoder, on precomputed features.
 
 (seed, epoch) determines the samples of an epoch and their order, so the number of samples consumed is a run's whole
-position, however they are loaded. An interrupted run resumes from its state file; on the CPU the result is bit-identical to an uninterrupted
-run. The state is found by a fingerprint of everything the run depends on.
+position, however they are loaded. An interrupted run resumes from its state file; on the CPU the result is
+bit-identical to an uninterrupted run. The state is found by a fingerprint of everything the run depends on.
 
 SIGINT or SIGTERM saves the state and ends the run: at once while it waits for a batch, else after the current step.
 
@@ -46,12 +46,12 @@ from samlove.model.sam2_build import checkpoint_path
 from samlove.model.sam2_love import SamLove
 from samlove.model.stopping import Stopped, Stopping
 from samlove.model.training_state import MADE_BY, STATE, Progress, report_other_runs, restore_state, save_state
-from samlove.scoring.metrics import quantise, scores_from_bins
+from samlove.scoring.metrics import quantise
+from samlove.scoring.validation import FIELDS, SELECTED_BY, average, score_frame
 from stores.fingerprint import check_fingerprint, fingerprint_id, sha256_file
 from stores.manifest import replace_folder, write_json
 
 SAVE_SECONDS = 300  # a kill without notice loses at most this much work
-SELECTED_BY = "J&F"  # validation score that selects the best epoch
 WORKERS = 8  # default limit of threads that read samples; more take memory and read hardly faster
 SPEED = {"workers", "resident", "processes"}  # settings that do not affect the result
 # The modules that determine what a step does. A run whose state other code wrote is not resumed.
@@ -80,6 +80,7 @@ class Samples:
     val: Items
     collate: Callable[[list], Batch]
     order: Callable[[int], np.ndarray]  # epoch -> the numbers of its training items, int64; equally many in all epochs
+    val_frames: int = 1  # validation samples per expression, which follow each other
     on_gpu: bool = False  # whether the items are already on the GPU
 
 
@@ -241,7 +242,7 @@ class Trainer:
         return {"loss": values.total.sum().item(), "bce": values.bce.sum().item(), "dice": values.dice.sum().item()}
 
     def _losses(self, batch: Batch) -> Losses:
-        return mask_loss(self._forward(batch), batch["mask"], self.config.loss)
+        return mask_loss(self._forward(batch), batch["mask"], self.config.weights)
 
     def _forward(self, batch: Batch) -> FirstFrame:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
@@ -276,34 +277,30 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """J, F and J&F in percent, as means over the validation samples.
+        """The mean scores of the validation samples, as samlove.scoring.validation.average gives them.
 
         They are what is trained: the expressions on the first frame or, if any frame is trained, on each frame that is
-        in the shards. The infer and evaluate stages score the masks of the whole video. F is the mean over the samples
-        with a target; if there are none, F and J&F are undefined and left out.
+        in the shards. The infer and evaluate stages score the masks of the whole video.
         Raises SamloveError if a mask is not finite.
         """
         self.model.eval()
         count = len(self.samples.val)
         batches_of_mine = split(self._share(range(count)), self.config.batch_size)
-        mine: list[tuple[float, float]] = []
+        mine: list[tuple[float, ...]] = []
         with closing(self._read(self.samples.val, batches_of_mine)) as batches:
             for _ in batches_of_mine:
                 (batch,) = self._next(batches, 1)
-                logits = self._forward(self._on_device(batch)).best
+                answer = self._forward(self._on_device(batch))
+                logits = answer.best
                 if not (finite := ~logits.isnan().flatten(1).any(1)).all():
                     raise SamloveError(self._not_finite("the validation mask", batch["row_id"], finite))
                 bins = quantise(upsample(logits[:, None], batch["mask"].shape[-1])[:, 0])
-                for frame, mask in zip(bins, batch["mask"].cpu().numpy() > 0, strict=True):
-                    mine.append(scores_from_bins(frame[None], mask[None])[:2])
-        J, F = np.empty(count), np.empty(count)  # of each sample, as fractions; F is NaN without a target
-        for rank, scores_of_rank in enumerate(self._stopping.exchange(mine)):
-            J[rank :: self.processes.count], F[rank :: self.processes.count] = np.reshape(scores_of_rank, (-1, 2)).T
-        scores = {"J": 100 * float(J.mean())}
-        if not np.isnan(F).all():
-            scores["F"] = 100 * float(np.nanmean(F))
-            scores[SELECTED_BY] = (scores["J"] + scores["F"]) / 2
-        return scores
+                targets, objects = batch["mask"].cpu().numpy() > 0, answer.object_score.tolist()
+                mine += map(score_frame, bins, targets, objects)
+        samples = np.empty((count, len(FIELDS)))
+        for rank, of_rank in enumerate(self._stopping.exchange(mine)):
+            samples[rank :: self.processes.count] = np.reshape(of_rank, (-1, len(FIELDS)))
+        return average(samples, self.samples.val_frames, self.config.null_references == "presence")
 
     def _batches(self, items: Items, order: Numbers) -> Generator[Batch, None, None]:
         """The batches of one pass over `items` in this order, in one process."""
@@ -380,12 +377,13 @@ def prepare(
     check_fingerprint(found, wanted, where, "dvc repro pack")
     check_fingerprint({"train_frames": train_set.frames}, {"train_frames": sam2.train_frames}, where, "dvc repro pack")
     resident = make_resident([train_set, val_set], config.resident, device, say)
-    first = range(0, len(val_set), val_set.frames)
+    any_frame = config.supervise == "any"
     samples = Samples(
         train_set,
-        val_set if config.supervise == "any" else Subset(val_set, first),
+        val_set if any_frame else Subset(val_set, range(0, len(val_set), val_set.frames)),
         collate,
         order=partial(epoch_order, train_set.videos, train_set.frames, config),
+        val_frames=val_set.frames if any_frame else 1,
         on_gpu=resident == "gpu",
     )
     return origin, samples

@@ -50,8 +50,8 @@ def test_the_stage_and_the_computation_alone_give_the_same_masks(
     for _, embeds, inputs in _read_ahead(plan(split.rows, []), split.sources, split.folder):
         given = inputs[PREDICTIONS]
         many = {name: torch.cat([array] * 2) for name, array in given.fusion.items()}
-        alone = quantise(predict(model, embeds, given, split.mask_size, config))
-        twice = quantise(predict(model, embeds, given._replace(fusion=many), split.mask_size, config))
+        alone = quantise(predict(model, embeds, given, split.mask_size, config).logits)
+        twice = quantise(predict(model, embeds, given._replace(fusion=many), split.mask_size, config).logits)
         stored = np.stack([reader.read(row_id) for row_id in given.row_ids])
         assert stored.any()
         np.testing.assert_array_equal(np.asarray(alone), stored)

@@ -50,7 +50,7 @@ def test_refavs_is_the_papers_configuration(configs: Path) -> None:
     (configs / "profile.yaml").write_text("profile: refavs\n")
     train, fusion = load(TrainConfig, configs), load(FusionConfig, configs)
     assert (train.lr, train.weight_decay, train.warmup_steps) == (1e-4, 0, 100)  # section 4.1
-    assert (train.loss.bce, train.loss.dice, train.loss.object_score) == (1, 1, 0)  # Eq. 5
+    assert (train.weights.bce, train.weights.dice, train.weights.object_score) == (1, 1, 0)  # Eq. 5
     assert (fusion.blocks, fusion.seg_tokens, fusion.prompt, fusion.accumulate_cls) == (6, 1, "seg", True)
 
 

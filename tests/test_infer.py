@@ -17,6 +17,7 @@ from samlove.infer import Sources, infer, plan
 from samlove.model.checkpoint import Header, Origin, load_model, save_checkpoint
 from samlove.model.sam2 import LEVELS
 from samlove.scoring.metrics import EDGES, f_score, jaccard, null_score, scores_from_bins
+from samlove.scoring.presence import SCORES, UNGATED
 from stores import Failure, FeatureStoreWriter, PredictionReader, PredictionWriter
 from tests.tiny_training import CONFIG, DIMS, PATCHES, TOKENS, origin, write_sam2
 
@@ -73,7 +74,7 @@ class Run:
             writer.write_shard(number, {key: items[key] for key in shard if key in items})
         writer.publish(failures)
 
-    def save_checkpoint(self, seed: int = 0, present: float = 10) -> None:
+    def save_checkpoint(self, seed: int = 0, present: float = 10, **validation: float) -> None:
         sam2 = write_sam2(self.root / "sam2.safetensors")
         features = {name: {"encoder": name, "weights": "a"} for name in ("audio", "visual", "text", "sam2")}
         made_by = dict(origin(sam2)) | {
@@ -87,18 +88,16 @@ class Run:
         score = model.sam2.sam_mask_decoder.pred_obj_score_head.layers[-1]
         score.bias.data.fill_(present)  # an absent object has no mask
         model.sam2.set_trainable(True, True)
-        save_checkpoint(self.checkpoint, model, Header(**made_by, epoch=1, validation={"J&F": 0.0}))
+        save_checkpoint(self.checkpoint, model, Header(**made_by, epoch=1, validation={"J&F": 0.0} | validation))
 
-    def infer(
-        self, controls: list = CONTROLS, rows: pd.DataFrame | None = None, absent: str = "track"
-    ) -> dict[str, int]:
+    def infer(self, controls: list = CONTROLS, rows: pd.DataFrame | None = None) -> dict[str, int]:
         return infer(
             "test_s",
             self.rows if rows is None else rows,
             self.checkpoint,
             Sources.open(self.features),
             self.folder,
-            InferConfig(controls=controls, absent=absent),
+            InferConfig(controls=controls),
             SIZE,
             self.out,
             self.scratch,
@@ -162,18 +161,41 @@ def _logits(run: Run, model, media_id: str, texts: list[str]) -> torch.Tensor:
     return torch.nn.functional.interpolate(logits, size=(SIZE, SIZE), mode="bilinear")
 
 
-def test_objects_absent_on_the_first_frame_stay_absent_if_configured(run):
+def test_masks_are_empty_below_the_threshold_of_the_object_score(run):
+    run.infer()
+    everything = {variant: run.bins(variant) for variant in ("predictions", *CONTROLS)}
+    run.save_checkpoint(threshold=0.0)
+    run.infer()
+    scores = PredictionReader(run.out / f"{UNGATED}.h5").attrs[SCORES]
+    assert list(scores) == run.rows["row_id"].tolist() and not run.bins(UNGATED)
+    threshold = float(np.median([*scores.values()]))
+    run.save_checkpoint(threshold=threshold)
+    run.infer()
+    hidden = [row_id for row_id, score in scores.items() if score < threshold]
+    assert 0 < len(hidden) < len(scores)
+    reader = PredictionReader(run.out / f"{UNGATED}.h5")
+    assert reader.attrs["threshold"] == threshold and reader.attrs[SCORES] == scores
+    np.testing.assert_equal(run.bins(UNGATED), {row_id: everything["predictions"][row_id] for row_id in hidden})
+    for row_id, bins in run.bins().items():
+        np.testing.assert_array_equal(bins, 0 if row_id in hidden else everything["predictions"][row_id])
+    np.testing.assert_equal(run.bins("true_mask"), everything["true_mask"])  # no token, no score
+    swapped = run.bins("swapped_audio")  # gated by the scores of their own tokens
+    emptied = [
+        row_id for row_id, bins in swapped.items() if not bins.any() and everything["swapped_audio"][row_id].any()
+    ]
+    assert emptied and emptied != hidden
+
+
+def test_an_absent_object_is_tracked_without_a_threshold(run):
     for present in np.arange(-1, 1, 0.1):  # until an object is absent on frame 0 and found later
         run.save_checkpoint(present=float(present))
         run.infer(controls=[])
-        tracked = run.bins()
-        late = [row for row, bins in tracked.items() if not bins[0].any() and bins.any()]
-        if late:
+        if late := [row for row, bins in run.bins().items() if not bins[0].any() and bins.any()]:
             break
     assert late
-    run.infer(controls=[], absent="empty")
-    for row, bins in run.bins().items():
-        np.testing.assert_array_equal(bins, tracked[row] if tracked[row][0].any() else 0)
+    run.save_checkpoint(present=float(present), threshold=0.0)
+    run.infer(controls=[])
+    assert not any(run.bins()[row].any() for row in late)
 
 
 def test_rows_do_not_depend_on_their_batch(run):

@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 
 from samlove.data.dataset import RefAvsFolder
-from samlove.scoring.evaluate import CONTROLS, UNGATED, evaluate, render_table
-from samlove.scoring.metrics import EDGES, scores_from_bins
-from samlove.scoring.presence import COST, choose_threshold
+from samlove.scoring.evaluate import CONTROLS, evaluate, render_table
+from samlove.scoring.metrics import EDGES, quantise, scores_from_bins
+from samlove.scoring.presence import COST, SCORES, UNGATED, choose_threshold
 from samlove.scoring.report.curves import draw_presence
+from samlove.scoring.validation import average, score_frame
 from stores import PredictionReader, PredictionWriter
 from tests.made_run import make_run
 
@@ -57,6 +58,41 @@ def test_without_null_rows_the_threshold_is_that_of_sam_2() -> None:
     assert choose_threshold(*(np.empty(0) for _ in range(4))) == 0.0
 
 
+def test_validation_scores_are_those_of_the_gated_masks() -> None:
+    rng = np.random.default_rng(0)
+    frames, size, count = 3, 16, 40
+    targets = rng.random((count, frames, size, size)) < 0.3
+    null = np.arange(count) % 4 == 0
+    targets[null] = False
+    targets[1, 0] = False  # out of sight on one frame
+    bins = quantise(np.where(targets, 3.0, -3.0) + rng.normal(scale=2, size=targets.shape))
+    object_scores = np.where(null[:, None], -1.0, 2.0) + rng.normal(scale=1.5, size=(count, frames))
+    flat = zip(np.concatenate(bins), np.concatenate(targets), object_scores.ravel(), strict=True)
+    samples = np.array([score_frame(*sample) for sample in flat])
+    plain = average(samples, frames, presence=False)
+    assert set(plain) == {"J", "F", "J&F"}
+    each = [
+        scores_from_bins(b[None], t[None]) for b, t in zip(np.concatenate(bins), np.concatenate(targets), strict=True)
+    ]
+    assert plain["J"] == pytest.approx(100 * np.mean([s.J for s in each]))
+    assert plain["F"] == pytest.approx(100 * np.nanmean([s.F for s in each]))
+    gated = average(samples, frames, presence=True)
+    hidden = object_scores.max(1) < gated["threshold"]
+    assert gated["threshold"] > 0 and null[hidden].all() and hidden.sum() > 3
+    bins[hidden] = 0
+    each = [
+        scores_from_bins(b[None], t[None]) for b, t in zip(np.concatenate(bins), np.concatenate(targets), strict=True)
+    ]
+    assert gated["J"] == pytest.approx(100 * np.mean([s.J for s in each]))
+    assert gated["F"] == pytest.approx(100 * np.nanmean([s.F for s in each]))
+    assert gated["S"] == pytest.approx(np.mean([null_score_of_bins(b) for b in bins[null]]))
+    assert "S" not in average(samples[np.repeat(~null, frames)], frames, presence=True)
+
+
+def null_score_of_bins(bins: np.ndarray) -> float:
+    return scores_from_bins(bins, np.zeros(bins.shape, bool)).S
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame]:
     """A run in which every third row was gated."""
@@ -71,7 +107,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame]:
         row_ids = rows["row_id"].tolist()
         scores = {row_id: 0.5 if i % 3 == 0 else 1.5 + i for i, row_id in enumerate(row_ids)}
         attrs = made.attrs | {"threshold": 1.0}
-        extra = {"variant": UNGATED, "object_scores": scores}
+        extra = {"variant": UNGATED, SCORES: scores}
         bins = {row_id: made.read(row_id) for row_id in row_ids}
         with (
             PredictionWriter(folder / f"{UNGATED}.h5", *made.shape[:2], EDGES, attrs | extra) as ungated,

@@ -81,6 +81,7 @@ def test_it_learns_and_publishes_what_it_learned(sam2, tmp_path):
     checkpoint = tmp_path / "model" / "best.safetensors"
     train(start, samples(), CPU, checkpoint, tmp_path / "dvclive", tmp_path / "scratch")
     header = read_header(checkpoint)
+    assert header.threshold is None
     assert header.validation["J&F"] > 60  # a model that knows the two halves but guesses which one: 53
     metrics = json.loads((tmp_path / "dvclive" / "metrics.json").read_text())
     assert set(metrics["train"]) == {"loss", "bce", "dice"} and set(metrics["val"]) == {"J", "F", "J&F"}
@@ -92,6 +93,16 @@ def test_it_learns_and_publishes_what_it_learned(sam2, tmp_path):
     again = new_trainer(start, tmp_path / "scratch")
     again.model.load_state_dict(load_model(checkpoint).state_dict())
     assert again.validate() == pytest.approx(header.validation)
+
+
+def test_presence_learns_what_refers_to_nothing_and_keeps_its_threshold(sam2, tmp_path):
+    recipe = {"epochs": 30, "batch_size": 10, "accumulate": 1, "lr": 3e-3, "warmup_steps": 10, "clip_norm": 1.0}
+    start = origin(sam2, null_references="presence", **recipe)
+    given = samples(Items(10, seed=1, nulls=True), Items(8, seed=2, nulls=True))
+    train(start, given, CPU, tmp_path / "best.safetensors", tmp_path / "dvclive", tmp_path / "scratch")
+    header = read_header(tmp_path / "best.safetensors")
+    assert header.threshold is not None and header.threshold == header.validation["threshold"] >= 0
+    assert header.validation["S"] == 0 and header.validation["J"] > 60
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,13 @@ def origin(sam2: Path, fusion: dict | None = None, **settings: Any) -> Origin:
 
 
 class Items:
-    """Samples whose object is the left or the right half of the image, according to their text."""
+    """Samples whose object is the left or the right half of the image, according to their text.
 
-    def __init__(self, count: int, seed: int):
-        self.count, self.seed = count, seed
+    nulls: of each four of them, the texts of two refer to nothing.
+    """
+
+    def __init__(self, count: int, seed: int, nulls: bool = False):
+        self.count, self.seed, self.nulls = count, seed, nulls
 
     def __len__(self) -> int:
         return self.count
@@ -53,6 +56,8 @@ class Items:
         mask[:, right * MASK // 2 : (right + 1) * MASK // 2] = 1
         text = 0.1 * torch.randn(TOKENS, DIMS["text"], generator=generator)
         text += 4 * right - 2
+        if self.nulls and index // 2 % 2:
+            mask, text = torch.zeros(MASK, MASK), text * torch.tensor([1.0, -1.0]).repeat(DIMS["text"] // 2)
         return {
             "audio": torch.randn(DIMS["frames"], DIMS["audio"], generator=generator),
             "audio_valid": torch.ones(DIMS["frames"], dtype=torch.bool),

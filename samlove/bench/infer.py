@@ -70,7 +70,7 @@ def run(profile: str, videos: int = 16, rounds: int = 3) -> dict[str, Any]:
     device, configured = default_device(), section(profile, InferConfig, controls=[])
     precisions = ("float32", "bfloat16") if device.type == "cuda" else (configured.precision,)
     result: dict[str, Any] = {"bench": "infer", "profile": profile, "device": device_name(device)}
-    result |= {"videos": videos, "expressions": videos * EXPRESSIONS, "rounds": rounds, "absent": configured.absent}
+    result |= {"videos": videos, "expressions": videos * EXPRESSIONS, "rounds": rounds}
     with TemporaryDirectory(prefix="samlove-bench-") as top:
         split = write_split(Path(top), profile, videos)
         result["by_precision"] = {
@@ -94,7 +94,7 @@ def _measure(split: Split, config: InferConfig, device: torch.device, rounds: in
         start = time.perf_counter()
         for embeds, given in held[: len(held) // together]:
             many = {name: torch.cat([array] * together) for name, array in given.fusion.items()}
-            quantise(predict(model, embeds, given._replace(fusion=many), split.mask_size, config))
+            quantise(predict(model, embeds, given._replace(fusion=many), split.mask_size, config).logits)
         return time.perf_counter() - start
 
     def stage() -> float:
@@ -166,7 +166,7 @@ def _clocked(split: Split, config: InferConfig, model: Any) -> dict[str, float]:
         for media_id, embeds, inputs in _read_ahead(plan(split.rows, []), sources, split.folder):
             clock("waiting")
             given = inputs[PREDICTIONS]
-            bins = quantise(predict(model, embeds, given, split.mask_size, config))
+            bins = quantise(predict(model, embeds, given, split.mask_size, config).logits)
             clock("computing")
             path = Path(scratch) / media_id / f"{PREDICTIONS}.h5"
             with PredictionWriter(path, sources.frames, split.mask_size, EDGES) as writer:

@@ -56,7 +56,12 @@ class Origin(BaseModel):
 
 class Header(Origin):
     epoch: int  # counted from 1
-    validation: dict[str, float]  # J, F and J&F on the validation samples, in percent
+    validation: dict[str, float]  # the scores of samlove.scoring.validation
+
+    @property
+    def threshold(self) -> float | None:
+        """The object score below which masks are left empty (`null_references: presence`); None: there is no such threshold."""
+        return self.validation.get("threshold")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from samlove.data.digest import rows_digest
 from samlove.data.targets import Targets
 from samlove.errors import RequestError, SamloveError
 from samlove.scoring.metrics import EDGES, Scores, histogram, scores_of
-from samlove.scoring.presence import curve, empty_scores
+from samlove.scoring.presence import SCORES, UNGATED, curve, empty_scores
 from stores import PredictionReader
 from stores.fingerprint import check_fingerprint, flat
 from stores.manifest import replace_folder
@@ -32,7 +32,6 @@ from stores.manifest import replace_folder
 BATCH = 4  # expressions per batch in Ref-AVS Bench's script
 SPLITS = ("val", "test_s", "test_u", "test_n")
 CONTROLS = ("swapped_audio", "permuted_text", "true_mask")
-UNGATED = "ungated"  # the file with the masks of the rows that were left empty because of their object score
 CUES = ("sight", "sound", "time")
 PROTOCOLS = ("per_expression", "official_batch")
 # How Ref-AVS makes a video of null expressions; the key begins the name of its folder, as in samlove.synth.write.
@@ -129,7 +128,7 @@ def _score_split(
             gated = row["row_id"] in ungated
             raw = histogram(ungated.read(row["row_id"]), target) if gated else counts[-1][1]
             row |= {f"{k}_{UNGATED}": v for k, v in _columns(scores_of(raw), row["null"]).items()}
-            row |= empty_scores(target) | {"object_score": ungated.attrs["object_scores"][row["row_id"]]}
+            row |= empty_scores(target) | {"object_score": ungated.attrs[SCORES][row["row_id"]]}
         for name, reader in readers.items():
             if row["row_id"] in reader:
                 scores = scores_of(histogram(reader.read(row["row_id"]), target))
@@ -153,7 +152,7 @@ def _check_same_run(predictions: Path, splits: dict[str, pd.DataFrame]) -> None:
             own = {"split": split, "variant": name, "rows_sha256": rows_digest(rows)}
             said = {field: attrs[field] for field in own if field in attrs}
             check_fingerprint(said, {field: own[field] for field in said}, path, "dvc repro -f -s infer")
-            shared = flat({field: value for field, value in attrs.items() if field not in (*own, "object_scores")})
+            shared = flat({field: value for field, value in attrs.items() if field not in (*own, SCORES)})
             first = first or (path, shared)
             check_fingerprint(shared, first[1], f"{path}, compared with {first[0]}", "dvc repro infer")
 

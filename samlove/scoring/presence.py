@@ -1,6 +1,6 @@
 """Null references: the object score below which an expression counts as one that refers to nothing.
 
-`null: presence` (train.yaml) supervises SAM 2's object score. At inference, all masks of an expression whose score is
+`null_references: presence` (train.yaml) supervises SAM 2's object score. At inference, all masks of an expression whose score is
 below a threshold are left empty. The threshold is chosen on the validation split: it gates as many null expressions as
 it can while expressions with a target lose at most `COST`. The curve over all thresholds shows what another one would
 have given on the test splits.
@@ -13,16 +13,18 @@ import pandas as pd
 
 from samlove.scoring.metrics import histogram, scores_of
 
-COST = 0.005  # of mean J&F (0..1) on the validation split that gating may take from expressions with a target
+COST = 0.005  # of mean J (0..1) on the validation split that gating may take from expressions with a target
+UNGATED = "ungated"  # the file of the masks that were left empty because of their object score
+SCORES = "object_scores"  # in what this file says about itself: {row_id: object score} of all rows
 POINTS = 40  # of the curve, at most
 
 
 def choose_threshold(scores: np.ndarray, kept: np.ndarray, gated: np.ndarray, S: np.ndarray) -> float:
     """The object score (a logit, at least 0) below which masks are left empty.
 
-    scores (n,): the object score of each validation row. kept, gated (n,): its J&F with its masks and with empty ones,
+    scores (n,): the object score of each validation row. kept, gated (n,): its J with its masks and with empty ones,
     0..1; NaN for null rows. S (n,): S of its masks, 0..1; NaN for rows with a target.
-    Below 0, SAM 2 itself leaves masks empty. Of the thresholds whose mean J&F is at most COST below that of 0, this is
+    Below 0, SAM 2 itself leaves masks empty. Of the thresholds whose mean J is at most COST below that of 0, this is
     the one with the lowest mean S; of several, the lowest one. 0 if there are no null rows.
     """
     if np.isnan(S).all():
