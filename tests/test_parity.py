@@ -159,9 +159,7 @@ def test_agrees_with_the_official_predictor(case, kind):
     assert present.numel() > expected.numel() / 2 and present.std() > 0.1, "the case is trivial"
 
 
-@pytest.mark.parametrize(
-    ("kind", "frame"), [("token", 5), ("token", FRAMES - 1), ("mask", 5)]
-)
+@pytest.mark.parametrize(("kind", "frame"), [("token", 5), ("token", FRAMES - 1), ("mask", 5)])
 def test_agrees_with_the_official_predictor_prompted_on_a_later_frame(case, kind, frame):
     """It tracks to the last frame, and then in reverse to the first one."""
     prompt, ours = _prompts(case, frame)[kind]

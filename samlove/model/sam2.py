@@ -225,7 +225,9 @@ class LightSam2(SAM2Base):
                 run_mem_encoder=place + 1 < len(order),  # nothing reads the last memory
             )
             logits[t] = out["pred_masks"]
-            if upcoming := order[place + 1 : place + 2] + [frame - 1] * (t > frame > 0):  # the nearest of each direction
+            if upcoming := order[place + 1 : place + 2] + [frame - 1] * (
+                t > frame > 0
+            ):  # the nearest of each direction
                 memories[t] = self._stored(out["maskmem_features"], out["maskmem_pos_enc"], out["obj_ptr"])
                 self._forget(memories, upcoming)
         return torch.cat([logits[t] for t in range(frames)], dim=1)  # (B, T, 4h, 4w)
