@@ -1,8 +1,8 @@
 """Training (sections 3.3 and 4.1): the fusion module, SAM 2's prompt encoder and mask decoder, on precomputed features.
 
 (seed, epoch) determines the samples of an epoch and their order, so the number of samples consumed is a run's whole
-position, however they are loaded. An interrupted run resumes from its state file; on the CPU the result is bit-identical to an uninterrupted
-run. The state is found by a fingerprint of everything the run depends on.
+position, however they are loaded. An interrupted run resumes from its state file; on the CPU the result is
+bit-identical to an uninterrupted run. The state is found by a fingerprint of everything the run depends on.
 
 SIGINT or SIGTERM saves the state and ends the run: at once while it waits for a batch, else after the current step.
 
