@@ -104,6 +104,23 @@ def test_s_is_given_for_each_kind_of_null(run):
         assert f"{kind} {of_kind['S'].mean():.3f} (n {len(of_kind)})" in render_table(result.metrics, result.details)
 
 
+def test_targets_out_of_sight_in_frame_0_have_a_row_of_their_own(tmp_path):
+    """Found in the ground-truth masks, so also without cues. An object that no frame shows is not one of them."""
+    expressions = make_run(tmp_path, {"test_s": 6, "test_u": 3})
+    folder = RefAvsFolder(tmp_path / "set")
+    assert evaluate(expressions, folder, tmp_path / "predictions", "per_expression").details["late"] == {}
+    for number, frames in ((0, 1), (1, 1), (2, folder.frame_count("test_s_clip0"))):
+        row = expressions.iloc[number]
+        for t in range(frames):
+            Image.new("L", (40, 30)).save(folder.mask_path(row["media_id"], row["fid"], t))
+    plain = expressions.drop(columns=["sight", "sound", "time", "template"])
+    result = evaluate(plain, folder, tmp_path / "predictions", "per_expression")
+    assert list(np.flatnonzero(result.rows["late"])) == [0, 1]
+    late = result.details["late"]
+    assert set(late) == {"test_s"} and late["test_s"]["n"] == 2
+    assert late["test_s"]["J"] == pytest.approx(100 * result.rows["J"][:2].mean(), abs=1e-3)
+
+
 def test_controls_compare_the_same_rows(run):
     result = evaluated(run)
     controls, rows = result.details["controls"], result.rows

@@ -391,6 +391,17 @@ def test_cues_are_joined_by_uid_fid_and_expression(folder: RefAvsFolder) -> None
     assert list(rows["template"].unique()) == ["by name", "silent"]
 
 
+def test_whether_a_target_appears_late_is_a_cue_that_older_datasets_lack(folder: RefAvsFolder) -> None:
+    header = ("uid", "fid", "exp", "template", "sight", "sound", "time", "late")
+    cues = [(uid, fid, exp, "by name", "1", "0", "0", str(int(n == 1))) for n, (_, uid, _, fid, exp) in enumerate(ROWS)]
+    with (folder.root / "cues.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *cues])
+    rows = audit(folder).expressions
+    assert rows["late"].dtype == bool and list(np.flatnonzero(rows["late"])) == [1]
+    write_cues(folder, [cue[:-1] for cue in cues])
+    assert "late" not in audit(folder).expressions
+
+
 def test_a_row_without_cues(folder: RefAvsFolder) -> None:
     write_cues(folder, [(uid, fid, exp, "by name", "1", "0", "0") for _, uid, _, fid, exp in ROWS[1:]])
     found = audit(folder)

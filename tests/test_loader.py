@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from samlove.config import TrainConfig
 from samlove.data.dataset import resize_mask
-from samlove.data.loader import ExpressionDataset, PoolSampler, collate, make_resident
+from samlove.data.loader import ExpressionDataset, PoolSampler, collate, epoch_order, make_resident
 from samlove.errors import RequestError, SamloveError
 from stores import ShardReader, ShardWriter
 from stores.shard_index import COLUMNS, INDEX
 from stores.table import Table, TableWriter
-from tests.tiny_pack import PATCHES, ROWS, SIZE, L, N, features_of, make_shards, true_mask
+from tests.tiny_pack import PATCHES, ROWS, SIZE, L, N, features_of, make_shards, mask_on, true_mask
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,63 @@ def test_samples_in_memory_give_the_same_batches(dataset):
     held.to(torch.device("cpu"))
     assert all(isinstance(held[i]["mask"], torch.Tensor) for i in range(len(held)))
     assert_equal(collate([held[i] for i in range(len(held))]), collate([dataset[i] for i in range(len(held))]))
+
+
+@pytest.fixture(scope="module")
+def all_frames(tmp_path_factory):
+    root = tmp_path_factory.mktemp("all_frames")
+    make_shards(root, frames=range(N))
+    return ExpressionDataset(root / "shards")
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_an_item_is_an_expression_on_a_frame(dataset, all_frames, held):
+    """Item expression * K + k: SAM 2's embedding and the mask are those of its frame, all else is the whole video's."""
+    several = ExpressionDataset(all_frames.reader.root)
+    if held:
+        several.to(torch.device("cpu"))
+    assert (several.expressions, several.frames, len(several)) == (len(ROWS), N, len(ROWS) * N)
+    assert several.videos.tolist() == dataset.videos.tolist()
+    for i in range(len(several)):
+        item = collate([several[i]])
+        row, frame = ROWS.iloc[i // N], i % N
+        mask = np.zeros((SIZE, SIZE)) if row["null"] else resize_mask(mask_on(row["media_id"], row["fid"], frame), SIZE)
+        np.testing.assert_array_equal(item["mask"][0].numpy(), mask)
+        for level, value in features_of("sam2", row["media_id"]).items():
+            np.testing.assert_array_equal(item[level][0].numpy(), value[frame])
+        first = collate([dataset[i // N]])
+        of_frame = {"mask", *features_of("sam2", "")}
+        assert list(item) == list(first)
+        assert_equal(*({name: v for name, v in each.items() if name not in of_frame} for each in (item, first)))
+    with pytest.raises(IndexError):
+        several[len(several)]
+
+
+def config(**settings) -> TrainConfig:
+    return TrainConfig(epochs=1, **settings)
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_an_epoch_has_each_expression_once_on_its_first_or_on_any_frame(frames):
+    videos = np.array(VIDEOS)
+    for seed, epoch in ((0, 0), (0, 1), (3, 0)):
+        plain = PoolSampler(VIDEOS, 7, seed, epoch).order()
+        first = epoch_order(videos, frames, config(seed=seed, pool=7), epoch)
+        drawn = epoch_order(videos, frames, config(seed=seed, pool=7, supervise="any"), epoch)
+        np.testing.assert_array_equal(first, plain * frames)
+        np.testing.assert_array_equal(drawn // frames, plain)
+        again = epoch_order(videos, frames, config(seed=seed, pool=7, supervise="any"), epoch)
+        np.testing.assert_array_equal(drawn, again)
+
+
+def test_any_frame_is_drawn_anew_in_every_epoch_and_each_equally_often():
+    orders = [epoch_order(np.array(VIDEOS), 4, config(supervise="any"), epoch) for epoch in range(200)]
+    frames = np.array([order[np.argsort(order // 4)] % 4 for order in orders])  # (epochs, expressions)
+    counts = np.array([(frames == k).sum() for k in range(4)])
+    assert np.abs(counts - frames.size / 4).max() < 4 * np.sqrt(frames.size * 3 / 16)
+    assert all(set(one) == {0, 1, 2, 3} for one in frames.T)
+    other = epoch_order(np.array(VIDEOS), 4, config(seed=1, supervise="any"), 0)
+    assert (np.sort(other) != np.sort(orders[0])).mean() > 0.5
 
 
 @pytest.mark.parametrize(("asked", "place"), [("auto", "ram"), ("ram", "ram"), ("off", "off")])

@@ -6,10 +6,21 @@ import pytest
 from samlove.config import AudioConfig, Sam2Config, TextConfig, VisualConfig
 from samlove.data.dataset import resize_mask
 from samlove.data.digest import rows_digest
+from samlove.data.frames import trained_frames
 from samlove.data.pack import check_asked, pack
-from samlove.errors import SamloveError
+from samlove.errors import RequestError, SamloveError
 from stores import ShardReader
-from tests.tiny_pack import ROWS, SIZE, features_of, make_folder, make_shards, make_store, make_stores, true_mask
+from tests.tiny_pack import (
+    ROWS,
+    SIZE,
+    features_of,
+    make_folder,
+    make_shards,
+    make_store,
+    make_stores,
+    mask_on,
+    true_mask,
+)
 
 
 def test_a_sample_holds_its_video_texts_and_masks(tmp_path):
@@ -72,6 +83,48 @@ def test_embeddings_that_are_stored_narrower_are_packed_as_floats(tmp_path, codi
         for name, value in sources["sam2"].read(media_id).items():
             assert reader[i][name].dtype == packed
             np.testing.assert_array_equal(reader[i][name], value[:1].astype(packed))
+
+
+@pytest.mark.parametrize("coding", [None, "int8"])
+@pytest.mark.parametrize("frames", [[0, 1], [0, 2], [0, 1, 2]])
+def test_several_frames_are_packed_from_a_store_of_these_frames_or_of_all(tmp_path, frames, coding):
+    made, folder = make_stores(tmp_path), make_folder(tmp_path)
+    packed = []
+    for name, stored in (("train", frames), ("val", None)):
+        store = make_store(tmp_path / name, "sam2", {"dtype": coding or "float16"}, coding=coding, rows=stored)
+        pack(tmp_path / "shards" / name, ROWS, {**made, "sam2": store}, folder, SIZE, 2, "", frames, stored)
+        reader = ShardReader(tmp_path / "shards" / name)
+        packed.append([reader[i] for i in range(len(reader))])
+        assert reader.manifest["fingerprint"]["sam2_frames"] == frames
+        for sample in packed[-1]:
+            media_id = sample["__key__"]
+            for level, value in store.read(media_id).items():
+                expected = value if stored else value[frames]
+                assert sample[level].dtype == np.float16
+                np.testing.assert_array_equal(sample[level], expected.astype(np.float16))
+            fids = ROWS.loc[(ROWS["media_id"] == media_id) & ~ROWS["null"], "fid"].unique()
+            assert sample["masks"].shape == (len(fids), len(frames), SIZE, SIZE)
+            for masks, fid in zip(sample["masks"], fids, strict=True):
+                np.testing.assert_array_equal(masks, [resize_mask(mask_on(media_id, fid, t), SIZE) for t in frames])
+    for train, val in zip(*packed, strict=True):
+        assert all(np.array_equal(train[level], val[level]) for level in made["sam2"].shapes)
+
+
+@pytest.mark.parametrize(
+    ("frames", "stored", "rows"), [([0, 2], [0, 2], None), ([0, 2], None, [0, 1]), ([0], [0], [0, 1])]
+)
+def test_a_store_of_other_frames_is_refused(tmp_path, frames, stored, rows):
+    sources = {**make_stores(tmp_path), "sam2": make_store(tmp_path / "other", "sam2", rows=rows)}
+    with pytest.raises(SamloveError, match=r"sam2: expected \d frames of every video, found \d; run: dvc repro sam2"):
+        pack(tmp_path / "shards", ROWS, sources, make_folder(tmp_path), SIZE, 2, "", frames, stored)
+    assert not (tmp_path / "shards").exists()
+
+
+def test_the_frames_of_training_are_evenly_spaced_from_the_first():
+    assert [trained_frames(10, count) for count in (1, 2, 3, 5)] == [[0], [0, 5], [0, 3, 6], [0, 2, 4, 6, 8]]
+    assert trained_frames(3, 3) == [0, 1, 2]
+    with pytest.raises(RequestError, match="train_frames: expected at most the 10 frames .* found 11"):
+        trained_frames(10, 11)
 
 
 def test_a_row_that_a_store_does_not_know_is_an_error(tmp_path):

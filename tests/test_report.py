@@ -1,5 +1,6 @@
 """The report page: self-contained, complete, and rendered also if parts of a run are missing."""
 
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -70,6 +71,21 @@ def data(tmp_path_factory):
         data / "evaluation",
     )
     return data
+
+
+def test_targets_that_appear_later_have_a_row(data, tmp_path):
+    title = "target out of sight in frame 0"
+    assert title not in page_of(data)
+    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "evaluation" / "details.json"
+    details = json.loads(path.read_text())
+    scores = {"J": 12.25, "F": 34.5, "J&F": 23.375, "n": 3}
+    for found in ({**details, "late": {"test_u": scores}}, {**details, "late": {"test_u": scores}, "cues": {}}):
+        path.write_text(json.dumps(found))
+        (row,) = re.findall(rf"<tr><th scope=.row.>{title}</th>.*", page_of(tmp_path))
+        assert all(f">{value}<" in row for value in (3, 12.2, 34.5, 23.4))
+    path.write_text(json.dumps({name: value for name, value in details.items() if name != "late"}))  # of an older run
+    assert "Seen, by cue" in page_of(tmp_path)
 
 
 def page_of(data: Path, dataset: str = "LAVS-synth") -> str:

@@ -45,9 +45,11 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(folder: Path, t
 
 def test_layout_is_ref_avs(folder: Path) -> None:
     rows = pd.read_csv(folder / "metadata.csv")
+    late = pd.read_csv(folder / "cues.csv")["late"].astype(bool)
     assert list(rows.columns) == ["vid", "uid", "split", "fid", "exp"]
     assert set(rows["split"]) == {"train", "val", "test_s", "test_u", "test_n"}
     assert rows["uid"].is_unique
+    assert late.any() and not late.all()
     sizes = set()
     for row in rows.itertuples():
         media = row.uid.rsplit("_", 2)[0]
@@ -64,7 +66,7 @@ def test_layout_is_ref_avs(folder: Path) -> None:
                 sizes.add(frame.size)
             assert not (null and mask.any())
             if t == 0 and not null:
-                assert mask.any()  # the frame on which SAM 2 is prompted shows the target
+                assert mask.any() != late[row.Index]
     assert len(sizes) > 1
 
 
@@ -122,6 +124,35 @@ def test_expressions_fit_one_thing_of_the_ground_truth() -> None:
             elif said.template != "silent category":
                 assert said.sound and not said.sight
     assert read > 300
+
+
+def test_a_late_thing_is_out_of_sight_at_second_0_and_appears_from_outside_or_behind_another() -> None:
+    """All other things are in sight then. No expression uses the place of a thing that is not."""
+    inside = []
+    for seed in range(80):
+        scene = sample_scene(np.random.default_rng(seed), SEEN, late=1.0)
+        shown = np.array([render(scene, t, (96, 96))[1].any((1, 2)) for t in range(SECONDS)])  # (SECONDS, K)
+        assert [thing.late for thing in scene.things] == (~shown[0]).tolist() and (~shown[0]).sum() == 1
+        assert not shown[1].all() and shown[5:].all(0)[~shown[0]].sum() + shown[5:, ~shown[0]].sum() >= 3
+        late = next(thing for thing in scene.things if thing.late)
+        inside.append(bool(np.all((late.path[0] > 0) & (late.path[0] < 1))))
+        for said in expressions(scene):
+            target = scene.things[said.target]
+            if "place" in said.template or "beside" in said.template:
+                assert not target.late, said.text
+            if "beside" in said.template:
+                assert not said.text.endswith(f" of the {late.category}."), said.text
+    assert 4 <= sum(inside) <= 40
+
+
+def test_a_scene_without_a_late_thing_does_not_depend_on_their_probability() -> None:
+    for seed in range(20):
+        scenes = [sample_scene(np.random.default_rng(seed), SEEN, late=share) for share in (0.0, 0.3)]
+        if not any(thing.late for thing in scenes[1].things):
+            for one, other in zip(*(scene.things for scene in scenes), strict=True):
+                assert all(np.array_equal(getattr(one, name), getattr(other, name)) for name in one.__dict__)
+        else:
+            assert not any(thing.late for thing in scenes[0].things)
 
 
 def test_a_sounding_thing_pulses_and_is_heard() -> None:

@@ -1,5 +1,6 @@
 """Masks and four feature stores of a synthetic Ref-AVS folder, small enough to pack in a moment."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +49,13 @@ def make_store(
     fingerprint: dict | None = None,
     failed: tuple[str, ...] = (),
     coding: Coding | None = None,
+    rows: Sequence[int] | None = None,
 ) -> FeatureStore:
-    """coding: how all arrays are stored; see stores.codec."""
+    """coding: how all arrays are stored; see stores.codec. rows: of axis 0 that are stored; None: all."""
 
     def item(key: str) -> dict[str, np.ndarray]:
         features = features_of(name, key)
+        features = features if rows is None else {n: a[list(rows)] for n, a in features.items()}
         return {k: v for n, a in features.items() for k, v in encode(n, a, coding).items()} if coding else features
 
     keys = list(dict.fromkeys(ROWS["exp" if name == "text" else "media_id"]))
@@ -76,15 +79,26 @@ def true_mask(media_id: str, fid: int, height: int = 12, width: int = 16) -> np.
     return mask
 
 
+def mask_on(media_id: str, fid: int, frame: int) -> np.ndarray:
+    """The object's mask on a frame, bool: `true_mask` on frame 0, then further down; object 2 is out of sight on 1."""
+    return np.roll(true_mask(media_id, fid), frame, axis=0) & ((fid, frame) != (2, 1))
+
+
 def make_folder(root: Path) -> RefAvsFolder:
     folder = RefAvsFolder(root / "set")
     for row in ROWS[~ROWS["null"]].itertuples():
-        path = folder.mask_path(row.media_id, row.fid, 0)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(true_mask(row.media_id, row.fid).astype(np.uint8) * 255).save(path)
+        for frame in range(N):
+            path = folder.mask_path(row.media_id, row.fid, frame)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask_on(row.media_id, row.fid, frame).astype(np.uint8) * 255).save(path)
+            image = folder.frame_path(row.media_id, frame)
+            image.parent.mkdir(parents=True, exist_ok=True)
+            image.touch()
     return folder
 
 
-def make_shards(root: Path, out: str = "shards", failed: dict[str, tuple[str, ...]] | None = None) -> Packed:
-    """Pack everything to root/out, two videos per shard."""
-    return pack(root / out, ROWS, make_stores(root, failed), make_folder(root), SIZE, videos_per_shard=2)
+def make_shards(
+    root: Path, out: str = "shards", failed: dict[str, tuple[str, ...]] | None = None, frames: Sequence[int] = (0,)
+) -> Packed:
+    """Pack everything to root/out, two videos per shard. frames: those with SAM 2's embedding and masks."""
+    return pack(root / out, ROWS, make_stores(root, failed), make_folder(root), SIZE, 2, frames=frames)

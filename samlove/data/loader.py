@@ -131,7 +131,7 @@ class ExpressionDataset(Dataset):
         return self.expressions * self.frames
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """One expression on one frame; letters as in samlove.data.pack. Arrays are read-only views, in the stores' dtypes.
+        """One expression on one frame. Arrays are read-only views, in the stores' dtypes; letters as in pack.py.
 
         Of the whole video: audio (N,dA), audio_valid (N,), visual (N,1+P,dV). Of the frame: sam2_image_embed (C,h,w),
         sam2_high_res_0, sam2_high_res_1, mask (S,S) uint8 (all 0 if the object is out of sight or the expression is

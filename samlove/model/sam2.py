@@ -299,8 +299,8 @@ class LightSam2(SAM2Base):
                 num_frames=frames,
                 run_mem_encoder=False,
             )
-        # The official predictor's preflight encodes this frame from its upsampled low-resolution mask. With a mask prompt,
-        # that differs from the given mask.
+        # The official predictor's preflight encodes this frame from its upsampled low-resolution mask. With a mask
+        # prompt, that differs from the given mask.
         size = (self.image_size, self.image_size)
         high_res = F.interpolate(out["pred_masks"], size=size, mode="bilinear", align_corners=False)
         memory, positions = self._encode_new_memory(
