@@ -16,7 +16,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from samlove.cli import doctor, main
-from samlove.data.sizes import read_settings
+from samlove.features.sizes import read_settings
 from samlove.features.audio_embed import import_audio_embed
 from stores import export_store
 from tests.impostors import IMPOSTORS

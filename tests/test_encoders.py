@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from samlove.config import AudioConfig, Sam2Config, TextConfig, VisualConfig
 from samlove.data.dataset import RefAvsFolder
-from samlove.data.sizes import text_width
+from samlove.features.sizes import text_width
 from samlove.errors import RequestError, SamloveError
 from samlove.features.encoders.base import to_store
 from samlove.features.encoders.clip_image import ClipImageEncoder
@@ -22,7 +22,7 @@ from samlove.features.encoders.frames import frame_sources
 from samlove.features.encoders.roberta import RobertaEncoder
 from samlove.features.encoders.sam2_image import LEVELS, Sam2ImageEncoder
 from samlove.features.encoders.vggish import RATE, VggishEncoder, build_vggish, log_mel, pad_or_trim
-from samlove.features.encoders.vit import VitEncoder, build_vit
+from samlove.features.encoders.timm_image import TimmEncoder, build_timm
 from samlove.model.sam2 import LightSam2
 from samlove.model.sam2_build import checkpoint_path, instantiate_sam2, load_sam2_weights
 from samlove.model.weights import load_state_dict
@@ -63,7 +63,7 @@ def encoder_and_sources(
             VggishEncoder(small.audio_config(root, dtype="float32"), 3, CPU),
             [folder.audio_path(m) for m in media],
         ),
-        "vit": lambda: (VitEncoder(small.vit_config(root, dtype="float32"), CPU), frames),
+        "vit": lambda: (TimmEncoder(small.vit_config(root, dtype="float32"), CPU), frames),
         "clip image": lambda: (
             ClipImageEncoder(VisualConfig(encoder="clip", weights=clip, image_size=32, dtype="float32"), CPU),
             frames,
@@ -106,7 +106,7 @@ def test_fingerprint_is_json_and_needs_no_network(encoder_and_sources: tuple[Any
     [
         (lambda: VggishEncoder(AudioConfig(weights="no/vggish.pth"), 10, CPU), "no/vggish.pth.*VGGish.*releases"),
         (
-            lambda: VitEncoder(VisualConfig(weights="no/vit.pth"), CPU),
+            lambda: TimmEncoder(VisualConfig(weights="no/vit.pth"), CPU),
             "no/vit.pth.*vit_base_patch16.*hub:timm/vit_",
         ),
         (lambda: ClipImageEncoder(VisualConfig(weights="no/clip"), CPU), "no/clip.*CLIP.*hf download openai/clip"),
@@ -169,12 +169,12 @@ def test_a_path_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pyte
     text = small.roberta_config(tmp_path / "t").model_copy(update={"weights": "~/t"})
     sam2 = small.sam2_config(tmp_path / "w").model_copy(update={"checkpoint": "~/w/sam2.pt", "config": "~/sam2.yaml"})
     (tmp_path / "sam2.yaml").write_bytes(Path(small.TINY_SAM2).read_bytes())
-    for encoder in (VggishEncoder(audio, 1, CPU), VitEncoder(visual, CPU), RobertaEncoder(text, CPU)):
+    for encoder in (VggishEncoder(audio, 1, CPU), TimmEncoder(visual, CPU), RobertaEncoder(text, CPU)):
         assert len(encoder.fingerprint()["weights_sha256"]) == 64
     assert Sam2ImageEncoder(sam2, CPU).network
     assert text_width(text) == 16
     with pytest.raises(RequestError, match="~nobody-of-that-name/w: ~ .* home folder is unknown"):
-        VitEncoder(visual.model_copy(update={"weights": "~nobody-of-that-name/w"}), CPU)
+        TimmEncoder(visual.model_copy(update={"weights": "~nobody-of-that-name/w"}), CPU)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_what_is_there_instead_of_weights_is_named(make: Callable[[Path], object
     make(path)
     for build in (
         lambda: VggishEncoder(AudioConfig(weights=str(path)), 1, CPU),
-        lambda: VitEncoder(VisualConfig(weights=str(path)), CPU),
+        lambda: TimmEncoder(VisualConfig(weights=str(path)), CPU),
         lambda: checkpoint_path(str(path)),
         *([] if path.is_dir() else [lambda: RobertaEncoder(TextConfig(weights=str(path)), CPU)]),
     ):
@@ -243,7 +243,7 @@ def test_integers_in_place_of_weights_are_refused(tmp_path: Path) -> None:
     tensors = load_state_dict(Path(config.weights))
     torch.save({name: (value * 100).to(torch.int8) for name, value in tensors.items()}, config.weights)
     with pytest.raises(SamloveError, match="cls_token is torch.int8, expected floating-point numbers; .* more; choose"):
-        assert VitEncoder(config, CPU).network
+        assert TimmEncoder(config, CPU).network
 
 
 def test_the_error_for_a_value_outside_the_dtype_names_the_array() -> None:
@@ -357,11 +357,11 @@ def test_another_file_in_place_of_the_pca_is_refused(value: Any, says: str, tmp_
 
 
 def test_vit_tokens_equal_timms(tmp_path: Path, folder: RefAvsFolder) -> None:
-    encoder = VitEncoder(small.vit_config(tmp_path, dtype="float32"), CPU)
+    encoder = TimmEncoder(small.vit_config(tmp_path, dtype="float32"), CPU)
     frames = encoder.load(frame_sources(folder, ["whole"], 3)["whole"])
     assert frames.shape == (3, 3, 32, 32)
     found = encoder.encode([frames])[0]["visual"]
-    network = build_vit(small.VIT, small.VIT_ARGS, 32).eval()
+    network = build_timm(small.VIT, small.VIT_ARGS, 32).eval()
     network.load_state_dict(load_state_dict(tmp_path / "vit.pth"), strict=False)
     with torch.inference_mode():
         wanted = network.forward_features(frames.float() / 127.5 - 1)  # type: ignore[operator]
@@ -372,7 +372,7 @@ def test_vit_tokens_equal_timms(tmp_path: Path, folder: RefAvsFolder) -> None:
 def test_vit_position_embeddings_are_resampled_to_a_different_size(tmp_path: Path) -> None:
     from timm.layers import resample_abs_pos_embed
 
-    encoder = VitEncoder(small.vit_config(tmp_path, trained_at=32, image_size=64), CPU)
+    encoder = TimmEncoder(small.vit_config(tmp_path, trained_at=32, image_size=64), CPU)
     trained = load_state_dict(tmp_path / "vit.pth")["pos_embed"]
     torch.testing.assert_close(encoder.network.pos_embed.data, resample_abs_pos_embed(trained, (4, 4)))
     assert encoder.encode([torch.zeros(2, 3, 64, 64, dtype=torch.uint8)])[0]["visual"].shape == (2, 17, 32)
@@ -403,13 +403,13 @@ def test_the_weights_of_another_vit_are_refused(other: dict[str, Any], says: str
     network = timm.create_model(small.VIT, **{"num_classes": 0, "img_size": 32, **small.VIT_ARGS, **other})
     save_file(network.state_dict(), config.weights)
     with pytest.raises(SamloveError, match=f"not the weights of timm's {small.VIT} as configured: .*{says}"):
-        _ = VitEncoder(config, CPU).network
+        _ = TimmEncoder(config, CPU).network
 
 
 @pytest.mark.parametrize("model", ["resnet18", "no_such_model"])
 def test_a_model_that_is_not_a_vit_is_refused(model: str) -> None:
     with pytest.raises(RequestError, match=f"{model}.*visual.yaml"):
-        build_vit(model, {}, 32)
+        build_timm(model, {}, 32)
 
 
 def test_short_videos_repeat_their_last_frame(folder: RefAvsFolder) -> None:

@@ -16,7 +16,7 @@ from samlove.features.encoders.clip_image import ClipImageEncoder
 from samlove.features.encoders.clip_text import ClipTextEncoder
 from samlove.features.encoders.roberta import RobertaEncoder
 from samlove.features.encoders.vggish import build_vggish
-from samlove.features.encoders.vit import build_vit
+from samlove.features.encoders.timm_image import build_timm
 from samlove.micro import code, pretrain_clip
 from samlove.micro.pretrain_encoders import (
     Examples,
@@ -43,7 +43,7 @@ def batch_of(examples: list[dict]) -> dict[str, torch.Tensor]:
 def test_bundled_vit_recognises_what_it_sees() -> None:
     config = load(VisualConfig)
     batch = batch_of(list(islice(Examples(patches, FRESH, 0), 96)))
-    vit = build_vit(config.model, config.model_args, config.image_size).eval()
+    vit = build_timm(config.model, config.model_args, config.image_size).eval()
     vit.load_state_dict(load_state_dict(Path(config.weights)))
     pictures = batch["picture"].permute(0, 3, 1, 2).float() / 127.5 - 1  # (96, 3, 128, 128)
     _, scores = sight_loss(vit.forward_features(pictures), batch)

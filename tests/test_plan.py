@@ -14,7 +14,7 @@ from samlove.cli.plan import PER_SHARD, measured, run, seconds_an_item
 from samlove.config import SECTIONS, AblationsConfig, DatasetConfig, SynthConfig, load
 from samlove.data.index import audit_folder, write_index
 from samlove.data.layout import Layout
-from samlove.data.sizes import REF_AVS, Count, Settings, count, item_bytes, planned, read_settings
+from samlove.features.sizes import REF_AVS, Count, Settings, count, item_bytes, planned, read_settings
 from samlove.features.encoders.roberta import RobertaEncoder
 from samlove.synth.write import write_dataset
 from tests.small_encoders import roberta_config
