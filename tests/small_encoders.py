@@ -12,8 +12,8 @@ from PIL import Image
 
 from samlove.config import AudioConfig, Sam2Config, Section, TextConfig, VisualConfig
 from samlove.data.dataset import RefAvsFolder
-from samlove.features.encoders.vggish import build_vggish
 from samlove.features.encoders.timm_image import build_timm
+from samlove.features.encoders.vggish import build_vggish
 from samlove.model.sam2_build import instantiate_sam2
 
 TINY_SAM2 = str(Path(__file__).parent / "sam2_tiny.yaml")

@@ -30,9 +30,10 @@ from samlove.features.encoders.transformers_folder import read_config
 from samlove.features.encoders.vggish import WIDTH as VGGISH_WIDTH
 
 MADE = ("features", "shards", "predictions")  # the large folders below data/<profile>/
+WIDTH = 768  # of an encoder of transformers whose folder is not there yet: DistilRoBERTa's; few have wider vectors
+CLIP = SimpleNamespace(image_size=224, patch_size=16, hidden_size=WIDTH)  # until its folder is there: ViT-B/16
 BYTES = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}  # per value in a feature store
 PACKED_BYTES = {"int8": 2, "float16": 2, "bfloat16": 4, "float32": 4}  # per value in training shards; samlove.data.pack
-WIDTH = 768  # of an encoder of transformers whose folder is not there yet: DistilRoBERTa's; few have wider vectors
 
 
 class Settings(NamedTuple):
@@ -172,7 +173,7 @@ def item_bytes(settings: Settings) -> dict[str, int]:
     values = levels * channels * grid * grid
     return {
         "audio": dataset.frames
-        * (audio_width(audio) * BYTES[audio.dtype] + 1),  # and one bool per second: padding or not
+        * (audio_width(audio) * BYTES[audio.dtype] + 1),  # and a bool per second: padding or not
         "visual": dataset.frames * tokens * width * BYTES[visual.dtype],
         "text": text.max_tokens * (text_width(text) * BYTES[text.dtype] + 1),  # and one bool per token: padding or not
         "sam2": values * BYTES[sam2.dtype] + int(scales) * 4,
@@ -198,12 +199,10 @@ def array_shapes(
 
 
 def visual_shape(visual: VisualConfig) -> tuple[int, int]:
-    """Tokens per frame, with the frame's own vector, and their width. CLIP as ViT-B/16 until its folder is there."""
+    """Tokens per frame, with the frame's own vector, and their width."""
     if visual.encoder != "clip":
         return token_shape(visual)
-    config: Any = read_config(visual.weights, "vision") or SimpleNamespace(
-        image_size=224, patch_size=16, hidden_size=WIDTH
-    )
+    config: Any = read_config(visual.weights, "vision") or CLIP
     side = (visual.image_size or config.image_size) // config.patch_size
     return 1 + side**2, config.hidden_size
 
@@ -215,11 +214,9 @@ def text_width(text: TextConfig) -> int:
 
 def audio_width(audio: AudioConfig) -> int:
     """Width of a second: VGGish's or, as for text, the encoder's."""
-    return (
-        VGGISH_WIDTH
-        if audio.encoder == "vggish"
-        else getattr(read_config(audio.weights, "audio"), "hidden_size", WIDTH)
-    )
+    if audio.encoder == "vggish":
+        return VGGISH_WIDTH
+    return getattr(read_config(audio.weights, "audio"), "hidden_size", WIDTH)
 
 
 def sam2_shape(sam2: Sam2Config) -> tuple[int, int]:

@@ -34,8 +34,8 @@ class TextModel:
     network, tokenizers: names of classes in transformers; the folder has one of these tokenizers. options: arguments of
     the network. ids: special tokens whose numbers in config.json are the tokenizer's. spare: the network may have up to
     this many more words than the tokenizer. offset: positions start after the padding token's number, as in RoBERTa.
-    endless: no table of positions, so no longest text. fills: trained without an attention mask, on texts padded to all
-    positions.
+    endless: no table of positions, so no longest text. fills: trained on texts in lower case that are padded to all
+    positions, without an attention mask, as SigLIP and SigLIP 2 are (huggingface/transformers, pull request 43101).
     """
 
     network: str
@@ -121,8 +121,9 @@ class TextEncoder(OnDevice):
         """One {text (L,d) of the configured dtype, text_mask (L,) bool} per expression."""
         length = self.config.max_tokens
         tokens = self.tokenizer(
-            items,
+            [text.lower() for text in items] if self.model.fills else items,
             padding="max_length",
+            padding_side="right",
             truncation=True,
             max_length=length,
             return_attention_mask=True,

@@ -64,6 +64,8 @@ def frame_tokens(network: Any, frames: Tensor) -> Tensor:
     else:
         channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
         patches = (features if channels_last else features.permute(0, 2, 3, 1)).flatten(1, 2)
+    if patches.shape[1] == 0:
+        raise RequestError(f"{type(network).__name__}: expected patch tokens, found a class token alone; see {WHERE}")
     whole = features[:, 0] if has_class else network.forward_head(features, pre_logits=True)
     if whole.shape != (len(patches), patches.shape[-1]):
         whole = patches.mean(dim=1)

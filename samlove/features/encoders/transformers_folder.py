@@ -192,13 +192,12 @@ def load_tokenizer(folder: Path, families: tuple[str, ...], network: Any, ids: t
 
 
 def load_extractor(folder: Path) -> Any:
-    """The folder's feature extractor, as preprocessor_config.json says. Raises SamloveError if it cannot be read."""
+    """The feature extractor of preprocessor_config.json. Raises SamloveError if it is missing or not readable."""
     from transformers import AutoFeatureExtractor
 
-    if not os.path.isfile(folder / "preprocessor_config.json"):
-        raise RequestError(
-            f"{folder / 'preprocessor_config.json'}: {absence(folder / 'preprocessor_config.json')}; {AGAIN}"
-        )
+    path = folder / "preprocessor_config.json"
+    if not os.path.isfile(path):
+        raise RequestError(f"{path}: {absence(path)}; expected the settings of the feature extractor; {AGAIN}")
     try:
         return AutoFeatureExtractor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as above
