@@ -404,10 +404,10 @@ def test_the_weights_of_another_vit_are_refused(other: dict[str, Any], says: str
         _ = TimmEncoder(config, CPU).network
 
 
-@pytest.mark.parametrize("model", ["resnet18", "no_such_model"])
-def test_a_model_that_is_not_a_vit_is_refused(model: str) -> None:
-    with pytest.raises(RequestError, match=f"{model}.*visual.yaml"):
-        build_timm(model, {}, 32)
+@pytest.mark.parametrize(("model", "args"), [("resnet18", {"embed_dim": 32}), ("no_such_model", {})])
+def test_a_model_that_timm_cannot_build_is_refused(model: str, args: dict[str, int]) -> None:
+    with pytest.raises(RequestError, match=f"{model}: timm cannot build it.*visual.yaml"):
+        build_timm(model, args, 32)
 
 
 def test_short_videos_repeat_their_last_frame(folder: RefAvsFolder) -> None:
