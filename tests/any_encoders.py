@@ -107,16 +107,17 @@ def _ast(folder: Path) -> Any:
     return ASTForAudioClassification(ASTConfig(num_mel_bins=32, num_labels=3, **SIZES))
 
 
-def _clap(folder: Path) -> Any:
+def clap(folder: Path, fusion: bool = False) -> Any:
     from transformers import ClapConfig, ClapFeatureExtractor, ClapModel
 
-    ClapFeatureExtractor(truncation="rand_trunc").save_pretrained(folder)
+    ClapFeatureExtractor(truncation="fusion" if fusion else "rand_trunc").save_pretrained(folder)
     audio = {
         "patch_embeds_hidden_size": 4,
         "hidden_size": 32,
         "depths": [1, 1, 1, 1],
         "num_attention_heads": [1, 1, 2, 2],
-        "enable_fusion": False,
+        "enable_fusion": fusion,
+        "aff_block_r": 2,
     }
     text = {**SIZES, "vocab_size": 20, "max_position_embeddings": 20}
     return ClapModel(ClapConfig(text_config=text, audio_config=audio, projection_dim=8))
@@ -147,7 +148,7 @@ def _wav2vec2(folder: Path) -> Any:
     return Wav2Vec2ForCTC(Wav2Vec2Config(vocab_size=12, **SIZES, **convolutions))
 
 
-SOUND: dict[str, Callable[[Path], Any]] = {"ast": _ast, "clap": _clap, "whisper": _whisper, "wav2vec2": _wav2vec2}
+SOUND: dict[str, Callable[[Path], Any]] = {"ast": _ast, "clap": clap, "whisper": _whisper, "wav2vec2": _wav2vec2}
 
 
 def save(make: Callable[[Path], Any], folder: Path) -> str:

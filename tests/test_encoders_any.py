@@ -1,7 +1,9 @@
 """Families of frozen encoders against the libraries that they use, on small checkpoints in the official formats."""
 
 import importlib.util
+import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +342,28 @@ def test_a_short_file_of_another_rate_is_padded_and_its_end_not_valid(folders: d
     assert len(found) == 2 and found[0]["audio"].shape == (4, 16) and found[0]["audio"].dtype == np.float16
     assert found[0]["audio_valid"].tolist() == [True, True, False, False]
     np.testing.assert_array_equal(found[0]["audio"], found[1]["audio"])
+
+
+def test_an_encoder_can_be_sent_to_a_worker(folders: dict[str, str], tmp_path: Path) -> None:
+    audio = TransformersAudioEncoder(AudioConfig(encoder="transformers", weights=folders["whisper"]), 3, CPU)
+    text = TextEncoder(TextConfig(weights=folders["siglip"], max_tokens=8), CPU)
+    assert audio.network and text.tokenizer  # which a worker loads by itself
+    for encoder in (audio, text):
+        sent = pickle.loads(pickle.dumps(encoder))
+        assert "network" not in sent.__dict__ and sent.fingerprint() == encoder.fingerprint()
+    found, wanted = sent.encode(TEXTS), text.encode(TEXTS)
+    np.testing.assert_array_equal(found[1]["text"], wanted[1]["text"])
+
+
+def test_clap_with_feature_fusion_does_not_depend_on_chance(tmp_path: Path) -> None:
+    """transformers' own extractor marks a random clip of each batch as longer than it is."""
+    small.save(partial(small.clap, fusion=True), tmp_path)
+    config = AudioConfig(encoder="transformers", weights=str(tmp_path), dtype="float32")
+    encoder = TransformersAudioEncoder(config, 10, CPU)
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).uniform(-0.3, 0.3, 480_000), 48_000)
+    first, *others = (encoder.encode([encoder.load(tmp_path / "a.wav")] * n)[-1]["audio"] for n in (1, 2, 3))
+    for other in others:
+        np.testing.assert_allclose(other, first, rtol=1e-4, atol=1e-5)
 
 
 def test_frames_at_the_edge_of_a_second_belong_to_it() -> None:

@@ -126,10 +126,13 @@ class TransformersAudioEncoder(OnDevice):
         self.config, self.seconds, self.device = config, seconds, device
         self.folder = resolve_folder(config.weights, "an audio encoder", NAME, tuple(SOUND))
         self.type = model_type(self.folder)
-        self.model = SOUND[self.type]
         self.extractor = load_extractor(self.folder)
         self.rate = int(self.extractor.sampling_rate)
         self.window = min(self.model.window(self.extractor) or seconds, seconds)
+
+    @property
+    def model(self) -> SoundModel:
+        return SOUND[self.type]
 
     def fingerprint(self) -> dict:
         from transformers.utils import is_speech_available

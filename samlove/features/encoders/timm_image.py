@@ -24,21 +24,23 @@ from stores.fingerprint import sha256_file
 WHERE = "model and model_args in configs/*/visual.yaml"
 
 
-def build_timm(model: str, model_args: Mapping[str, Any], image_size: int) -> nn.Module:
+def build_timm(model: str, model_args: Mapping[str, Any], image_size: int | None) -> nn.Module:
     """timm's model with random weights and no classifier, for frames (n,3,S,S), S = image_size.
 
-    model: timm's name. model_args: overrides of its architecture. Raises RequestError if timm cannot build it.
+    model: timm's name. model_args: overrides of its architecture. image_size: None for the model's own. Raises
+    RequestError if timm cannot build it.
     """
     import timm
 
     pretrained = timm.get_pretrained_cfg(model)
     fixed = pretrained is None or pretrained.fixed_input_size  # others, such as ConvNeXt, take frames of any size
-    size = {"img_size": image_size} if fixed else {}
+    options: dict[str, Any] = {"img_size": image_size} if fixed and image_size else {}
     try:
-        return timm.create_model(model, pretrained=False, num_classes=0, **size, **model_args)
+        return timm.create_model(model, pretrained=False, num_classes=0, **options, **model_args)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())
-        raise RequestError(f"{model}: timm cannot build it for {image_size} pixels: {reason}; see {WHERE}") from error
+        what = f"it for {image_size} pixels" if image_size else "it"
+        raise RequestError(f"{model}: timm cannot build {what}: {reason}; see {WHERE}") from error
 
 
 def frame_tokens(network: Any, frames: Tensor) -> Tensor:
