@@ -28,7 +28,8 @@ class ClipImageEncoder(OnDevice):
         """Raises RequestError, saying how to get them, if the weights are missing."""
         self.config, self.device = config, device
         self.folder = resolve_folder(config.weights, "CLIP", CLIP, ("clip", "clip_vision_model"))
-        self.image_size: int = config.image_size or getattr(read_config(str(self.folder), "vision"), "image_size", 224)
+        own = read_config(str(self.folder), "vision")
+        self.image_size = int(config.image_size or getattr(own, "image_size", 224))
 
     def fingerprint(self) -> dict:
         return {
