@@ -28,8 +28,8 @@ class ClipImageEncoder(OnDevice):
         """Raises RequestError, saying how to get them, if the weights are missing."""
         self.config, self.device = config, device
         self.folder = resolve_folder(config.weights, "CLIP", CLIP, ("clip", "clip_vision_model"))
-        own = read_config(str(self.folder), "vision")
-        self.image_size = int(config.image_size or getattr(own, "image_size", 224))
+        own: int = getattr(read_config(str(self.folder), "vision"), "image_size", 224)
+        self.image_size = own if config.image_size is None else config.image_size
 
     def fingerprint(self) -> dict:
         return {
