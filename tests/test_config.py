@@ -66,9 +66,7 @@ def test_the_encoder_of_texts_is_no_setting(configs: Path) -> None:
     """It was one in earlier versions."""
     path = configs / "micro" / "text.yaml"
     path.write_text("encoder: roberta\n" + path.read_text())
-    with pytest.raises(
-        RequestError, match="text.yaml: encoder: no such setting; remove this line: .*'roberta'"
-    ):
+    with pytest.raises(RequestError, match="text.yaml: encoder: no such setting; remove this line: .*'roberta'"):
         load(TextConfig, configs)
 
 
