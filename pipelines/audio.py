@@ -1,4 +1,4 @@
-"""Stage `audio`: encode the audio of every video with VGGish -> data/<profile>/features/audio."""
+"""Stage `audio`: encode the audio of every video with VGGish or another encoder -> data/<profile>/features/audio."""
 
 import sys
 from pathlib import Path
@@ -11,18 +11,23 @@ from samlove.data.dataset import RefAvsFolder
 from samlove.data.layout import layout
 from samlove.device import default_device
 from samlove.features.cluster import chosen_cluster
+from samlove.features.encoders.audio_transformers import TransformersAudioEncoder
 from samlove.features.encoders.base import Sources
 from samlove.features.encoders.vggish import VggishEncoder
 from samlove.features.extract import Job, extract
 
 NAME = "audio"
+ENCODERS: dict[str, type[VggishEncoder] | type[TransformersAudioEncoder]] = {
+    "vggish": VggishEncoder,
+    "transformers": TransformersAudioEncoder,
+}
 SHARD, BATCH = 1024, 8  # videos: 2.6 MB per shard, 80 VGGish patches per batch
 
 
 def job(config: AudioConfig | None = None, out: Path | None = None) -> Job:
     """What the stage computes, from the index and the active profile, or with another configuration and store."""
     paths, dataset, config = layout(), load(DatasetConfig), config or load(AudioConfig)
-    encoder = VggishEncoder(config, dataset.frames, default_device())
+    encoder = ENCODERS[config.encoder](config, dataset.frames, default_device())
     folder = RefAvsFolder(dataset.root)
     media_ids = pd.read_parquet(paths.videos, columns=["media_id"])["media_id"].unique()
     sources = Sources(media_ids, folder.audio_path)

@@ -1,4 +1,4 @@
-"""Stage `text`: encode every distinct expression with RoBERTa or CLIP -> data/<profile>/features/text."""
+"""Stage `text`: encode every distinct expression with a text encoder -> data/<profile>/features/text."""
 
 import sys
 from pathlib import Path
@@ -11,19 +11,17 @@ from samlove.data.layout import layout
 from samlove.device import default_device
 from samlove.features.cluster import chosen_cluster
 from samlove.features.encoders.base import Sources
-from samlove.features.encoders.clip_text import ClipTextEncoder
-from samlove.features.encoders.roberta import RobertaEncoder
+from samlove.features.encoders.text import TextEncoder
 from samlove.features.extract import Job, extract
 
 NAME = "text"
-ENCODERS = {"roberta": RobertaEncoder, "clip": ClipTextEncoder}
 SHARD, BATCH = 1024, 64  # expressions: 39 MB per shard at the paper's size
 
 
 def job(config: TextConfig | None = None, out: Path | None = None) -> Job:
     """What the stage computes, from the index and the active profile, or with another configuration and store."""
     paths, config = layout(), config or load(TextConfig)
-    encoder = ENCODERS[config.encoder](config, default_device())
+    encoder = TextEncoder(config, default_device())
     texts = pd.read_parquet(paths.expressions, columns=["exp"])["exp"].unique()  # normalised by the index
     sources = Sources(texts, str)
     out = out or paths.features / NAME

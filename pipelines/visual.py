@@ -1,4 +1,4 @@
-"""Stage `visual`: encode the frames of every video with ViT or CLIP -> data/<profile>/features/visual."""
+"""Stage `visual`: encode the frames of every video with a model of timm or CLIP -> data/<profile>/features/visual."""
 
 import sys
 from pathlib import Path
@@ -13,11 +13,15 @@ from samlove.device import default_device
 from samlove.features.cluster import chosen_cluster
 from samlove.features.encoders.clip_image import ClipImageEncoder
 from samlove.features.encoders.frames import frame_sources
-from samlove.features.encoders.vit import VitEncoder
+from samlove.features.encoders.timm_image import TimmEncoder
 from samlove.features.extract import Job, extract
 
 NAME = "visual"
-ENCODERS: dict[str, type[VitEncoder] | type[ClipImageEncoder]] = {"vit": VitEncoder, "clip": ClipImageEncoder}
+ENCODERS: dict[str, type[TimmEncoder] | type[ClipImageEncoder]] = {
+    "vit": TimmEncoder,
+    "timm": TimmEncoder,
+    "clip": ClipImageEncoder,
+}
 SHARD, BATCH = 128, 4  # videos: 0.4 GB per shard at the paper's size, 40 frames per batch
 
 

@@ -5,6 +5,7 @@ the values. An unknown key or a value of the wrong type is an error that names t
 """
 
 import os
+import re
 import reprlib
 from collections.abc import Callable
 from importlib.resources import files
@@ -66,9 +67,11 @@ class DatasetConfig(Section):
 
 
 class AudioConfig(Section):
-    """VGGish."""
+    """VGGish, or an audio encoder of transformers (docs/encoders.md)."""
 
-    weights: str  # a local file
+    encoder: Literal["vggish", "transformers"] = "vggish"
+    weights: str  # a local file (vggish); a local folder in the transformers format, or "hub:NAME" (transformers)
+    # The next four are VGGish's.
     channels: Size = 64  # channels of the first convolution; 64 in the original VGGish
     hidden: Size = 4096  # width of the fully connected layers; 4096 in the original VGGish
     postprocess: Switch = False  # PCA and quantisation to 0..255, as in AudioSet's released embeddings
@@ -77,21 +80,21 @@ class AudioConfig(Section):
 
 
 class VisualConfig(Section):
-    """ViT through timm, or CLIP's image encoder (Table 2)."""
+    """An image model of timm, such as the paper's ViT, or CLIP's image encoder (Table 2); docs/encoders.md."""
 
-    encoder: Literal["vit", "clip"] = "vit"
+    encoder: Literal["vit", "timm", "clip"] = "vit"  # vit and timm are the same; stores record which name was used
     model: str = Field("vit_base_patch16_224", pattern=r"^[\w.]+$")  # timm's name; ignored for clip
     model_args: dict[str, Size] = {}  # overrides of timm's architecture, for small models
-    weights: str  # a local file (vit) or folder (clip), or "hub:NAME"
-    image_size: int = Field(224, ge=32, le=2**13)  # pixels per side of the encoder's input; at least one patch
+    weights: str  # a local file (timm) or folder (clip), or "hub:NAME"
+    # Pixels per side of the encoder's input, at least one patch; None: the size that the model was trained at.
+    image_size: int | None = Field(None, ge=32, le=2**13)
     dtype: Dtype = "float16"  # of the stored features
 
 
 class TextConfig(Section):
-    """DistilRoBERTa, or CLIP's text encoder (Table 2)."""
+    """A text encoder of transformers: the paper's DistilRoBERTa, CLIP's (Table 2), or another of docs/encoders.md."""
 
-    encoder: Literal["roberta", "clip"] = "roberta"
-    weights: str  # a local folder in the transformers format, or "hub:NAME"
+    weights: str  # a local folder in the transformers format, or "hub:NAME"; its config.json says which encoder it is
     # With start and end token; longer expressions are truncated, shorter ones padded.
     max_tokens: int = Field(25, ge=2, le=2**13)
     dtype: Dtype = "float16"  # of the stored features
@@ -100,12 +103,22 @@ class TextConfig(Section):
 class Sam2Config(Section):
     """SAM 2: its architecture and weights, and where its image embeddings are cached (design decision 3)."""
 
-    config: str  # a yaml file, or a name inside the sam2 package such as configs/sam2/sam2_hiera_l.yaml
+    # A yaml file, or a name inside the sam2 package such as configs/sam2/sam2_hiera_l.yaml. An official checkpoint does
+    # not need it: its name says which of the package's configurations it belongs to.
+    config: str
     checkpoint: str  # official .pt ({"model": state dict}) or .safetensors, or "hub:NAME"
     cache_point: Literal["post_conv", "pre_conv"] = "post_conv"  # after or before the mask decoder's conv_s0, conv_s1
     dtype: Sam2Dtype = "float16"  # int8 stores one scale per channel; int8 and bfloat16 are read back as float32
     compression: Literal["none", "zstd"] = "none"  # zstd: a smaller store that reads more slowly
     train_frames: Size = 1  # frames of a training video that are stored, evenly spaced from frame 0; 1: the paper's
+
+    @model_validator(mode="before")
+    @classmethod
+    def _official_config(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "config" not in values and isinstance(values.get("checkpoint"), str):
+            if found := official_sam2_config(values["checkpoint"]):
+                return {"config": found, **values}
+        return values
 
 
 class PackConfig(Section):
@@ -304,6 +317,8 @@ T = TypeVar("T")
 CLUSTER = "cluster"  # the folder of configs/ that is not a profile
 NO_PROFILES = (CLUSTER, "dataset")  # data/dataset holds the datasets of all profiles
 SHOWN = 5  # faults of a file that a message lists
+# text.yaml had this setting in earlier versions; sam2.yaml never did.
+NOT_IN_TEXT = "no such setting; remove this line: the folder of the weights says which encoder it is"
 
 
 def _read_yaml(path: Path) -> dict:
@@ -385,6 +400,19 @@ def local_path(setting: str) -> Path:
         raise RequestError(f"{setting}: ~ has no meaning here, because the home folder is unknown; set HOME") from None
 
 
+def official_sam2_config(checkpoint: str) -> str | None:
+    """The yaml inside the sam2 package of an official checkpoint, by its name; None for any other name.
+
+    checkpoint: the path of a file such as sam2.1_hiera_base_plus.pt, or "hub:facebook/sam2.1-hiera-base-plus".
+    """
+    name = checkpoint.rpartition("/")[2]
+    found = re.fullmatch(r"(sam2(?:\.1)?)[_-]hiera[_-](tiny|small|base[_-]plus|large)(?:\.(?:pt|safetensors))?", name)
+    if found is None:
+        return None
+    size = {"tiny": "t", "small": "s", "large": "l"}.get(found[2], "b+")
+    return f"configs/{found[1]}/{found[1]}_hiera_{size}.yaml"
+
+
 def read_sam2_config(config: str) -> "DictConfig":
     """SAM 2's yaml: a file, or a name inside the sam2 package such as "configs/sam2/sam2_hiera_l.yaml".
 
@@ -437,8 +465,11 @@ def _check(make: Callable[[], T], path: Path | str) -> T:
         faults = []
         for fault in error.errors()[:SHOWN]:
             kind, reason = fault["type"], fault["msg"].removeprefix("Value error, ")
-            reason = {"extra_forbidden": "no such setting", "string_type": f"{reason} (in quotes)"}.get(kind, reason)
             key = ".".join(_shown(part).strip("'") for part in fault["loc"])
+            reason = {
+                "extra_forbidden": NOT_IN_TEXT if key == "encoder" else "no such setting",
+                "string_type": f"{reason} (in quotes)",
+            }.get(kind, reason)
             faults.append(f"{key}: {reason}" + f", found {_shown(fault['input'])}" * (kind != "missing"))
         if error.error_count() > SHOWN:
             faults.append(f"and {error.error_count() - SHOWN} more faults")

@@ -12,8 +12,8 @@ from PIL import Image
 
 from samlove.config import AudioConfig, Sam2Config, Section, TextConfig, VisualConfig
 from samlove.data.dataset import RefAvsFolder
+from samlove.features.encoders.timm_image import build_timm
 from samlove.features.encoders.vggish import build_vggish
-from samlove.features.encoders.vit import build_vit
 from samlove.model.sam2_build import instantiate_sam2
 
 TINY_SAM2 = str(Path(__file__).parent / "sam2_tiny.yaml")
@@ -49,7 +49,7 @@ def vit_config(root: Path, trained_at: int = 32, image_size: int = 32, **options
     """A ViT with a classifier, as in timm's checkpoints."""
     torch.manual_seed(0)
     root.mkdir(parents=True, exist_ok=True)
-    tensors = build_vit(VIT, VIT_ARGS, trained_at).state_dict()
+    tensors = build_timm(VIT, VIT_ARGS, trained_at).state_dict()
     tensors |= {"head.weight": torch.zeros(1000, 32), "head.bias": torch.zeros(1000)}
     torch.save(tensors, root / "vit.pth")
     values = {"model": VIT, "model_args": VIT_ARGS, "weights": str(root / "vit.pth"), "image_size": image_size}

@@ -16,8 +16,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from samlove.cli import doctor, main
-from samlove.data.sizes import read_settings
 from samlove.features.audio_embed import import_audio_embed
+from samlove.features.sizes import read_settings
 from stores import export_store
 from tests.impostors import IMPOSTORS
 from tests.repository import git, make_repository
@@ -325,7 +325,7 @@ def test_doctor_says_which_weights_are_of_another_model(micro: Path) -> None:
     assert found.keys() == {"visual weights", "text weights", "SAM 2 checkpoint"}
     assert "these are not the weights of timm's vit_tiny_r_s16_p8_224 as configured" in found["visual weights"].found
     assert "these are not the weights of this SAM 2 as configured" in found["SAM 2 checkpoint"].found
-    assert "expected model_type 'roberta', found 'bert'" in found["text weights"].found
+    assert "tokenizer does not fit" in found["text weights"].found
 
 
 def test_doctor_says_which_paths_lead_nowhere(micro: Path) -> None:

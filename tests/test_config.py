@@ -16,6 +16,7 @@ from samlove.config import (
     SECTIONS,
     DatasetConfig,
     FusionConfig,
+    TextConfig,
     TrainConfig,
     active_profile,
     load,
@@ -59,6 +60,14 @@ def test_the_dataset_is_where_dvc_watches_it(configs: Path) -> None:
     (configs / "micro" / "dataset.yaml").write_text("root: /elsewhere\n")
     with pytest.raises(RequestError, match=r"micro/dataset.yaml: root is not a setting; link .* data/dataset/micro"):
         load(DatasetConfig, configs)
+
+
+def test_the_encoder_of_texts_is_no_setting(configs: Path) -> None:
+    """It was one in earlier versions."""
+    path = configs / "micro" / "text.yaml"
+    path.write_text("encoder: roberta\n" + path.read_text())
+    with pytest.raises(RequestError, match="text.yaml: encoder: no such setting; remove this line: .*'roberta'"):
+        load(TextConfig, configs)
 
 
 # Ten lines that hold a list of ten billion parts: each line lists the one before ten times.

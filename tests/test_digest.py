@@ -11,7 +11,7 @@ import pytest
 from samlove.data.digest import code_digest, folder_digest, rows_digest, source_ids
 from samlove.data.hashes import FileHashes
 from samlove.features.encoders.base import Sources
-from samlove.features.encoders.vit import VitEncoder
+from samlove.features.encoders.timm_image import TimmEncoder
 from tests.plain_user import run_as_plain_user
 from tests.tiny_pack import ROWS
 
@@ -138,17 +138,17 @@ def test_the_code_digest_covers_imported_modules(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     shutil.copytree(root / "samlove", tmp_path / "samlove", ignore=shutil.ignore_patterns("__pycache__", "*.npz"))
     shutil.copytree(root / "stores", tmp_path / "stores", ignore=shutil.ignore_patterns("__pycache__"))
-    imports = "from samlove.data.digest import code_digest; from samlove.features.encoders import vit"
-    code = f"{imports}; print(code_digest(vit.VitEncoder))"
+    imports = "from samlove.data.digest import code_digest; from samlove.features.encoders import timm_image"
+    code = f"{imports}; print(code_digest(timm_image.TimmEncoder))"
 
     def digest() -> str:
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     before = digest()
-    assert before == code_digest(VitEncoder)
+    assert before == code_digest(TimmEncoder)
     encoders = "features/encoders"
-    edits = {f"{encoders}/vit": False, "data/dataset": False, f"{encoders}/roberta": True, "config": True}
+    edits = {f"{encoders}/timm_image": False, "data/dataset": False, f"{encoders}/text": True, "config": True}
     for file, same in edits.items():
         path = tmp_path / "samlove" / f"{file}.py"
         path.write_text(path.read_text() + "# edited\n")

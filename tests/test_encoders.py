@@ -13,16 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from samlove.config import AudioConfig, Sam2Config, TextConfig, VisualConfig
 from samlove.data.dataset import RefAvsFolder
-from samlove.data.sizes import text_width
 from samlove.errors import RequestError, SamloveError
 from samlove.features.encoders.base import to_store
 from samlove.features.encoders.clip_image import ClipImageEncoder
-from samlove.features.encoders.clip_text import ClipTextEncoder
 from samlove.features.encoders.frames import frame_sources
-from samlove.features.encoders.roberta import RobertaEncoder
 from samlove.features.encoders.sam2_image import LEVELS, Sam2ImageEncoder
+from samlove.features.encoders.text import TextEncoder
+from samlove.features.encoders.timm_image import TimmEncoder, build_timm
 from samlove.features.encoders.vggish import RATE, VggishEncoder, build_vggish, log_mel, pad_or_trim
-from samlove.features.encoders.vit import VitEncoder, build_vit
+from samlove.features.sizes import text_width
 from samlove.model.sam2 import LightSam2
 from samlove.model.sam2_build import checkpoint_path, instantiate_sam2, load_sam2_weights
 from samlove.model.weights import load_state_dict
@@ -63,14 +62,14 @@ def encoder_and_sources(
             VggishEncoder(small.audio_config(root, dtype="float32"), 3, CPU),
             [folder.audio_path(m) for m in media],
         ),
-        "vit": lambda: (VitEncoder(small.vit_config(root, dtype="float32"), CPU), frames),
+        "vit": lambda: (TimmEncoder(small.vit_config(root, dtype="float32"), CPU), frames),
         "clip image": lambda: (
             ClipImageEncoder(VisualConfig(encoder="clip", weights=clip, image_size=32, dtype="float32"), CPU),
             frames,
         ),
-        "roberta": lambda: (RobertaEncoder(small.roberta_config(root, dtype="float32"), CPU), TEXTS),
+        "roberta": lambda: (TextEncoder(small.roberta_config(root, dtype="float32"), CPU), TEXTS),
         "clip text": lambda: (
-            ClipTextEncoder(TextConfig(encoder="clip", weights=clip, dtype="float32"), CPU),
+            TextEncoder(TextConfig(weights=clip, dtype="float32"), CPU),
             TEXTS,
         ),
         "sam2": lambda: (Sam2ImageEncoder(small.sam2_config(root, dtype="float32"), CPU), frames),
@@ -106,12 +105,11 @@ def test_fingerprint_is_json_and_needs_no_network(encoder_and_sources: tuple[Any
     [
         (lambda: VggishEncoder(AudioConfig(weights="no/vggish.pth"), 10, CPU), "no/vggish.pth.*VGGish.*releases"),
         (
-            lambda: VitEncoder(VisualConfig(weights="no/vit.pth"), CPU),
+            lambda: TimmEncoder(VisualConfig(weights="no/vit.pth"), CPU),
             "no/vit.pth.*vit_base_patch16.*hub:timm/vit_",
         ),
         (lambda: ClipImageEncoder(VisualConfig(weights="no/clip"), CPU), "no/clip.*CLIP.*hf download openai/clip"),
-        (lambda: RobertaEncoder(TextConfig(weights="no/roberta"), CPU), "no/roberta.*hf download distilbert/distil"),
-        (lambda: ClipTextEncoder(TextConfig(weights="no/clip"), CPU), "no/clip.*CLIP.*hf download openai/clip"),
+        (lambda: TextEncoder(TextConfig(weights="no/roberta"), CPU), "no/roberta.*hf download distilbert/distil"),
         (
             lambda: Sam2ImageEncoder(Sam2Config(config="configs/sam2/sam2_hiera_t.yaml", checkpoint="no/sam2.pt"), CPU),
             "no/sam2.pt.*SAM 2 checkpoint.*hub:facebook/sam2.*dl.fbaipublicfiles.com",
@@ -169,12 +167,12 @@ def test_a_path_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pyte
     text = small.roberta_config(tmp_path / "t").model_copy(update={"weights": "~/t"})
     sam2 = small.sam2_config(tmp_path / "w").model_copy(update={"checkpoint": "~/w/sam2.pt", "config": "~/sam2.yaml"})
     (tmp_path / "sam2.yaml").write_bytes(Path(small.TINY_SAM2).read_bytes())
-    for encoder in (VggishEncoder(audio, 1, CPU), VitEncoder(visual, CPU), RobertaEncoder(text, CPU)):
+    for encoder in (VggishEncoder(audio, 1, CPU), TimmEncoder(visual, CPU), TextEncoder(text, CPU)):
         assert len(encoder.fingerprint()["weights_sha256"]) == 64
     assert Sam2ImageEncoder(sam2, CPU).network
     assert text_width(text) == 16
     with pytest.raises(RequestError, match="~nobody-of-that-name/w: ~ .* home folder is unknown"):
-        VitEncoder(visual.model_copy(update={"weights": "~nobody-of-that-name/w"}), CPU)
+        TimmEncoder(visual.model_copy(update={"weights": "~nobody-of-that-name/w"}), CPU)
 
 
 @pytest.mark.parametrize(
@@ -195,9 +193,9 @@ def test_what_is_there_instead_of_weights_is_named(make: Callable[[Path], object
     make(path)
     for build in (
         lambda: VggishEncoder(AudioConfig(weights=str(path)), 1, CPU),
-        lambda: VitEncoder(VisualConfig(weights=str(path)), CPU),
+        lambda: TimmEncoder(VisualConfig(weights=str(path)), CPU),
         lambda: checkpoint_path(str(path)),
-        *([] if path.is_dir() else [lambda: RobertaEncoder(TextConfig(weights=str(path)), CPU)]),
+        *([] if path.is_dir() else [lambda: TextEncoder(TextConfig(weights=str(path)), CPU)]),
     ):
         with pytest.raises(RequestError, match=rf"^{path}: .*{says}; expected "):
             build()
@@ -214,7 +212,7 @@ def test_a_link_to_a_folder_that_dvc_would_not_follow_is_refused(
     for stage in ("text", "audio"):
         (stages / stage).symlink_to(tmp_path / "models" / stage)
     builds = (
-        lambda inside: RobertaEncoder(text.model_copy(update={"weights": f"{inside('text')}"}), CPU),
+        lambda inside: TextEncoder(text.model_copy(update={"weights": f"{inside('text')}"}), CPU),
         lambda inside: VggishEncoder(audio.model_copy(update={"weights": f"{inside('audio')}/vggish.pth"}), 1, CPU),
     )
     for build in builds:
@@ -243,7 +241,7 @@ def test_integers_in_place_of_weights_are_refused(tmp_path: Path) -> None:
     tensors = load_state_dict(Path(config.weights))
     torch.save({name: (value * 100).to(torch.int8) for name, value in tensors.items()}, config.weights)
     with pytest.raises(SamloveError, match="cls_token is torch.int8, expected floating-point numbers; .* more; choose"):
-        assert VitEncoder(config, CPU).network
+        assert TimmEncoder(config, CPU).network
 
 
 def test_the_error_for_a_value_outside_the_dtype_names_the_array() -> None:
@@ -357,11 +355,11 @@ def test_another_file_in_place_of_the_pca_is_refused(value: Any, says: str, tmp_
 
 
 def test_vit_tokens_equal_timms(tmp_path: Path, folder: RefAvsFolder) -> None:
-    encoder = VitEncoder(small.vit_config(tmp_path, dtype="float32"), CPU)
+    encoder = TimmEncoder(small.vit_config(tmp_path, dtype="float32"), CPU)
     frames = encoder.load(frame_sources(folder, ["whole"], 3)["whole"])
     assert frames.shape == (3, 3, 32, 32)
     found = encoder.encode([frames])[0]["visual"]
-    network = build_vit(small.VIT, small.VIT_ARGS, 32).eval()
+    network = build_timm(small.VIT, small.VIT_ARGS, 32).eval()
     network.load_state_dict(load_state_dict(tmp_path / "vit.pth"), strict=False)
     with torch.inference_mode():
         wanted = network.forward_features(frames.float() / 127.5 - 1)  # type: ignore[operator]
@@ -372,7 +370,7 @@ def test_vit_tokens_equal_timms(tmp_path: Path, folder: RefAvsFolder) -> None:
 def test_vit_position_embeddings_are_resampled_to_a_different_size(tmp_path: Path) -> None:
     from timm.layers import resample_abs_pos_embed
 
-    encoder = VitEncoder(small.vit_config(tmp_path, trained_at=32, image_size=64), CPU)
+    encoder = TimmEncoder(small.vit_config(tmp_path, trained_at=32, image_size=64), CPU)
     trained = load_state_dict(tmp_path / "vit.pth")["pos_embed"]
     torch.testing.assert_close(encoder.network.pos_embed.data, resample_abs_pos_embed(trained, (4, 4)))
     assert encoder.encode([torch.zeros(2, 3, 64, 64, dtype=torch.uint8)])[0]["visual"].shape == (2, 17, 32)
@@ -403,13 +401,13 @@ def test_the_weights_of_another_vit_are_refused(other: dict[str, Any], says: str
     network = timm.create_model(small.VIT, **{"num_classes": 0, "img_size": 32, **small.VIT_ARGS, **other})
     save_file(network.state_dict(), config.weights)
     with pytest.raises(SamloveError, match=f"not the weights of timm's {small.VIT} as configured: .*{says}"):
-        _ = VitEncoder(config, CPU).network
+        _ = TimmEncoder(config, CPU).network
 
 
-@pytest.mark.parametrize("model", ["resnet18", "no_such_model"])
-def test_a_model_that_is_not_a_vit_is_refused(model: str) -> None:
-    with pytest.raises(RequestError, match=f"{model}.*visual.yaml"):
-        build_vit(model, {}, 32)
+@pytest.mark.parametrize(("model", "args"), [("resnet18", {"embed_dim": 32}), ("no_such_model", {})])
+def test_a_model_that_timm_cannot_build_is_refused(model: str, args: dict[str, int]) -> None:
+    with pytest.raises(RequestError, match=f"{model}: timm cannot build it.*visual.yaml"):
+        build_timm(model, args, 32)
 
 
 def test_short_videos_repeat_their_last_frame(folder: RefAvsFolder) -> None:
@@ -439,7 +437,7 @@ def test_the_clip_image_encoder_loads_with_and_without_the_rest_of_clip(
 
 
 def test_expressions_are_padded_and_truncated(tmp_path: Path) -> None:
-    encoder = RobertaEncoder(small.roberta_config(tmp_path, max_tokens=8), CPU)
+    encoder = TextEncoder(small.roberta_config(tmp_path, max_tokens=8), CPU)
     short, long = encoder.encode(["it", "a long text that is cut"])
     assert short["text"].shape == long["text"].shape == (8, 16)
     assert short["text_mask"].tolist() == [True] * 4 + [False] * 4  # <s> i t </s>
@@ -448,14 +446,14 @@ def test_expressions_are_padded_and_truncated(tmp_path: Path) -> None:
 
 def test_padding_does_not_reach_the_tokens(tmp_path: Path) -> None:
     config = small.roberta_config(tmp_path, dtype="float32")
-    few, many = (RobertaEncoder(config.model_copy(update={"max_tokens": n}), CPU).encode(["it"])[0] for n in (4, 25))
+    few, many = (TextEncoder(config.model_copy(update={"max_tokens": n}), CPU).encode(["it"])[0] for n in (4, 25))
     np.testing.assert_allclose(many["text"][many["text_mask"]], few["text"], rtol=1e-4, atol=1e-5)
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused(tmp_path: Path, clip: str) -> None:
     for encoder, longest in (
-        (RobertaEncoder(small.roberta_config(tmp_path, max_tokens=39), CPU), 38),
-        (ClipTextEncoder(TextConfig(encoder="clip", weights=clip, max_tokens=31), CPU), 30),
+        (TextEncoder(small.roberta_config(tmp_path, max_tokens=39), CPU), 38),
+        (TextEncoder(TextConfig(weights=clip, max_tokens=31), CPU), 30),
     ):
         with pytest.raises(RequestError, match=f"takes at most {longest} tokens"):
             encoder.encode(["it"])
@@ -467,7 +465,7 @@ def test_a_folder_with_a_missing_weight_is_refused(tmp_path: Path) -> None:
     del tensors["roberta.encoder.layer.0.output.dense.bias"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SamloveError, match="RobertaModel missing: encoder.layer.0.output.dense.bias"):
-        RobertaEncoder(config, CPU).encode(["it"])
+        TextEncoder(config, CPU).encode(["it"])
 
 
 def change(path: Path, **values: object) -> None:
@@ -531,15 +529,19 @@ def unlink(*names: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (save_bert, "config.json: expected model_type 'roberta', found 'bert'; set weights: hub:distilbert/distilrob"),
+        (save_bert, "tokenizer .* expected class BertTokenizer, found RobertaTokenizer"),
+        (
+            lambda f: change(f / "config.json", model_type="gpt2"),
+            "expected model_type 'bert', .*'roberta', .*, found 'gpt2'; set weights: hub:distilbert/distilroberta",
+        ),
         (
             lambda f: change(f / "config.json", model_type="camembert"),
-            "expected model_type 'roberta', found 'camembert'",
+            "tokenizer .* expected class CamembertTokenizer, found RobertaTokenizer",
         ),
-        (lambda f: change(f / "config.json", model_type=...), "expected model_type 'roberta', found None"),
+        (lambda f: change(f / "config.json", model_type=...), "expected model_type .*, found None"),
         (lambda f: (f / "config.json").write_text("{"), "config.json: expected the configuration of a model"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json: expected the configuration of a model"),
-        (unlink("config.json"), "config.json: no such file; expected as a part of DistilRoBERTa; set weights"),
+        (unlink("config.json"), "config.json: no such file; expected as a part of a text encoder; set weights"),
         (unlink("model.safetensors"), "model.safetensors or pytorch_model.bin: no such file; expected as a part"),
         (wrap, "the model is in a folder inside it; set weights: .*/0_Transformer"),
         (lambda f: change(f / "config.json", num_hidden_layers=2), "weights of RobertaModel missing: encoder.layer.1"),
@@ -560,7 +562,7 @@ def test_a_folder_of_another_model_or_tokenizer_is_refused(
     config = small.roberta_config(tmp_path)
     spoil(tmp_path)
     with pytest.raises(SamloveError, match=f"^{tmp_path}.*{says}") as raised:
-        RobertaEncoder(config, CPU).encode(["it"])
+        TextEncoder(config, CPU).encode(["it"])
     assert "\n" not in str(raised.value)
 
 
@@ -573,7 +575,7 @@ def test_clip_folders_are_checked_too(tmp_path: Path) -> None:
     add_a_layer(deeper, ".layers.")
     for what in (
         ClipImageEncoder(VisualConfig(encoder="clip", weights=str(deeper)), CPU),
-        ClipTextEncoder(TextConfig(encoder="clip", weights=str(deeper)), CPU),
+        TextEncoder(TextConfig(weights=str(deeper)), CPU),
     ):
         with pytest.raises(
             SamloveError, match="weights of CLIP.* not in config.json: (vision|text)_model.encoder.layers"
@@ -582,17 +584,13 @@ def test_clip_folders_are_checked_too(tmp_path: Path) -> None:
     with pytest.raises(SamloveError, match="weights of CLIPVisionModel that are integers: "):
         assert ClipImageEncoder(VisualConfig(encoder="clip", weights=str(integers)), CPU).network
     with pytest.raises(SamloveError, match="weights of CLIPTextModel that are integers: "):
-        assert ClipTextEncoder(TextConfig(encoder="clip", weights=str(integers)), CPU).network
-    expected = "expected model_type 'clip' or 'clip_{}_model', found 'roberta'; .*openai/clip"
-    with pytest.raises(RequestError, match=expected.format("vision")):
+        assert TextEncoder(TextConfig(weights=str(integers)), CPU).network
+    expected = "expected model_type 'clip' or 'clip_vision_model', found 'roberta'; .*openai/clip"
+    with pytest.raises(RequestError, match=expected):
         ClipImageEncoder(VisualConfig(encoder="clip", weights=roberta), CPU)
-    with pytest.raises(RequestError, match=expected.format("text")):
-        ClipTextEncoder(TextConfig(encoder="clip", weights=roberta), CPU)
-    with pytest.raises(RequestError, match="expected model_type 'roberta', found 'clip'"):
-        RobertaEncoder(TextConfig(weights=str(clip)), CPU)
     (clip / "tokenizer.json").unlink()
     with pytest.raises(SamloveError, match="tokenizer does not fit the network or is incomplete: expected tokens 54"):
-        _ = ClipTextEncoder(TextConfig(encoder="clip", weights=str(clip)), CPU).tokenizer
+        _ = TextEncoder(TextConfig(weights=str(clip)), CPU).tokenizer
 
 
 def test_code_in_a_model_folder_is_never_run(tmp_path: Path) -> None:
@@ -601,10 +599,10 @@ def test_code_in_a_model_folder_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "roberta" / "code.py").write_text(f"open({str(ran)!r}, 'w')")
     change(tmp_path / "roberta" / "config.json", auto_map={"AutoModel": "code.A", "AutoTokenizer": "code.B"})
     change(tmp_path / "roberta" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.B", None]})
-    RobertaEncoder(config, CPU).encode(["it"])
+    TextEncoder(config, CPU).encode(["it"])
     change(tmp_path / "roberta" / "tokenizer_config.json", tokenizer_class="B")
     with pytest.raises(SamloveError, match="tokenizer does not fit"):
-        RobertaEncoder(config, CPU).encode(["it"])
+        TextEncoder(config, CPU).encode(["it"])
     assert not ran.exists()
 
 

@@ -20,10 +20,10 @@ from samlove.errors import SamloveError
 from samlove.features.cluster import LOGGED
 from samlove.features.encoders.base import Arrays, Sources, to_store
 from samlove.features.encoders.frames import frame_sources
-from samlove.features.encoders.roberta import RobertaEncoder
 from samlove.features.encoders.sam2_image import Sam2ImageEncoder
+from samlove.features.encoders.text import TextEncoder
+from samlove.features.encoders.timm_image import TimmEncoder
 from samlove.features.encoders.vggish import VggishEncoder
-from samlove.features.encoders.vit import VitEncoder
 from samlove.features.extract import AHEAD, FAILURE_BUDGET, Job, extract
 from stores import FeatureStore
 from tests import small_encoders as small
@@ -227,10 +227,10 @@ def test_stages_write_what_the_encoders_compute(project: Path, monkeypatch: pyte
     vggish = VggishEncoder(small.audio_config(weights), 3, cpu)
     live = {m: vggish.encode([vggish.load(folder.audio_path(m))])[0] for m in media}
     assert_stored_equals_live(stores["audio"], live)
-    vit = VitEncoder(small.vit_config(weights), cpu)
+    vit = TimmEncoder(small.vit_config(weights), cpu)
     frames = frame_sources(folder, media, 3)
     assert_stored_equals_live(stores["visual"], {m: vit.encode([vit.load(frames[m])])[0] for m in media})
-    roberta = RobertaEncoder(small.roberta_config(weights / "roberta"), cpu)
+    roberta = TextEncoder(small.roberta_config(weights / "roberta"), cpu)
     assert_stored_equals_live(stores["text"], {t: roberta.encode([t])[0] for t in ("it", "the red star")})
     encoder = Sam2ImageEncoder(small.sam2_config(weights), cpu)
     assert_stored_equals_live(stores["sam2_train"], {"a": encoder.encode([encoder.load(frames["a"][:1])])[0]})

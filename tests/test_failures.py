@@ -12,8 +12,8 @@ import torch
 import samlove.features.extract as extract_module
 from samlove.data.dataset import RefAvsFolder
 from samlove.features.encoders.frames import frame_sources
+from samlove.features.encoders.timm_image import TimmEncoder
 from samlove.features.encoders.vggish import VggishEncoder
-from samlove.features.encoders.vit import VitEncoder
 from samlove.features.extract import Job, extract
 from stores import FeatureStore
 from tests import small_encoders as small
@@ -74,7 +74,7 @@ def extract_audio(folder: RefAvsFolder, media_ids: list[str]) -> FeatureStore:
 
 def extract_visual(folder: RefAvsFolder, media_ids: list[str]) -> FeatureStore:
     root = folder.root.parent
-    encoder = VitEncoder(small.vit_config(root / "weights"), torch.device("cpu"))
+    encoder = TimmEncoder(small.vit_config(root / "weights"), torch.device("cpu"))
     extract(Job(encoder, frame_sources(folder, media_ids, 3), root / "visual", root / "scratch" / "visual", 4, 2))
     return FeatureStore.open(root / "visual")
 

@@ -20,10 +20,10 @@ from samlove.config import AudioConfig, Sam2Config, TextConfig, VisualConfig, lo
 from samlove.data.dataset import RefAvsFolder
 from samlove.data.loader import ExpressionDataset, collate, make_resident
 from samlove.features.encoders.frames import frame_sources
-from samlove.features.encoders.roberta import RobertaEncoder
 from samlove.features.encoders.sam2_image import Sam2ImageEncoder
+from samlove.features.encoders.text import TextEncoder
+from samlove.features.encoders.timm_image import TimmEncoder
 from samlove.features.encoders.vggish import VggishEncoder
-from samlove.features.encoders.vit import VitEncoder
 from samlove.features.extract import Job, extract
 from samlove.features.golden import TOLERANCE, check_live, distance
 from samlove.micro.clips import draw_clip
@@ -61,8 +61,8 @@ def encoder_and_sources(name: str, device: torch.device, folder: RefAvsFolder) -
     frames = list(frame_sources(folder, media, 3).values())
     make: dict[str, Callable[[], tuple[Any, list[Any]]]] = {
         "audio": lambda: (VggishEncoder(load(AudioConfig), 3, device), [folder.audio_path(m) for m in media]),
-        "visual": lambda: (VitEncoder(load(VisualConfig), device), frames),
-        "text": lambda: (RobertaEncoder(load(TextConfig), device), ["the red star on the left", "it"]),
+        "visual": lambda: (TimmEncoder(load(VisualConfig), device), frames),
+        "text": lambda: (TextEncoder(load(TextConfig), device), ["the red star on the left", "it"]),
         "sam2": lambda: (Sam2ImageEncoder(load(Sam2Config), device), frames),
     }
     return make[name]()

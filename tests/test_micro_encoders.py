@@ -13,10 +13,9 @@ from PIL import Image
 import samlove.model.torchvision_ops  # noqa: F401
 from samlove.config import AudioConfig, TextConfig, VisualConfig, load
 from samlove.features.encoders.clip_image import ClipImageEncoder
-from samlove.features.encoders.clip_text import ClipTextEncoder
-from samlove.features.encoders.roberta import RobertaEncoder
+from samlove.features.encoders.text import TextEncoder
+from samlove.features.encoders.timm_image import build_timm
 from samlove.features.encoders.vggish import build_vggish
-from samlove.features.encoders.vit import build_vit
 from samlove.micro import code, pretrain_clip
 from samlove.micro.pretrain_encoders import (
     Examples,
@@ -43,7 +42,7 @@ def batch_of(examples: list[dict]) -> dict[str, torch.Tensor]:
 def test_bundled_vit_recognises_what_it_sees() -> None:
     config = load(VisualConfig)
     batch = batch_of(list(islice(Examples(patches, FRESH, 0), 96)))
-    vit = build_vit(config.model, config.model_args, config.image_size).eval()
+    vit = build_timm(config.model, config.model_args, config.image_size).eval()
     vit.load_state_dict(load_state_dict(Path(config.weights)))
     pictures = batch["picture"].permute(0, 3, 1, 2).float() / 127.5 - 1  # (96, 3, 128, 128)
     _, scores = sight_loss(vit.forward_features(pictures), batch)
@@ -61,7 +60,7 @@ def test_bundled_vggish_recognises_what_it_hears() -> None:
 
 
 def test_bundled_roberta_recognises_what_is_asked() -> None:
-    encoder = RobertaEncoder(load(TextConfig), torch.device("cpu"))
+    encoder = TextEncoder(load(TextConfig), torch.device("cpu"))
     texts = said_sentences(seed=0, scenes=100)
     right = []
     for text, arrays in zip(texts, encoder.encode(texts), strict=True):
@@ -123,13 +122,12 @@ def test_code_of_sight_and_sound_follow_the_scene() -> None:
         assert sorted(np.argsort(traits)[-4:]) == code.CATEGORY[thing.category]
 
 
-def clip_encoders(folder: str) -> tuple[ClipImageEncoder, ClipTextEncoder]:
+def clip_encoders(folder: str) -> tuple[ClipImageEncoder, TextEncoder]:
     """With the settings of the micro profile, as the ablation has them."""
-    override = {"encoder": "clip", "weights": folder}
     cpu = torch.device("cpu")
     return (
-        ClipImageEncoder(load(VisualConfig).model_copy(update=override), cpu),
-        ClipTextEncoder(load(TextConfig).model_copy(update=override), cpu),
+        ClipImageEncoder(load(VisualConfig).model_copy(update={"encoder": "clip", "weights": folder}), cpu),
+        TextEncoder(load(TextConfig).model_copy(update={"weights": folder}), cpu),
     )
 
 

@@ -14,8 +14,8 @@ from samlove.cli.plan import PER_SHARD, measured, run, seconds_an_item
 from samlove.config import SECTIONS, AblationsConfig, DatasetConfig, SynthConfig, load
 from samlove.data.index import audit_folder, write_index
 from samlove.data.layout import Layout
-from samlove.data.sizes import REF_AVS, Count, Settings, count, item_bytes, planned, read_settings
-from samlove.features.encoders.roberta import RobertaEncoder
+from samlove.features.encoders.text import TextEncoder
+from samlove.features.sizes import REF_AVS, Count, Settings, count, item_bytes, planned, read_settings
 from samlove.synth.write import write_dataset
 from tests.small_encoders import roberta_config
 from tests.test_cli import ROOT, samlove, select
@@ -84,7 +84,7 @@ def test_what_cannot_be_measured_says_why_and_the_rest_is_measured(
 
 
 def test_time_does_not_depend_on_how_many_sources_there_are(tmp_path: Path) -> None:
-    encoder = RobertaEncoder(roberta_config(tmp_path / "text"), torch.device("cpu"))
+    encoder = TextEncoder(roberta_config(tmp_path / "text"), torch.device("cpu"))
     assert seconds_an_item(encoder, ["the dog"], 64) > 0
     assert seconds_an_item(encoder, ["the dog", "the cat", "the bird"], 2) > 0
 

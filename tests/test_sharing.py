@@ -17,7 +17,7 @@ import yaml
 
 from samlove.cli.plan import PER_SHARD
 from samlove.data.layout import layout
-from samlove.data.sizes import count, planned, read_settings
+from samlove.features.sizes import count, planned, read_settings
 from tests.s3_service import s3_service
 from tests.stage_code import ROOT
 from tests.test_graph import without_profile

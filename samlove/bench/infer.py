@@ -22,10 +22,19 @@ from safetensors.torch import save_file
 
 from samlove.bench.profile import check_profile, device_name, section
 from samlove.bench.timing import in_turns
-from samlove.config import DatasetConfig, FusionConfig, InferConfig, Sam2Config, TextConfig, TrainConfig, VisualConfig
+from samlove.config import (
+    AudioConfig,
+    DatasetConfig,
+    FusionConfig,
+    InferConfig,
+    Sam2Config,
+    TextConfig,
+    TrainConfig,
+    VisualConfig,
+)
 from samlove.data.dataset import RefAvsFolder
-from samlove.data.sizes import REF_AVS, VGGISH_CHANNELS, sam2_shape, text_width, vit_shape
 from samlove.device import default_device
+from samlove.features.sizes import REF_AVS, audio_width, sam2_shape, text_width, visual_shape
 from samlove.infer import PREDICTIONS, STORES, Sources, _read_ahead, infer, plan, predict
 from samlove.model.checkpoint import Header, load_model, save_checkpoint
 from samlove.model.sam2_build import instantiate_sam2
@@ -195,12 +204,13 @@ def write_split(root: Path, profile: str, videos: int) -> Split:
             for i in range(EXPRESSIONS)
         ]
     )
-    tokens, width = vit_shape(visual)
+    tokens, width = visual_shape(visual)
+    heard = audio_width(section(profile, AudioConfig))
     size, channels = sam2_shape(sam2)
     grid, fine = size // 16, sam2.cache_point == "pre_conv"
     frames = dataset.frames
     shapes: dict[str, dict[str, tuple[int, ...]]] = {
-        "audio": {"audio": (frames, VGGISH_CHANNELS)},
+        "audio": {"audio": (frames, heard)},
         "visual": {"visual": (frames, tokens, width)},
         "text": {"text": (text.max_tokens, text_width(text))},
         "sam2_eval": {
@@ -234,7 +244,7 @@ def write_split(root: Path, profile: str, videos: int) -> Split:
         train=section(profile, TrainConfig),
         sam2=sam2,
         sam2_sha256=sha256_file(weights),
-        dims={"audio": VGGISH_CHANNELS, "visual": width, "text": text_width(text), "frames": frames},
+        dims={"audio": heard, "visual": width, "text": text_width(text), "frames": frames},
         features={name: {"encoder": name} for name in STORES},
         epoch=1,
         validation={},

@@ -12,8 +12,8 @@ from samlove.config import AudioConfig, Sam2Config, VisualConfig
 from samlove.data.dataset import RefAvsFolder
 from samlove.device import default_device
 from samlove.features.encoders.sam2_image import Sam2ImageEncoder
+from samlove.features.encoders.timm_image import TimmEncoder, build_timm
 from samlove.features.encoders.vggish import RATE, VggishEncoder, build_vggish
-from samlove.features.encoders.vit import VitEncoder, build_vit
 from samlove.model.sam2_build import instantiate_sam2
 
 FRAMES = 10  # per video, one per second
@@ -37,11 +37,11 @@ def write_clips(folder: RefAvsFolder, count: int, size: tuple[int, int], audio: 
     return names
 
 
-def vit_encoder(profile: str, root: Path) -> VitEncoder:
+def vit_encoder(profile: str, root: Path) -> TimmEncoder:
     """The profile's ViT; root: where to write its weights."""
     config = section(profile, VisualConfig, weights=str(root / "vit.pth"))
-    torch.save(build_vit(config.model, config.model_args, config.image_size).state_dict(), config.weights)
-    return VitEncoder(config, default_device())
+    torch.save(build_timm(config.model, config.model_args, config.image_size).state_dict(), config.weights)
+    return TimmEncoder(config, default_device())
 
 
 def sam2_encoder(profile: str, root: Path) -> Sam2ImageEncoder:

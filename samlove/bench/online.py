@@ -22,8 +22,8 @@ from samlove.data.dataset import RefAvsFolder
 from samlove.data.loader import ExpressionDataset, collate
 from samlove.features.encoders.frames import frame_sources, normalise
 from samlove.features.encoders.sam2_image import LEVELS, MEAN, STD, Sam2ImageEncoder
+from samlove.features.encoders.timm_image import TimmEncoder
 from samlove.features.encoders.vggish import VggishEncoder
-from samlove.features.encoders.vit import VitEncoder
 from samlove.train import Batch, Samples, Trainer
 
 EXPRESSIONS = 5  # per video, as in Ref-AVS
@@ -35,7 +35,7 @@ DECODED = (*PARTS.values(), "audio_valid")
 
 class Encoders(NamedTuple):
     audio: VggishEncoder
-    visual: VitEncoder
+    visual: TimmEncoder
     sam2: Sam2ImageEncoder
 
     def decode(self, folder: RefAvsFolder, media_id: str) -> dict[str, Any]:

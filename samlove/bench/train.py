@@ -27,12 +27,21 @@ from samlove.bench.online import EXPRESSIONS, PARTS, Encoders, OnlineItems, Onli
 from samlove.bench.profile import check_profile, device_name, section
 from samlove.bench.steps import WAYS, WayTrainer, matmul_rate, static, step_operations
 from samlove.bench.timing import in_turns
-from samlove.config import DatasetConfig, FusionConfig, Resident, Sam2Config, TextConfig, TrainConfig, VisualConfig
+from samlove.config import (
+    AudioConfig,
+    DatasetConfig,
+    FusionConfig,
+    Resident,
+    Sam2Config,
+    TextConfig,
+    TrainConfig,
+    VisualConfig,
+)
 from samlove.data.batches import AHEAD
 from samlove.data.dataset import RefAvsFolder
 from samlove.data.loader import FEATURES, ExpressionDataset, PoolSampler, collate, make_resident
-from samlove.data.sizes import array_shapes
 from samlove.device import default_device
+from samlove.features.sizes import array_shapes
 from samlove.model.checkpoint import Origin
 from samlove.model.sam2 import LEVELS
 from samlove.model.sam2_build import instantiate_sam2
@@ -340,7 +349,7 @@ def _write_shards(root: Path, profile: str, videos: int) -> None:
     """Write videos of random numbers, all different, each with EXPRESSIONS expressions for two objects."""
     dataset = section(profile, DatasetConfig)
     text, sam2 = section(profile, TextConfig), section(profile, Sam2Config)
-    shapes = array_shapes(dataset.frames, section(profile, VisualConfig), text, sam2)
+    shapes = array_shapes(dataset.frames, section(profile, AudioConfig), section(profile, VisualConfig), text, sam2)
     shapes["text"] = (EXPRESSIONS, *shapes["text"])
     random = np.random.default_rng(0)
     numbers = {name: random.standard_normal(shape, np.float32).astype(np.float16) for name, shape in shapes.items()}

@@ -6,18 +6,18 @@ The weights are loaded as the stages load them. Sizes and memory are computed fr
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from samlove.config import AudioConfig, Sam2Config, TextConfig, VisualConfig, local_path
+from samlove.config import AudioConfig, Sam2Config, VisualConfig, local_path
 from samlove.data.dataset import RefAvsFolder
 from samlove.data.layout import layout
-from samlove.data.sizes import Settings, bytes_there, count, free_bytes, planned, sam2_shape, vit_shape
 from samlove.environment import check_git, check_repository, check_user
 from samlove.errors import SamloveError, absence, os_error_line
+from samlove.features.sizes import Settings, bytes_there, count, free_bytes, planned, sam2_shape, visual_shape
 from samlove.synth.write import check_replaceable
 
 GB = 10**9
-CLIP = "openai/clip-vit-base-patch16"
+FOLDERS = ("distilbert/distilroberta-base", "openai/clip-vit-base-patch16")  # of the paper, on the Hugging Face Hub
 CPU_IS_ENOUGH = 4 * GB  # training that needs less memory than this takes minutes on a CPU
 MARKERS = 3  # [aud], [vis], [his]
 VGGISH_AT = "https://github.com/harritaylor/torchvggish/releases/download/v0.1/"
@@ -107,46 +107,52 @@ def _examine_weights(settings: Settings) -> list[Finding]:
     """Load all weights, on the CPU and one after the other, and report what each encoder would."""
     import torch
 
-    from pipelines.text import ENCODERS as TEXT
+    from pipelines.audio import ENCODERS as AUDIO
     from pipelines.visual import ENCODERS as VISUAL
     from samlove.features.encoders.sam2_image import Sam2ImageEncoder
-    from samlove.features.encoders.vggish import VggishEncoder
+    from samlove.features.encoders.text import TextEncoder
 
     dataset, audio, visual, text, sam2, *_ = settings
     cpu = torch.device("cpu")
 
     def load_audio() -> object:
-        encoder = VggishEncoder(audio, dataset.frames, cpu)
-        return encoder.network, audio.postprocess and encoder.postprocessor
+        encoder: Any = AUDIO[audio.encoder](audio, dataset.frames, cpu)
+        return encoder.network, audio.encoder == "vggish" and audio.postprocess and encoder.postprocessor
 
+    def load_visual() -> object:
+        return VISUAL[visual.encoder](visual, cpu).network
+
+    on_hub = audio.encoder != "vggish"
     return [
-        _weights("audio weights", audio.weights, _audio_remedy(audio), load_audio, on_hub=False),
-        _weights(
-            "visual weights", visual.weights, _vit_remedy(visual), lambda: VISUAL[visual.encoder](visual, cpu).network
-        ),
-        _weights("text weights", text.weights, _text_remedy(text), lambda: TEXT[text.encoder](text, cpu).tokenizer),
+        _weights("audio weights", audio.weights, _audio_remedy(audio), load_audio, on_hub),
+        _weights("visual weights", visual.weights, _visual_remedy(visual), load_visual),
+        _weights("text weights", text.weights, _folder_remedy(text.weights), lambda: TextEncoder(text, cpu).tokenizer),
         _weights("SAM 2 checkpoint", sam2.checkpoint, _sam2_remedy(sam2), lambda: Sam2ImageEncoder(sam2, cpu).network),
     ]
 
 
 def _audio_remedy(audio: AudioConfig) -> str:
+    if audio.encoder != "vggish":
+        return _folder_remedy(audio.weights)
     path = "weights/refavs/audio/vggish-10086976.pth" if audio.weights.startswith("hub:") else audio.weights
     return f"curl -L {VGGISH_AT}vggish-10086976.pth -o {path}"
 
 
-def _vit_remedy(visual: VisualConfig) -> str:
-    path = Path(visual.weights)
+def _visual_remedy(visual: VisualConfig) -> str:
+    import timm
+
     if visual.encoder == "clip":
-        return f"hf download {CLIP} --local-dir {path}"
-    name = f"timm/{visual.model}.augreg2_in21k_ft_in1k"
+        return _folder_remedy(visual.weights)
+    path, known = Path(visual.weights), timm.get_pretrained_cfg(visual.model)
+    name = known.hf_hub_id if known and known.hf_hub_id else "timm/NAME"
     return (
         f"hf download {name} model.safetensors --local-dir {path.parent} && mv {path.parent}/model.safetensors {path}"
     )
 
 
-def _text_remedy(text: TextConfig) -> str:
-    name = CLIP if text.encoder == "clip" else "distilbert/distilroberta-base"
-    return f"hf download {name} --local-dir {text.weights}"
+def _folder_remedy(weights: str) -> str:
+    name = next((name for name in FOLDERS if name.endswith(f"/{Path(weights).name}")), "NAME")
+    return f"hf download {name} --local-dir {weights}" + " (names: docs/encoders.md)" * (name == "NAME")
 
 
 def _sam2_remedy(sam2: Sam2Config) -> str:
@@ -199,7 +205,7 @@ def training_bytes(settings: Settings) -> int:
     kept). Weights, gradients and AdamW's two moments: 16 bytes per parameter, 12 D^2 parameters per block.
     """
     dataset, _, visual, text, sam2, fusion, train, *_ = settings
-    tokens, _ = vit_shape(visual)
+    tokens, _ = visual_shape(visual)
     image_size, channels = sam2_shape(sam2)
     kept = 34 if train.precision == "bfloat16" else 68
     sequence = fusion.seg_tokens + dataset.frames + text.max_tokens + tokens + MARKERS

@@ -66,7 +66,7 @@ def doctor() -> None:
     missing.
     """
     from samlove.cli.doctor import examine, render
-    from samlove.data.sizes import read_settings
+    from samlove.features.sizes import read_settings
 
     findings = examine(read_settings())
     print(render(findings))

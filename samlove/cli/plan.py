@@ -12,7 +12,13 @@ from pipelines import audio, sam2, text, visual
 from samlove.config import CONTROLLED_SPLITS, active_profile
 from samlove.data.dataset import RefAvsFolder
 from samlove.data.layout import layout
-from samlove.data.sizes import (
+from samlove.device import default_device
+from samlove.errors import SamloveError
+from samlove.features.encoders.base import Encoder
+from samlove.features.encoders.frames import frame_sources
+from samlove.features.encoders.sam2_image import Sam2ImageEncoder
+from samlove.features.encoders.text import TextEncoder
+from samlove.features.sizes import (
     Counts,
     Planned,
     Settings,
@@ -22,12 +28,6 @@ from samlove.data.sizes import (
     planned,
     read_settings,
 )
-from samlove.device import default_device
-from samlove.errors import SamloveError
-from samlove.features.encoders.base import Encoder
-from samlove.features.encoders.frames import frame_sources
-from samlove.features.encoders.sam2_image import Sam2ImageEncoder
-from samlove.features.encoders.vggish import VggishEncoder
 from samlove.features.worker import READERS
 
 GIB = 2**30
@@ -107,7 +107,7 @@ def measured(settings: Settings, made: list[Planned], sections: Collection[str] 
     clips = frame_sources(folder, media_ids, frames)
     makers: dict[str, tuple[Callable[[], Encoder], list[Any], int]] = {
         "audio": (
-            lambda: VggishEncoder(settings.audio, frames, device),
+            lambda: audio.ENCODERS[settings.audio.encoder](settings.audio, frames, device),
             [folder.audio_path(media_id) for media_id in media_ids],
             audio.BATCH,
         ),
@@ -116,7 +116,7 @@ def measured(settings: Settings, made: list[Planned], sections: Collection[str] 
             list(clips.values()),
             visual.BATCH,
         ),
-        "text": (lambda: text.ENCODERS[settings.text.encoder](settings.text, device), texts, text.BATCH),
+        "text": (lambda: TextEncoder(settings.text, device), texts, text.BATCH),
         "sam2": (
             lambda: Sam2ImageEncoder(settings.sam2, device),
             [[path] for paths in clips.values() for path in paths][:SAMPLE],

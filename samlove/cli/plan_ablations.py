@@ -15,21 +15,21 @@ from samlove.bench.profile import device_name
 from samlove.cli.plan import gib, measured
 from samlove.config import AblationsConfig, active_profile, load
 from samlove.data.layout import layout
-from samlove.data.sizes import (
-    VGGISH_CHANNELS,
+from samlove.device import default_device
+from samlove.features.cluster import chosen_cluster, count_asked
+from samlove.features.sizes import (
     Counts,
     Settings,
     array_shapes,
+    audio_width,
     bytes_there,
     count,
     free_bytes,
     planned,
     read_settings,
     text_width,
-    vit_shape,
+    visual_shape,
 )
-from samlove.device import default_device
-from samlove.features.cluster import chosen_cluster, count_asked
 from samlove.infer import Inputs, predict
 from samlove.model.fusion import Fusion
 from samlove.model.loss import mask_loss
@@ -188,8 +188,8 @@ def _model(run: Run, settings: Settings, device: torch.device) -> SamLove:
     light = LightSam2.build(sam2.config, sam2.cache_point)
     light.best_of_three = fusion.masks == "best_of_three"
     dims = {
-        "audio": VGGISH_CHANNELS,
-        "visual": vit_shape(run.sections["visual"])[1],
+        "audio": audio_width(run.sections["audio"]),
+        "visual": visual_shape(run.sections["visual"])[1],
         "text": text_width(run.sections["text"]),
         "frames": settings.dataset.frames,
     }
@@ -200,7 +200,7 @@ def _inputs(run: Run, settings: Settings, device: torch.device) -> dict[str, tor
     """A batch of random numbers, float32, as the trainer's."""
     text, frames = run.sections["text"], settings.dataset.frames
     batch = max(EXPRESSIONS, run.sections["train"].batch_size)
-    shapes = array_shapes(frames, run.sections["visual"], text, run.sections["sam2"])
+    shapes = array_shapes(frames, run.sections["audio"], run.sections["visual"], text, run.sections["sam2"])
     inputs = {name: torch.randn(batch, *shape, device=device) for name, shape in shapes.items()}
     inputs["audio_valid"] = torch.ones(batch, frames, dtype=torch.bool, device=device)
     inputs["text_mask"] = torch.ones(batch, text.max_tokens, dtype=torch.bool, device=device)

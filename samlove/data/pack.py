@@ -50,7 +50,7 @@ def check_asked(store: FeatureStore, asked: Section, stage: str) -> None:
     found = store.manifest["fingerprint"]
     said = {
         name: [f"{key}={part}" for key, part in sorted(value.items())] if isinstance(value, dict) else value
-        for name, value in asked.model_dump(mode="json").items()
+        for name, value in asked.model_dump(mode="json", exclude_none=True).items()  # None: found from the model
         if name in found
     }
     check_fingerprint(found, {**found, **said}, store.path, f"dvc repro {stage}")

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import samlove.model.torchvision_ops  # noqa: F401
 from samlove.config import AudioConfig, VisualConfig, load
+from samlove.features.encoders.timm_image import build_timm
 from samlove.features.encoders.vggish import build_vggish, log_mel
-from samlove.features.encoders.vit import build_vit
 from samlove.micro import code
 from samlove.micro.clips import cover, random_scene
 from samlove.micro.export import export
@@ -181,7 +181,7 @@ def _load_existing(model: nn.Module, path: Path) -> None:
 def make_vit(config: VisualConfig, minutes: float, seed: int, again: bool = False) -> Scores:
     """Train the micro ViT, or train the existing one `again`, and write it; returns scores on frames new to it."""
     torch.manual_seed(seed)
-    vit: Any = build_vit(config.model, config.model_args, config.image_size)
+    vit: Any = build_timm(config.model, config.model_args, config.image_size)
     if again:
         _load_existing(vit, Path(config.weights))
 

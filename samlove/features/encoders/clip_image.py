@@ -11,7 +11,7 @@ from torch import Tensor
 from samlove.config import VisualConfig
 from samlove.features.encoders.base import Arrays, OnDevice, library_versions
 from samlove.features.encoders.frames import encode_frames, load_square, normalise
-from samlove.features.encoders.transformers_folder import CLIP, load_network, resolve_folder, sha256_model
+from samlove.features.encoders.transformers_folder import CLIP, load_network, read_config, resolve_folder, sha256_model
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # from OpenAI's training
 
@@ -20,20 +20,22 @@ class ClipImageEncoder(OnDevice):
     """A video's frames -> visual (N,1+P,d): tokens of the last block, with the class token in row 0 of axis 1.
 
     The tokens are transformers' `last_hidden_state`, before the norm that precedes CLIP's projection. Whole frames are
-    resized to a square, as for the ViT. If the size differs from the encoder's own, position embeddings are resampled.
-    The weights may be a whole CLIP or only its image encoder.
+    resized to a square, as in TimmEncoder. If image_size is given and differs from the encoder's own, position
+    embeddings are resampled. The weights may be a whole CLIP or only its image encoder.
     """
 
     def __init__(self, config: VisualConfig, device: torch.device):
         """Raises RequestError, saying how to get them, if the weights are missing."""
         self.config, self.device = config, device
         self.folder = resolve_folder(config.weights, "CLIP", CLIP, ("clip", "clip_vision_model"))
+        own: int = getattr(read_config(str(self.folder), "vision"), "image_size", 224)
+        self.image_size = own if config.image_size is None else config.image_size
 
     def fingerprint(self) -> dict:
         return {
             "encoder": "clip",
             "weights_sha256": sha256_model(self.folder),
-            "image_size": self.config.image_size,
+            "image_size": self.image_size,
             "resize": "whole frame to a square, bicubic",
             "mean": list(MEAN),
             "std": list(STD),
@@ -44,13 +46,11 @@ class ClipImageEncoder(OnDevice):
 
     @cached_property
     def network(self) -> Any:
-        from transformers import CLIPVisionModel
-
-        return load_network(CLIPVisionModel, self.folder).to(self.device)
+        return load_network("CLIPVisionModel", self.folder).to(self.device)
 
     def load(self, source: Sequence[Path]) -> Tensor:
         """N frames -> uint8 (N,3,S,S). Raises SamloveError, naming the path, if a frame cannot be read."""
-        return load_square(source, self.config.image_size)
+        return load_square(source, self.image_size)
 
     @torch.inference_mode()
     def encode(self, items: list[Tensor]) -> list[Arrays]:
@@ -59,5 +59,5 @@ class ClipImageEncoder(OnDevice):
 
     def _tokens(self, frames: Tensor) -> Tensor:
         pixels = normalise(frames, MEAN, STD)
-        other_size = self.config.image_size != self.network.config.image_size
+        other_size = self.image_size != self.network.config.image_size
         return self.network(pixel_values=pixels, interpolate_pos_encoding=other_size).last_hidden_state  # (n, 1+P, d)

@@ -1,10 +1,9 @@
 """How much the active profile's pipeline produces: items and bytes, computed from the configuration, not measured."""
 
-import json
-import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -22,19 +21,20 @@ from samlove.config import (
     TrainConfig,
     VisualConfig,
     load,
-    local_path,
     read_sam2_config,
 )
 from samlove.data.dataset import RefAvsFolder
 from samlove.data.frames import trained_frames
 from samlove.data.layout import Layout
+from samlove.features.encoders.timm_image import token_shape
+from samlove.features.encoders.transformers_folder import read_config
+from samlove.features.encoders.vggish import WIDTH as VGGISH_WIDTH
 
 MADE = ("features", "shards", "predictions")  # the large folders below data/<profile>/
-VGGISH_CHANNELS = 128  # of VGGish's output, whatever its hidden width
-WIDTHS = {"tiny": 192, "small": 384, "base": 768, "large": 1024, "huge": 1280}  # of ViTs, by timm's names
+WIDTH = 768  # of an encoder of transformers whose folder is not there yet: DistilRoBERTa's; few have wider vectors
+CLIP = SimpleNamespace(image_size=224, patch_size=16, hidden_size=WIDTH)  # until its folder is there: ViT-B/16
 BYTES = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}  # per value in a feature store
 PACKED_BYTES = {"int8": 2, "float16": 2, "bfloat16": 4, "float32": 4}  # per value in training shards; samlove.data.pack
-TEXT_WIDTH = 768  # DistilRoBERTa's width, used until its folder is there; CLIP's 512 needs less
 
 
 class Settings(NamedTuple):
@@ -166,7 +166,7 @@ def item_bytes(settings: Settings) -> dict[str, int]:
     "sam2 packed": bytes per frame in a training shard. Compression is ignored.
     """
     dataset, audio, visual, text, sam2, *_ = settings
-    tokens, width = vit_shape(visual)
+    tokens, width = visual_shape(visual)
     image_size, channels = sam2_shape(sam2)
     grid = image_size // 16  # of the coarsest of the three levels; the others are 2 and 4 times finer
     # Before conv_s0/conv_s1 all levels have all channels; after them the finer two have a quarter and an eighth.
@@ -174,7 +174,8 @@ def item_bytes(settings: Settings) -> dict[str, int]:
     scales = channels * (3 if sam2.cache_point == "pre_conv" else 1 + 1 / 4 + 1 / 8) if sam2.dtype == "int8" else 0
     values = levels * channels * grid * grid
     return {
-        "audio": dataset.frames * (VGGISH_CHANNELS * BYTES[audio.dtype] + 1),  # and one bool per second: padding or not
+        "audio": dataset.frames
+        * (audio_width(audio) * BYTES[audio.dtype] + 1),  # and a bool per second: padding or not
         "visual": dataset.frames * tokens * width * BYTES[visual.dtype],
         "text": text.max_tokens * (text_width(text) * BYTES[text.dtype] + 1),  # and one bool per token: padding or not
         "sam2": values * BYTES[sam2.dtype] + int(scales) * 4,
@@ -182,13 +183,15 @@ def item_bytes(settings: Settings) -> dict[str, int]:
     }
 
 
-def array_shapes(frames: int, visual: VisualConfig, text: TextConfig, sam2: Sam2Config) -> dict[str, tuple[int, ...]]:
+def array_shapes(
+    frames: int, audio: AudioConfig, visual: VisualConfig, text: TextConfig, sam2: Sam2Config
+) -> dict[str, tuple[int, ...]]:
     """The shape of each numeric feature array of an expression, as training reads it: SAM 2's levels of one frame."""
-    tokens, width = vit_shape(visual)
+    tokens, width = visual_shape(visual)
     size, channels = sam2_shape(sam2)
     grid, fine = size // 16, sam2.cache_point == "pre_conv"
     return {
-        "audio": (frames, VGGISH_CHANNELS),
+        "audio": (frames, audio_width(audio)),
         "visual": (frames, tokens, width),
         "sam2_image_embed": (channels, grid, grid),
         "sam2_high_res_0": (channels if fine else channels // 8, 4 * grid, 4 * grid),
@@ -197,23 +200,25 @@ def array_shapes(frames: int, visual: VisualConfig, text: TextConfig, sam2: Sam2
     }
 
 
-def vit_shape(visual: VisualConfig) -> tuple[int, int]:
-    """Tokens per frame, including [cls], and their width, derived from timm's model name (CLIP: as ViT-B/16)."""
-    name = "base_patch16" if visual.encoder == "clip" else visual.model
-    patch = re.search(r"patch(\d+)|_s(\d+)", name)
-    hybrid = re.search(r"_p(\d+)_", name)  # patch size on the output of a convolutional stem, which has stride 4
-    width = visual.model_args.get("embed_dim", next((w for size, w in WIDTHS.items() if size in name), WIDTHS["base"]))
-    side = 4 * int(hybrid[1]) if hybrid else int(patch[1] or patch[2]) if patch else 16
-    return 1 + (visual.image_size // side) ** 2, width
+def visual_shape(visual: VisualConfig) -> tuple[int, int]:
+    """Tokens per frame, with the frame's own vector, and their width."""
+    if visual.encoder != "clip":
+        return token_shape(visual)
+    config: Any = read_config(visual.weights, "vision") or CLIP
+    side = (visual.image_size or config.image_size) // config.patch_size
+    return 1 + side**2, config.hidden_size
 
 
 def text_width(text: TextConfig) -> int:
-    """Width of a token: from the weights' config.json, if it is there, else TEXT_WIDTH."""
-    try:
-        config: dict[str, Any] = json.loads((local_path(text.weights) / "config.json").read_text(encoding="utf-8"))
-        return int(config.get("text_config", config)["hidden_size"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return TEXT_WIDTH
+    """Width of a token: from the weights' config.json or, until it is there, WIDTH."""
+    return getattr(read_config(text.weights, "text"), "hidden_size", WIDTH)
+
+
+def audio_width(audio: AudioConfig) -> int:
+    """Width of a second: VGGish's or, as for text, the encoder's."""
+    if audio.encoder == "vggish":
+        return VGGISH_WIDTH
+    return getattr(read_config(audio.weights, "audio"), "hidden_size", WIDTH)
 
 
 def sam2_shape(sam2: Sam2Config) -> tuple[int, int]:
