@@ -102,7 +102,7 @@ def kill_and_finish(trial: Trial, seed: int, times: int, by_clock: bool = False)
 
 
 def test_killed_runs_end_bit_identical(trial: Trial) -> None:
-    kill_and_finish(trial, seed=0, times=10)
+    kill_and_finish(trial, seed=0, times=4)
 
 
 @pytest.mark.slow
