@@ -129,7 +129,7 @@ def _features(runs: list[Run], settings: Settings, counts: Counts) -> dict[str, 
         varied = settings._replace(**{section: each.sections[section] for section in ENCODERS})
         made = planned(varied, counts)
         sizes = {entry.path.removeprefix("features/"): sum(entry.bytes.values()) for entry in made}
-        stores = {name: each.store(name, paths).name for name, section in STORES.items() if section in own}
+        stores = {name: each.store(name, paths).name for name in STORES if each.owns(name)}
         if not stores.keys() <= found.keys():
             times = measured(varied, made, own)
             for name, folder in stores.items():
