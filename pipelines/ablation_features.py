@@ -25,7 +25,7 @@ def main() -> None:
     for run in runs:
         for name in STORES:
             out = run.store(name, paths)
-            if run.own(STORES[name]) and out not in done:
+            if run.owns(name) and out not in done:
                 print(f"{out.name}: {extract(_job(run, name, paths), chosen_cluster())}")
                 done.add(out)
         if run.shards(paths) not in done:

@@ -12,7 +12,7 @@ from samlove.device import default_device
 from samlove.errors import RequestError
 from samlove.infer import Sources, infer
 
-EVALUATED = SPLITS[1:]  # train has embeddings of frame 0 only
+EVALUATED = SPLITS[1:]  # train has embeddings of the trained frames only
 
 
 @stage

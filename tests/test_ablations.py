@@ -108,6 +108,21 @@ def test_only_a_run_with_another_encoder_has_stores_and_shards_of_its_own(projec
     assert (short.store("text", paths), short.shards(paths)) == (both.store("text", paths), both.shards(paths))
 
 
+def test_more_frames_of_training_need_no_other_features_for_evaluation(project: Path) -> None:
+    write_ablations({**RUNS, "any": {"sam2": {"train_frames": 2}, "train": {"supervise": "any"}}})
+    any_ = plan_runs(load(AblationsConfig), "tiny")[-1]
+    paths = layout()
+    assert any_.store("sam2_eval", paths) == paths.features / "sam2_eval" and not any_.owns("sam2_eval")
+    assert any_.store("sam2_train", paths).parent == paths.ablation_features
+    assert any_.shards(paths).parent == paths.ablation_shards
+    write_ablations(
+        {**RUNS, "both": {"sam2": {"train_frames": 2, "dtype": "int8"}}, "int8": {"sam2": {"dtype": "int8"}}}
+    )
+    *_, both, int8 = plan_runs(load(AblationsConfig), "tiny")
+    assert both.store("sam2_eval", paths) == int8.store("sam2_eval", paths) != paths.features / "sam2_eval"
+    assert both.store("sam2_train", paths) != int8.store("sam2_train", paths)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -10,10 +10,11 @@ import yaml
 
 from samlove.ablations.runs import plan_runs
 from samlove.cli import plan_ablations
-from samlove.cli.plan import PER_SHARD, measured, run, seconds_an_item
+from samlove.cli.plan import measured, per_shard, run, seconds_an_item
 from samlove.config import SECTIONS, AblationsConfig, DatasetConfig, SynthConfig, load
 from samlove.data.index import audit_folder, write_index
 from samlove.data.layout import Layout
+from samlove.errors import RequestError
 from samlove.features.encoders.text import TextEncoder
 from samlove.features.sizes import REF_AVS, Count, Settings, count, item_bytes, planned, read_settings
 from samlove.synth.write import write_dataset
@@ -46,7 +47,24 @@ def test_sizes_at_the_papers_scale(checkout: Path) -> None:
     assert made["features/sam2_eval"].items == {"val": 275, "test_s": 273, "test_u": 269, "test_n": 257}
     before_convs = settings._replace(sam2=settings.sam2.model_copy(update={"cache_point": "pre_conv"}))
     assert item_bytes(before_convs)["sam2"] == 2 * 256 * (64**2 + 128**2 + 256**2)
-    assert set(PER_SHARD) == {path.split("/")[1] for path in made if path.startswith("features/")}
+    assert set(per_shard(settings)) == {path.split("/")[1] for path in made if path.startswith("features/")}
+
+
+def test_several_frames_of_a_training_video_multiply_what_they_take(checkout: Path) -> None:
+    select(checkout, "refavs")
+    one = read_settings(checkout / "configs")
+    five = one._replace(sam2=one.sam2.model_copy(update={"train_frames": 5}))
+    made = [{entry.path: entry for entry in planned(settings, REF_AVS)} for settings in (one, five)]
+    for path, entry in made[0].items():
+        more = sum(made[1][path].bytes.values()) - sum(entry.bytes.values())
+        added = {"features/sam2_train": 2919 * item_bytes(one)["sam2"]}
+        for split in ("train", "val"):
+            packed = REF_AVS[split].folders * item_bytes(one)["sam2 packed"] + REF_AVS[split].rows * 256**2
+            added[f"shards/{split}"] = packed
+        assert more == 4 * added.get(path, 0), path
+    assert [per_shard(settings)["sam2_train"] for settings in (one, five)] == [128, 25]
+    with pytest.raises(RequestError, match="train_frames: expected at most the 10 frames"):
+        planned(one._replace(sam2=one.sam2.model_copy(update={"train_frames": 11})), REF_AVS)
 
 
 def test_choices_are_sections() -> None:
@@ -77,7 +95,7 @@ def test_what_cannot_be_measured_says_why_and_the_rest_is_measured(
     settings = read_settings()._replace(text=roberta_config(checkout / "text"))
     write_dataset(Path(settings.dataset.root), 3, "small")
     times = measured(settings, planned(settings, REF_AVS))
-    assert set(times) == set(PER_SHARD)
+    assert set(times) == set(per_shard(settings))
     assert isinstance(times["text"], float) and times["text"] > 0
     for name in ("audio", "visual", "sam2_train", "sam2_eval"):
         assert "no such file" in str(times[name])

@@ -20,9 +20,10 @@ from PIL import Image
 from pipelines import evaluate, infer, pack, train
 from samlove.data.dataset import RefAvsFolder
 from samlove.features.lock import only_run
+from samlove.model.checkpoint import read_header
 from samlove.model.sam2 import LEVELS
 from samlove.model.training_state import MADE_BY, STATE
-from stores import FeatureStore, FeatureStoreWriter, ShardReader, ShardWriter
+from stores import FeatureStore, FeatureStoreWriter, PredictionReader, ShardReader, ShardWriter
 from stores.fingerprint import sha256_file
 from stores.inspect import open_artefact
 from tests.store_kinds import files_of
@@ -226,12 +227,16 @@ CASES = {
                       "cache_point", PRE, POST, f"{DVC} sam2"),
     "pack_sam2_eval": Case(pack.main, lambda: remake("sam2_eval", dtype="float32"),
                            "dtype", "'float16'", "'float32'", f"{DVC} sam2"),
+    "pack_frames": Case(pack.main, lambda: configure("sam2", train_frames=2),
+                        "frames of every video", "2", "1", f"{DVC} sam2"),
     "pack_index": Case(pack.main, lambda: write_store("text", ["the a", "the b"]),
                        "text", "'the c' is in the index", "neither in the store", f"{DVC} text", words=()),
     # train compares shards with the configured SAM 2, and the splits with each other
     "train_sam2": Case(train.main, another_sam2, "weights_sha256", "", "", f"{DVC} pack"),
     "train_cache_point": Case(train.main, lambda: configure("sam2", cache_point="pre_conv"),
                               "cache_point", PRE, POST, f"{DVC} pack"),
+    "train_frames": Case(train.main, lambda: configure("sam2", train_frames=2),
+                         "train_frames", "2", "1", f"{DVC} pack"),
     "train_val": Case(train.main, lambda: repack("val", lambda made: made["audio"].update(dtype="float32")),
                       "audio.dtype", "'float16'", "'float32'", f"{DVC} pack"),
     "train_mask_size": Case(train.main, lambda: repack("val", lambda made: made.update(mask_size=64)),
@@ -285,6 +290,22 @@ def test_a_mismatch_is_refused_by_name_with_both_values_and_the_remedy(
 @pytest.mark.parametrize("stage", [pack.main, train.main, evaluate_all], ids=["pack", "train", "infer_evaluate"])
 def test_matching_artefacts_pass(stage: Callable[[], None], project: Path) -> None:
     stage()
+
+
+def test_training_on_any_frame_and_prompting_the_best_run_from_features_to_scores(project: Path) -> None:
+    for section, changes in (
+        ("sam2", {"train_frames": 2}),
+        ("train", {"supervise": "any"}),
+        ("infer", {"prompt_frame": "best"}),
+    ):
+        configure(section, **changes)
+    write_store("sam2_train", SPLITS["train"], frames=2)
+    run(pack.main)
+    run(train.main)
+    evaluate_all()
+    assert ShardReader("data/tiny/shards/val").manifest["fingerprint"]["sam2_frames"] == [0, FRAMES // 2]
+    assert read_header("data/tiny/model/best.safetensors").train.supervise == "any"
+    assert PredictionReader("data/tiny/predictions/test_s/predictions.h5").attrs["prompt_frame"] == "best"
 
 
 # --- an interrupted run --------------------------------------------------------------------------------------

@@ -148,6 +148,23 @@ def test_training_path_is_frame_0_of_tracking(light, embeds, token):
     torch.testing.assert_close(tracked[:, 0], gated)
 
 
+def test_object_scores_are_those_of_the_training_path_on_every_frame(light, embeds, token):
+    scores = light.object_scores(embeds, token)
+    assert scores.shape == (BATCH, FRAMES) and not scores.requires_grad
+    for t in range(FRAMES):
+        of_frame = {name: value[t : t + 1].expand(BATCH, -1, -1, -1) for name, value in embeds.items()}
+        torch.testing.assert_close(scores[:, t], light.first_frame(of_frame, token).object_score)
+    assert scores.argmax(1).max() > 0
+
+
+@pytest.mark.parametrize("frame", [3, FRAMES - 1])
+def test_training_path_is_the_prompted_frame_of_tracking(light, embeds, token, frame):
+    of_frame = {name: value[frame : frame + 1].expand(BATCH, -1, -1, -1) for name, value in embeds.items()}
+    answer = light.first_frame(of_frame, token)
+    gated = torch.where(answer.object_score[:, None, None] > 0, answer.best, -1024.0)
+    torch.testing.assert_close(light.track(embeds, token=token, frame=frame)[:, frame], gated)
+
+
 def test_training_path_passes_gradients_for_absent_objects(light, embeds, token):
     bias = light.sam_mask_decoder.pred_obj_score_head.layers[-1].bias
     before = bias.item()
@@ -248,6 +265,11 @@ def test_forgets_memories_that_cannot_be_attended_to(light, embeds, token):
     torch.testing.assert_close(counter.track(long, token=token), keeper.track(long, token=token), rtol=0, atol=0)
     assert (keeper.pointers, keeper.spatial) == (22, 22)  # all except frame 0, stored separately, and the last
     assert (counter.pointers, counter.spatial) == (15, 6)  # max_obj_ptrs_in_encoder - 1, num_maskmem - 1
+    longer = {name: value.repeat(4, 1, 1, 1) for name, value in embeds.items()}  # 48 frames
+    whole, cut = (model.track(longer, token=token[:1], frame=22) for model in (keeper, counter))
+    torch.testing.assert_close(cut, whole, rtol=0, atol=0)
+    assert counter.pointers < 2 * 15 and counter.spatial < 2 * 6 + 1  # in reach of both directions
+    assert keeper.pointers == 46
 
 
 def test_mask_prompt_of_any_size(light, embeds):

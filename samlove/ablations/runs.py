@@ -54,12 +54,19 @@ class Run:
         """Whether this run changes a section."""
         return any(setting.startswith(f"{section}.") for setting in self.changes)
 
+    def owns(self, store: str) -> bool:
+        """Whether this run changes a section that determines the feature store (of STORES)."""
+        others = {"sam2.train_frames"} if store == "sam2_eval" else set()
+        return any(setting.startswith(f"{STORES[store]}.") for setting in self.changes.keys() - others)
+
     def store(self, name: str, paths: Layout) -> Path:
         """The feature store `name` (of STORES) that this run reads."""
-        section = STORES[name]
-        if not self.own(section):
+        if not self.owns(name):
             return paths.features / name
-        return paths.ablation_features / f"{name}-{fingerprint_id(self.sections[section].model_dump(mode='json'))}"
+        settings = self.sections[STORES[name]].model_dump(mode="json")
+        if name == "sam2_eval":
+            del settings["train_frames"]
+        return paths.ablation_features / f"{name}-{fingerprint_id(settings)}"
 
     def shards(self, paths: Layout) -> Path:
         """The folder of the shard sets `train` and `val` that this run is trained on."""

@@ -31,7 +31,6 @@ from samlove.features.sizes import (
 from samlove.features.worker import READERS
 
 GIB = 2**30
-PER_SHARD = {"audio": audio.SHARD, "visual": visual.SHARD, "text": text.SHARD}
 ARRAYS = {"audio": 2, "visual": 1, "text": 2, "sam2_train": 3, "sam2_eval": 3}  # of an item
 ENCODERS = ("audio", "visual", "text", "sam2")
 SECONDS = 2.0  # a calibration goes on for so long after its first batch
@@ -61,11 +60,16 @@ def _files(entry: Planned, settings: Settings, counts: Counts) -> int:
     kind, name = entry.path.split("/")
     if kind == "features":  # four files; per shard one zarr.json, and per array zarr.json and data
         arrays = ARRAYS[name] * (2 if name.startswith("sam2") and settings.sam2.dtype == "int8" else 1)  # and scales
-        of_sam2 = sam2.sizes_of(name.removeprefix("sam2_"), settings.sam2).shard if name.startswith("sam2") else 0
-        return 4 + -(-sum(entry.items.values()) // (of_sam2 or PER_SHARD[name])) * (1 + 2 * arrays)
+        return 4 + -(-sum(entry.items.values()) // per_shard(settings)[name]) * (1 + 2 * arrays)
     if kind == "shards":  # three files; one per shard
         return 3 + -(-counts[name].folders // settings.pack.videos_per_shard)
     return 1 + len(settings.infer.controls) * (name in CONTROLLED_SPLITS)
+
+
+def per_shard(settings: Settings) -> dict[str, int]:
+    """The number of items in a shard of each feature store."""
+    of_sam2 = {f"sam2_{group}": sam2.sizes_of(group, settings.sam2).shard for group in sam2.SIZES}
+    return {"audio": audio.SHARD, "visual": visual.SHARD, "text": text.SHARD, **of_sam2}
 
 
 def render(made: list[Planned], files: dict[str, int], times: dict[str, float | str]) -> str:

@@ -129,7 +129,7 @@ def _features(runs: list[Run], settings: Settings, counts: Counts) -> dict[str, 
         varied = settings._replace(**{section: each.sections[section] for section in ENCODERS})
         made = planned(varied, counts)
         sizes = {entry.path.removeprefix("features/"): sum(entry.bytes.values()) for entry in made}
-        stores = {name: each.store(name, paths).name for name, section in STORES.items() if section in own}
+        stores = {name: each.store(name, paths).name for name in STORES if each.owns(name)}
         if not stores.keys() <= found.keys():
             times = measured(varied, made, own)
             for name, folder in stores.items():
@@ -142,7 +142,8 @@ def _features(runs: list[Run], settings: Settings, counts: Counts) -> dict[str, 
 def estimate(run: Run, speed: Speed, counts: Counts) -> Estimate:
     """The times of a run with one seed."""
     rows = sum(counts[split].rows for split in TESTS) * (1 + len(run.sections["infer"].controls))
-    samples = counts["train"].rows + counts["val"].rows / 3  # validation computes no gradient
+    frames = run.sections["sam2"].train_frames if run.sections["train"].supervise == "any" else 1
+    samples = counts["train"].rows + frames * counts["val"].rows / 3  # validation computes no gradient
     return Estimate(
         train_s=run.sections["train"].epochs * samples * speed.sample_s,
         infer_s=rows * speed.expression_s,

@@ -60,7 +60,7 @@ class Header(Origin):
 
     @property
     def threshold(self) -> float | None:
-        """The object score below which masks are left empty (`null_references: presence`); None: there is no such threshold."""
+        """The object score below which masks are left empty; None without `null_references: presence`."""
         return self.validation.get("threshold")
 
 

@@ -225,11 +225,9 @@ class LightSam2(SAM2Base):
                 run_mem_encoder=place + 1 < len(order),  # nothing reads the last memory
             )
             logits[t] = out["pred_masks"]
-            if upcoming := order[place + 1 : place + 2] + [frame - 1] * (
-                t > frame > 0
-            ):  # the nearest of each direction
+            if upcoming := order[place + 1 : place + 2]:
                 memories[t] = self._stored(out["maskmem_features"], out["maskmem_pos_enc"], out["obj_ptr"])
-                self._forget(memories, upcoming)
+                self._forget(memories, upcoming + [frame - 1] * (t > frame > 0))  # where the way back begins
         return torch.cat([logits[t] for t in range(frames)], dim=1)  # (B, T, 4h, 4w)
 
     def _features(self, embeds: dict[str, Tensor], frame: int | None = None, batch: int | None = None) -> dict:

@@ -1,9 +1,9 @@
 """Null references: the object score below which an expression counts as one that refers to nothing.
 
-`null_references: presence` (train.yaml) supervises SAM 2's object score. At inference, all masks of an expression whose score is
-below a threshold are left empty. The threshold is chosen on the validation split: it gates as many null expressions as
-it can while expressions with a target lose at most `COST`. The curve over all thresholds shows what another one would
-have given on the test splits.
+`null_references: presence` (train.yaml) supervises SAM 2's object score. At inference, all masks of an expression whose
+score is below a threshold are left empty. The threshold is chosen on the validation split: it gates as many null
+expressions as it can while expressions with a target lose at most `COST`. The curve over all thresholds shows what
+another one would have given on the test splits.
 """
 
 from typing import Any
