@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sam2.modeling.sam2_base import NO_OBJ_SCORE
 
 from samlove.config import InferConfig, Sam2Config
 from samlove.features.encoders.sam2_image import Sam2ImageEncoder
-from samlove.infer import Sources, _read, _track, infer, plan
+from samlove.infer import Sources, _prompt_frames, _read, _track, infer, plan
 from samlove.micro import code
 from samlove.micro.pretrain_sam2 import CONFIG
 from samlove.model.checkpoint import load_model
@@ -50,13 +51,13 @@ def test_rows_whose_first_frame_is_best_are_as_if_it_were_prompted_by_choice(tmp
 
 def test_the_object_score_of_the_prompted_frame_decides_what_stays_empty(tmp_path):
     run = Run(tmp_path)
-    scores = scores_of(run)
-    highest = sorted(float(score.max()) for score in scores.values())
-    run.save_checkpoint(present=10 - (highest[3] + highest[4]) / 2)  # four rows have no frame with a positive score
+    highest = sorted(float(score.max()) for score in scores_of(run).values())
+    threshold = (highest[3] + highest[4]) / 2
+    run.save_checkpoint(threshold=threshold)
     scores = {row: score.max() for row, score in scores_of(run).items()}
-    found = predicted(run, prompt_frame="best", absent="empty")
+    found = predicted(run, prompt_frame="best")
     assert sum(bool(bins.any()) for bins in found.values()) == len(found) - 4
-    assert all(bool(bins.any()) == bool(scores[row] > 0) for row, bins in found.items())
+    assert all(bool(bins.any()) == bool(scores[row] > threshold) for row, bins in found.items())
 
 
 def test_the_first_frame_stays_the_prompt_of_the_true_mask(tmp_path):
@@ -101,8 +102,10 @@ def test_an_object_that_appears_late_is_found_from_its_best_frame(micro):
         embeds = {name: torch.from_numpy(array) for name, array in arrays.items()}
         meant = code.meaning([scene.things[0].category, scene.things[0].colour])
         for prompt, found in overlaps.items():
-            config = InferConfig(prompt_frame=prompt, absent="empty")
-            logits = _track(light, embeds, torch.from_numpy(meant)[None, None] + click, config)
+            token = torch.from_numpy(meant)[None, None] + click
+            score, prompted = _prompt_frames(light, embeds, token, InferConfig(prompt_frame=prompt))
+            logits = _track(light, embeds, token, prompted)
+            logits[score < 0] = NO_OBJ_SCORE
             masks = F.interpolate(logits, (SIDE, SIDE), mode="bilinear", align_corners=False)[0].numpy() > 0
             assert prompt == "first" or (masks & truth).any()
             found.append((masks & truth).sum() / (masks | truth).sum())
