@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from samlove.cli.plan import PER_SHARD
+from samlove.cli.plan import per_shard
 from samlove.data.layout import layout
 from samlove.features.sizes import count, planned, read_settings
 from tests.s3_service import s3_service
@@ -188,6 +188,6 @@ def test_the_plan_predicts_the_sizes(first: Clone, monkeypatch: pytest.MonkeyPat
     counts, source = count(settings, paths)
     assert source == "data/micro/index/expressions.parquet"
     for entry in planned(settings, counts):
-        if entry.path.split("/")[1] in PER_SHARD:
+        if entry.path.split("/")[1] in per_shard(settings):
             arrays = sum(p.stat().st_size for p in (paths.root / entry.path).rglob("c/**/*") if p.is_file())
             assert arrays == pytest.approx(sum(entry.bytes.values()), rel=0.02)

@@ -36,7 +36,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in sa
 class Sam2ImageEncoder(OnDevice):
     """Frames -> sam2_image_embed (F,C,h,w), sam2_high_res_0 (F,C0,4h,4w), sam2_high_res_1 (F,C1,2h,2w).
 
-    post_conv: C0 = C/8, C1 = C/4; pre_conv: C0 = C1 = C. F is 1 in the train split: nothing reads its later frames.
+    post_conv: C0 = C/8, C1 = C/4; pre_conv: C0 = C1 = C. In the train split, F is `train_frames`.
     """
 
     def __init__(self, config: Sam2Config, device: torch.device):
