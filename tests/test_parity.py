@@ -73,8 +73,11 @@ class Case:
         """The bundled weights, and three objects of a video of LAVS-synth; a click on each object, one beside it."""
         checkpoint = folder / "sam2.pt"
         torch.save({"model": load_file(MICRO_WEIGHTS)}, checkpoint)
-        clips = [clip for clip in plan(SYNTH_SEED, SCALES["small"]) if not clip.null and len(clip.scene.things) >= 3]
-        masks = write_scene(folder / "clip", clips[number].scene)[:3]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("samlove.synth.write.LATE", 0.0)  # each object is clicked on in frame 0
+            clips = [clip for clip in plan(SYNTH_SEED, SCALES["small"]) if not clip.null]
+        scenes = [clip.scene for clip in clips if len(clip.scene.things) >= 3]
+        masks = write_scene(folder / "clip", scenes[number])[:3]
         rng = np.random.default_rng(number)
         clicks = torch.tensor([[_pixel(rng, mask), _pixel(rng, ~mask)] for mask in masks])
         case = cls(str(CONFIG), checkpoint, folder / "clip", masks, clicks, torch.tensor([[1, 0]] * 3))

@@ -33,7 +33,7 @@ PARTS = (
         {"audio": 34, "visual": 44, "text": 8, "sam2": 20},
     ),
     Part("packing", "write training shards", {"pack": 6}),
-    Part("training", "fusion transformer, SAM 2's prompt encoder and mask decoder", {"train": 380}),
+    Part("training", "fusion transformer, SAM 2's prompt encoder and mask decoder", {"train": 185}),
     Part("inference", "masks of all frames, also with swapped audio and text", {"infer": 59}),
     Part("report", "scores and one HTML page", {"evaluate": 6, "report": 6}),
 )

@@ -45,13 +45,13 @@ def check_asked(store: FeatureStore, asked: Section, stage: str) -> None:
     """Raise SamloveError if a store's fingerprint contradicts its section of the configuration.
 
     Only settings are compared. Weights are identified by their hash, which needs the file, and library versions may
-    differ between people who share a store.
+    differ between people who share a store. Imported features have no encoder to compare.
     """
     found = store.manifest["fingerprint"]
     said = {
         name: [f"{key}={part}" for key, part in sorted(value.items())] if isinstance(value, dict) else value
         for name, value in asked.model_dump(mode="json", exclude_none=True).items()  # None: found from the model
-        if name in found
+        if name in found and (name, found[name]) != ("encoder", "imported")
     }
     check_fingerprint(found, {**found, **said}, store.path, f"dvc repro {stage}")
 
