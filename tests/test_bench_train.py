@@ -133,10 +133,9 @@ def test_an_online_step_is_the_cached_step(media: Media, shared: bool) -> None:
     cached = _trainer(Trainer, "micro", _samples(media.dataset, "micro"), media.dataset, CPU, media.root)
     cached.model.load_state_dict(online.model.state_dict())
     features = stored(media.encoders, media.folder, media.names)
-    size = online.config.batch_size
-    order = items.order(0)[: size + 8]
+    order, size = items.order(0)[:16], online.config.batch_size
     online_batches, cached_batches = online._batches(items, order), cached._batches(media.dataset, order)
-    for start, given, batch in zip((0, size), online_batches, cached_batches, strict=True):
+    for start, given, batch in zip(range(0, 16, size), online_batches, cached_batches, strict=True):
         places = order[start : start + size] // EXPRESSIONS
         batch |= {name: array[places] for name, array in features.items()}
         encoded = online.encoded(given)
