@@ -84,7 +84,7 @@ def draw_presence(points: list[dict], threshold: float) -> str:
     points: as in samlove.scoring.presence.
     """
     with plain_style(SVG | {"font.size": 9}):
-        figure = Figure(figsize=(6.2, 2.9), layout="constrained")
+        figure = Figure(figsize=(11.6, 3.2), layout="constrained")
         axis = figure.subplots()
         for colour, name in zip(COLOURS, ("seen", "unseen"), strict=False):
             known = [p for p in points if p[name] is not None and p["S"] is not None]
