@@ -68,6 +68,8 @@ CODE = (
     "samlove.model.sam2_love",
     "samlove.model.stopping",
     "samlove.model.training_state",
+    "samlove.scoring.presence",
+    "samlove.scoring.validation",
     "samlove.train",
 )
 

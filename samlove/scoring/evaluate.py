@@ -123,11 +123,12 @@ def _score_split(
         target = _target(folder, row, bins.shape)
         counts.append((bool(row["null"]), histogram(bins, target)))
         row["late"] = bool(target.any() and not target[0].any())
-        row |= _columns(scores_of(counts[-1][1]), row["null"])
+        scores = scores_of(counts[-1][1])
+        row |= _columns(scores, row["null"])
         if ungated is not None:
-            gated = row["row_id"] in ungated
-            raw = histogram(ungated.read(row["row_id"]), target) if gated else counts[-1][1]
-            row |= {f"{k}_{UNGATED}": v for k, v in _columns(scores_of(raw), row["null"]).items()}
+            if row["row_id"] in ungated:
+                scores = scores_of(histogram(ungated.read(row["row_id"]), target))
+            row |= {f"{k}_{UNGATED}": v for k, v in _columns(scores, row["null"]).items()}
             row |= empty_scores(target) | {"object_score": ungated.attrs[SCORES][row["row_id"]]}
         for name, reader in readers.items():
             if row["row_id"] in reader:

@@ -192,7 +192,10 @@ def load_tokenizer(folder: Path, families: tuple[str, ...], network: Any, ids: t
 
 
 def load_extractor(folder: Path) -> Any:
-    """The feature extractor of preprocessor_config.json. Raises SamloveError if it is missing or not readable."""
+    """The feature extractor of preprocessor_config.json.
+
+    Raises RequestError if that file is missing, SamloveError if it is not readable.
+    """
     from transformers import AutoFeatureExtractor
 
     path = folder / "preprocessor_config.json"
