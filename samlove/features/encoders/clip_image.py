@@ -1,22 +1,20 @@
 """CLIP's image encoder (Radford et al., 2021) through transformers: the alternative in Table 2."""
 
-from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from samlove.config import VisualConfig
-from samlove.features.encoders.base import Arrays, OnDevice, library_versions
-from samlove.features.encoders.frames import encode_frames, load_square, normalise
+from samlove.features.encoders.base import library_versions
+from samlove.features.encoders.frames import FrameEncoder, normalise
 from samlove.features.encoders.transformers_folder import CLIP, load_network, read_config, resolve_folder, sha256_model
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # from OpenAI's training
 
 
-class ClipImageEncoder(OnDevice):
+class ClipImageEncoder(FrameEncoder):
     """A video's frames -> visual (N,1+P,d): tokens of the last block, with the class token in row 0 of axis 1.
 
     The tokens are transformers' `last_hidden_state`, before the norm that precedes CLIP's projection. Whole frames are
@@ -47,15 +45,6 @@ class ClipImageEncoder(OnDevice):
     @cached_property
     def network(self) -> Any:
         return load_network("CLIPVisionModel", self.folder).to(self.device)
-
-    def load(self, source: Sequence[Path]) -> Tensor:
-        """N frames -> uint8 (N,3,S,S). Raises SamloveError, naming the path, if a frame cannot be read."""
-        return load_square(source, self.image_size)
-
-    @torch.inference_mode()
-    def encode(self, items: list[Tensor]) -> list[Arrays]:
-        """One {visual (N,1+P,d) of the configured dtype} per item."""
-        return encode_frames(items, self._tokens, self.device, self.config.dtype)
 
     def _tokens(self, frames: Tensor) -> Tensor:
         pixels = normalise(frames, MEAN, STD)

@@ -1,6 +1,6 @@
 """Shared by the frame encoders: selecting frames, reading them as squares, normalising, encoding a batch of videos."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from samlove.config import Dtype
+from samlove.config import VisualConfig
 from samlove.data.dataset import RefAvsFolder, load_frame
-from samlove.features.encoders.base import Arrays, Sources, to_store
+from samlove.features.encoders.base import Arrays, OnDevice, Sources, to_store
 
 CENTRE = (0.5, 0.5, 0.5)  # timm's default mean and standard deviation
 
@@ -48,13 +48,23 @@ def normalise(frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return (scaled - mean_) / std_
 
 
-def encode_frames(
-    items: list[Tensor], tokens: Callable[[Tensor], Tensor], device: torch.device, dtype: Dtype
-) -> list[Arrays]:
-    """Videos, uint8 (N,3,S,S) each -> one {visual (N,1+P,d)} per video, encoded in one batch.
+class FrameEncoder(OnDevice):
+    """What the encoders of frames share; `_tokens` differs. Whole frames are resized to a square of image_size."""
 
-    tokens: the encoder, frames (n,3,S,S) -> (n,1+P,d).
-    """
-    visual = to_store("visual", tokens(torch.cat(items).to(device)), dtype)  # (videos * N, 1 + P, d)
-    ends = np.cumsum([len(item) for item in items])
-    return [{"visual": part} for part in np.split(visual, ends[:-1])]
+    config: VisualConfig
+    image_size: int
+
+    def load(self, source: Sequence[Path]) -> Tensor:
+        """N frames -> uint8 (N,3,S,S). Raises SamloveError, naming the path, if a frame cannot be read."""
+        return load_square(source, self.image_size)
+
+    @torch.inference_mode()
+    def encode(self, items: list[Tensor]) -> list[Arrays]:
+        """One {visual (N,1+P,d) of the configured dtype} per item; all items are one batch."""
+        visual = to_store("visual", self._tokens(torch.cat(items).to(self.device)), self.config.dtype)
+        ends = np.cumsum([len(item) for item in items])
+        return [{"visual": part} for part in np.split(visual, ends[:-1])]
+
+    def _tokens(self, frames: Tensor) -> Tensor:
+        """Frames, uint8 (n,3,S,S) -> (n,1+P,d)."""
+        raise NotImplementedError

@@ -5,9 +5,8 @@ deviation.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 import samlove.model.torchvision_ops  # noqa: F401
 from samlove.config import VisualConfig
 from samlove.errors import RequestError
-from samlove.features.encoders.base import Arrays, OnDevice, library_versions
-from samlove.features.encoders.frames import CENTRE, encode_frames, load_square, normalise
+from samlove.features.encoders.base import library_versions
+from samlove.features.encoders.frames import CENTRE, FrameEncoder, normalise
 from samlove.model.weights import load_into, load_state_dict, resolve_file
 from stores.fingerprint import sha256_file
 
@@ -99,7 +98,7 @@ def _token_shape(model: str, model_args: tuple[tuple[str, int], ...], size: int)
     return tokens.shape[1], tokens.shape[2]
 
 
-class TimmEncoder(OnDevice):
+class TimmEncoder(FrameEncoder):
     """A video's frames -> visual (N,1+P,d): the frame's vector in row 0 of axis 1, then its patches; see frame_tokens.
 
     Whole frames are resized to a square, without the centre crop of ImageNet's evaluation, because the object may be
@@ -145,15 +144,6 @@ class TimmEncoder(OnDevice):
         _resample_positions(network, tensors)
         load_into(network, tensors, self.weights, f"timm's {self.config.model}")
         return network.to(self.device).eval()
-
-    def load(self, source: Sequence[Path]) -> Tensor:
-        """N frames -> uint8 (N,3,S,S). Raises SamloveError, naming the path, if a frame cannot be read."""
-        return load_square(source, self.image_size)
-
-    @torch.inference_mode()
-    def encode(self, items: list[Tensor]) -> list[Arrays]:
-        """One {visual (N,1+P,d) of the configured dtype} per item."""
-        return encode_frames(items, self._tokens, self.device, self.config.dtype)
 
     def _tokens(self, frames: Tensor) -> Tensor:
         return frame_tokens(self.network, normalise(frames, self.mean, self.std))
