@@ -25,6 +25,7 @@ from samlove.data.targets import Targets
 from samlove.errors import RequestError, SamloveError
 from samlove.scoring.metrics import EDGES, Scores, histogram, scores_of
 from samlove.scoring.presence import SCORES, UNGATED, curve, empty_scores
+from samlove.scoring.standard_error import standard_errors
 from stores import PredictionReader
 from stores.fingerprint import check_fingerprint, flat
 from stores.manifest import replace_folder
@@ -43,7 +44,7 @@ class Evaluation(NamedTuple):
     # One per expression; J, F, JF, S and {J,F,JF,S}_{control} as fractions, NaN: no score. late: whether the
     # ground-truth masks show the target, but not on frame 0.
     rows: pd.DataFrame
-    details: dict  # protocols, cues, late, categories, nulls, presence, controls
+    details: dict  # protocols, standard errors, cues, late, categories, nulls, presence, controls
 
 
 def evaluate(
@@ -87,6 +88,7 @@ def evaluate(
     details = {
         "protocol": "per_expression",
         "protocols": results,
+        "standard_errors": standard_errors(scored),
         "cues": _by_cue(scored),
         "late": _late(scored),
         "categories": _by_category(scored),
@@ -349,16 +351,25 @@ def number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def plus_minus(error: float | None, digits: int = 1) -> str:
+    """A standard error as text of 7 characters, or more; blank if there is none."""
+    return f"{'' if error is None else f'±{error:.{digits}f}':>7}"
+
+
 def render_table(metrics: dict, details: dict) -> str:
     """The results and controls as text for a terminal."""
     lines = [f"Results (protocol {metrics['protocol']}; J, F, J&F in percent, S a fraction; mix: mean of both)"]
-    lines.append(f"  {'split':<8}{'n':>6}{'J':>8}{'F':>8}{'J&F':>8}{'S':>8}")
+    errors = details.get("standard_errors", {})  # not in older files
+    lines.append(f"  {'split':<8}{'n':>6}{'J':>8}{'F':>8}{'J&F':>8}{'':>7}{'S':>8}")
     for split in ("test_s", "test_u", "mix"):
         row = metrics[split]
         scores = "".join(f"{number(row[k]):>8}" for k in ("J", "F", "J&F"))
-        lines.append(f"  {NAMES[split]:<8}{row['n']:>6}{scores}{'':>8}")
+        lines.append(f"  {NAMES[split]:<8}{row['n']:>6}{scores}{plus_minus(errors.get(split, {}).get('J&F'))}".rstrip())
     null = metrics["test_n"]
-    lines.append(f"  {NAMES['test_n']:<8}{null['n']:>6}{'':>24}{number(null['S'], 3):>8}")
+    spread = plus_minus(errors.get("test_n", {}).get("S"), 3)
+    lines.append(f"  {NAMES['test_n']:<8}{null['n']:>6}{'':>31}{number(null['S'], 3):>8}{spread}".rstrip())
+    if errors:
+        lines.append("  ±: standard error over test videos (per_expression); other seeds differ in addition")
     if nulls := details.get("nulls"):  # not in older files
         kinds = (f"{kind} {number(of_kind['S'], 3)} (n {of_kind['n']})" for kind, of_kind in nulls.items())
         lines.append(f"  S by kind of null: {', '.join(kinds)}")
