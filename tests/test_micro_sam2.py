@@ -64,7 +64,7 @@ def test_a_clip_drawn_twice_as_large_has_the_same_format():
         clip = draw_clip(rng)
         assert clip.frames.shape == (10, 128, 128, 3) and clip.frames.dtype == np.uint8
         assert clip.masks.shape[1:] == (10, 128, 128) and clip.masks.dtype == bool
-        assert len(clip.masks) == len(clip.names) == len(clip.sounding)
+        assert len(clip.masks) == len(clip.names) == len(clip.pulsing)
 
 
 def test_a_description_fits_one_object_and_an_absent_one_fits_none():

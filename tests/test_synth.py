@@ -155,9 +155,13 @@ def test_a_scene_without_a_late_thing_does_not_depend_on_their_probability() -> 
             assert not any(thing.late for thing in scenes[0].things)
 
 
-def test_a_sounding_thing_pulses_and_is_heard() -> None:
+def test_a_pulse_is_seen_and_a_sounding_thing_is_heard() -> None:
     rng = np.random.default_rng(1)
-    scene = next(s for s in iter(lambda: sample_scene(rng, SEEN), None) if 0 < s.things[-1].sounding.sum() < SECONDS)
+    scene = next(
+        s
+        for s in iter(lambda: sample_scene(rng, SEEN), None)
+        if 0 < s.things[-1].sounding.sum() < SECONDS and s.things[-1].pulsing.any()
+    )
     thing = scene.things[-1]  # nothing hides it
     on, off = int(np.argmax(thing.sounding)), int(np.argmin(thing.sounding))
     size = (128, 128)
@@ -169,6 +173,16 @@ def test_a_sounding_thing_pulses_and_is_heard() -> None:
     alone = type(scene)((thing,), scene.aspect, scene.background)
     loud = np.abs(mix(alone, np.random.default_rng(0)).reshape(SECONDS, RATE).astype(float)).mean(axis=1)
     assert loud[thing.sounding].min() > 2 * loud[~thing.sounding].max()
+
+
+def test_a_pulse_does_not_tell_what_sounds() -> None:
+    rng = np.random.default_rng(0)
+    things = [thing for _ in range(200) for thing in sample_scene(rng, SEEN).things]
+    sounding = [thing for thing in things if thing.sounding.any()]
+    silent = [thing for thing in things if not thing.sounding.any()]
+    assert 0.7 < np.mean([thing.pulsing.any() for thing in sounding]) < 0.9
+    assert 0.4 < np.mean([thing.pulsing.any() for thing in silent]) < 0.6
+    assert all(np.array_equal(thing.pulsing, thing.sounding) for thing in sounding if thing.pulsing.any())
 
 
 def test_every_category_has_a_shape_a_colour_and_a_timbre() -> None:

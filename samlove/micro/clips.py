@@ -46,13 +46,13 @@ def _strange_timbre(number: int) -> str:
 
 @dataclass(frozen=True)
 class Clip:
-    """frames (T, S, S, 3) uint8, masks (K, T, S, S) bool, sounding (K, T) bool; names: (category, colour, size) of each
+    """frames (T, S, S, 3) uint8, masks (K, T, S, S) bool, pulsing (K, T) bool; names: (category, colour, size) of each
     thing."""
 
     frames: np.ndarray
     masks: np.ndarray
     names: list[tuple[str, str, str]]
-    sounding: np.ndarray
+    pulsing: np.ndarray
 
 
 def draw_clip(rng: np.random.Generator, strange: float = 0.35) -> Clip:
@@ -69,21 +69,21 @@ def draw_clip(rng: np.random.Generator, strange: float = 0.35) -> Clip:
         frames = frames.reshape(SECONDS, *halves, 3).mean((2, 4)).round().astype(np.uint8)
         masks = masks.reshape(len(masks), SECONDS, *halves).mean((3, 5)) >= 0.5
     names = [(thing.category, thing.colour, thing.size) for thing in scene.things]
-    return Clip(frames, masks, names, np.stack([thing.sounding for thing in scene.things]))
+    return Clip(frames, masks, names, np.stack([thing.pulsing for thing in scene.things]))
 
 
 def augment(rng: np.random.Generator, clip: Clip, length: int) -> Clip:
     """`length` consecutive frames of a clip, randomly mirrored, transposed or reversed in time."""
     start = int(rng.integers(0, len(clip.frames) - length + 1))
     part = slice(start, start + length)
-    frames, masks, sounding = clip.frames[part], clip.masks[:, part], clip.sounding[:, part]
+    frames, masks, pulsing = clip.frames[part], clip.masks[:, part], clip.pulsing[:, part]
     if rng.random() < 0.5:
-        frames, masks, sounding = frames[::-1], masks[:, ::-1], sounding[:, ::-1]
+        frames, masks, pulsing = frames[::-1], masks[:, ::-1], pulsing[:, ::-1]
     if rng.random() < 0.5:
         frames, masks = frames[:, :, ::-1], masks[..., ::-1]
     if rng.random() < 0.5:
         frames, masks = frames.swapaxes(1, 2), masks.swapaxes(2, 3)
-    return Clip(frames, masks, clip.names, sounding)
+    return Clip(frames, masks, clip.names, pulsing)
 
 
 def describe(rng: np.random.Generator, clip: Clip, k: int) -> np.ndarray:
@@ -129,7 +129,7 @@ def _words(clip: Clip, k: int) -> list[str]:
     words = [word for word in clip.names[k] if word in code.CATEGORY | code.COLOUR | code.SIZE]
     x = _centre(clip.masks[k, 0])[0] if clip.masks[k, 0].any() else 0.5
     words += ["left"] if x < LEFT else ["right"] if x > RIGHT else []
-    return words + (["sounding"] if clip.sounding[k, 0] else [])  # it pulses
+    return words + (["sounding"] if clip.pulsing[k, 0] else [])
 
 
 def _centre(mask: np.ndarray) -> np.ndarray:

@@ -66,7 +66,7 @@ def sight(scene: Scene, t: int) -> np.ndarray:
         row[SIZE[thing.size]] = 1.8
         x = thing.path[t, 0]
         row[SIDE["left"]], row[SIDE["right"]] = 1.8 * np.clip([2 - 4 * x, 4 * x - 2], 0, 1)
-        row[KIND["sounding"]] = 3.0 * thing.sounding[t]  # it pulses
+        row[KIND["sounding"]] = 3.0 * thing.pulsing[t]  # it looks as if it sounded
         row[WHERE] = 1.5 * place(thing.path[t])
     return code
 

@@ -76,7 +76,7 @@ def words(scene: Scene, k: int, t: int) -> Said:
     thing = scene.things[k]
     x = thing.path[t, 0]
     everything = {
-        "sounding": "sounding" if thing.sounding[t] else "",
+        "sounding": "sounding" if thing.pulsing[t] else "",
         "size": "" if thing.size == "medium" else thing.size,
         "colour": thing.colour if thing.colour in code.COLOUR else "",
         "category": thing.category if thing.category in code.CATEGORY else "",

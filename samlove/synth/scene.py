@@ -25,7 +25,9 @@ COLOURS = {
 }
 RADII = {"small": (0.12, 0.14), "medium": (0.155, 0.175), "big": (0.2, 0.23)}
 CORE = {"moon": (-0.45, 0.0)}  # centre of the bright core, if it is not the middle of the shape
-PULSE = 1.15  # a sounding object is larger by this factor and has a bright core
+PULSE = 1.15  # a pulsing object is larger by this factor and has a bright core
+SHOWN = 0.8  # probability that a sounding thing pulses while it sounds
+DECOY = 0.5  # probability that a silent thing pulses for a while
 REACH = 1.15  # the largest distance of a vertex of OUTLINES from the centre, in radii
 OUTSIDE = 0.01 + REACH * PULSE * RADII["big"][1]  # of the frame: so far from its side, nothing is in sight
 
@@ -93,6 +95,7 @@ class Thing:
     texture: tuple[float, float, float]  # stripes: direction in radians, cycles per radius, contrast 0..1
     path: np.ndarray  # (SECONDS, 2) centre, fractions of width and height; may lie outside
     sounding: np.ndarray  # (SECONDS,) bool
+    pulsing: np.ndarray  # (SECONDS,) bool: when it pulses, which need not be when it sounds
     pitch: float  # Hz
     loudness: float  # RMS amplitude while sounding, 0..1
     late: bool = False  # out of sight at second 0; all other things are in sight then
@@ -137,24 +140,37 @@ def _starts(rng: np.random.Generator, radii: list[float], aspect: float) -> np.n
     return np.array(centres)
 
 
-def _voice(rng: np.random.Generator, count: int) -> list[tuple[np.ndarray, float, float]]:
-    """(sounding, pitch, loudness) of each thing: clearly different pitch and loudness, independent times of sound."""
+def _voice(rng: np.random.Generator, count: int) -> list[tuple[np.ndarray, np.ndarray, float, float]]:
+    """(sounding, pulsing, pitch, loudness) of each thing: clearly different pitch and loudness, independent times.
+
+    Most things pulse while they sound, but some do not, and silent things may pulse, too. So sight alone does not tell
+    which thing sounds: its timbre tells, or whether it pulses when something is heard.
+    """
     pitches = rng.permutation([160, 270, 450, 750])[:count] * rng.uniform(0.95, 1.05, count)
     loudness = rng.permutation([0.03, 0.075, 0.19, 0.45])[:count] * rng.uniform(0.9, 1.1, count)
+    still = np.zeros(SECONDS, dtype=bool)
     voices = []
     for k in range(count):
-        sounding = np.zeros(SECONDS, dtype=bool)
-        if rng.random() < 0.7:
-            if rng.random() < 0.2:
-                sounding[:] = True
-            else:
-                length = int(rng.integers(2, 8))
-                first = int(rng.integers(0, SECONDS - length + 1))
-                sounding[first : first + length] = True
-                if length >= 5 and rng.random() < 0.4:  # with a pause in the middle
-                    sounding[first + 2 : first + length - 2] = False
-        voices.append((sounding, float(pitches[k]), float(loudness[k])))
+        sounding = _times(rng) if rng.random() < 0.7 else still
+        if sounding.any():
+            pulsing = sounding if rng.random() < SHOWN else still
+        else:
+            pulsing = _times(rng) if rng.random() < DECOY else still
+        voices.append((sounding, pulsing, float(pitches[k]), float(loudness[k])))
     return voices
+
+
+def _times(rng: np.random.Generator) -> np.ndarray:
+    """(SECONDS,) bool: all seconds, or some that follow each other, perhaps with a pause."""
+    if rng.random() < 0.2:
+        return np.ones(SECONDS, dtype=bool)
+    times = np.zeros(SECONDS, dtype=bool)
+    length = int(rng.integers(2, 8))
+    first = int(rng.integers(0, SECONDS - length + 1))
+    times[first : first + length] = True
+    if length >= 5 and rng.random() < 0.4:  # with a pause in the middle
+        times[first + 2 : first + length - 2] = False
+    return times
 
 
 def sample_scene(
@@ -222,7 +238,7 @@ def _with_late_thing(rng: np.random.Generator, scene: Scene) -> Scene:
 
 
 def _hides(front: Thing, behind: Thing) -> bool:
-    """Whether one thing covers all of the other if both have the same centre, also while that one sounds."""
+    """Whether one thing covers all of the other if both have the same centre, also while that one pulses."""
     side = 128
     shapes = [
         _fill(thing.outline, np.array([side / 2, side / 2]), np.full(2, side * radius), (side, side))
@@ -275,8 +291,8 @@ def render(
     y, x = np.mgrid[0:height, 0:width]
     for k, thing in enumerate(scene.things):
         centre = thing.path[t] * (width, height)
-        loud = bool(thing.sounding[t])
-        radii = thing.radius * short * (PULSE if loud else 1.0)
+        pulsing = bool(thing.pulsing[t])
+        radii = thing.radius * short * (PULSE if pulsing else 1.0)
         if np.any(centre + 1.3 * radii < 0) or np.any(centre - 1.3 * radii > (width, height)):
             continue
         shape = _fill(thing.outline, centre, radii, size)
@@ -286,7 +302,7 @@ def render(
         along = ((x - centre[0]) / radii[0] * np.cos(angle) + (y - centre[1]) / radii[1] * np.sin(angle))[shape]
         shade = 1 - contrast * (np.sin(2 * np.pi * cycles * along) > 0)
         picture[shape] = np.array(thing.rgb, dtype=np.float32) * shade[:, None].astype(np.float32)
-        if loud:  # a bright core with a dark rim, visible on every colour; on a ring it lies around the hole
+        if pulsing:  # a bright core with a dark rim, visible on every colour; on a ring it lies around the hole
             outline = OUTLINES["circle"] if thing.hole else thing.outline
             for scale, value in ((thing.hole or 0.33) + 0.24, 15.0), ((thing.hole or 0.33) + 0.1, 255.0):
                 core = _fill(outline, centre + CORE.get(thing.category, (0.0, 0.0)) * radii, radii * scale, size)

@@ -45,10 +45,10 @@ class Scale:
 
 SCALES = {
     "small": Scale({"train": 12, "val": 4, "test_s": 6, "test_u": 6, "test_n": 4}, 96, 4, 4),
-    "demo": Scale({"train": 1000, "val": 16, "test_s": 24, "test_u": 24, "test_n": 24}, 128, 6, 8),
+    "demo": Scale({"train": 1000, "val": 40, "test_s": 64, "test_u": 64, "test_n": 64}, 128, 6, 8),
     "large": Scale({"train": 2767, "val": 257, "test_s": 273, "test_u": 269, "test_n": 257}, 480, 6, 6),
 }
-NULL_SHARE = {"train": 0.25, "val": 0.2}  # fraction of the videos that also get a null version
+NULL_SHARE = {"train": 0.4, "val": 0.4}  # fraction of the videos that also get a null version
 NULL_ROWS = 3
 # Probability that one thing of a video is out of sight in frame 0 and appears later. The share of such targets in
 # Ref-AVS is not known without its masks; its table only shows that they exist ("the object appearing longer than ...").
