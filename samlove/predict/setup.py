@@ -66,7 +66,9 @@ class Setup:
         found, wanted = ({**f, LIBRARIES: None} for f in (fingerprint, self.header.features.get(name, {})))
         if faults := differing(wanted, found):
             told = "; ".join(f"{key}: expected {one!r}, found {other!r}" for key, (one, other) in faults.items())
-            raise SamloveError(f"{where}: not the {name} features that {self.checkpoint} was trained on ({told}); {remedy}")
+            raise SamloveError(
+                f"{where}: not the {name} features that {self.checkpoint} was trained on ({told}); {remedy}"
+            )
 
 
 def find_setup(checkpoint: str | Path | None = None) -> Setup:

@@ -83,9 +83,7 @@ class Tracker:
         self._lost = (logits <= 0).all(axis=(1, 2, 3))
         return TrackedWindow(window, logits, scores, prompts)
 
-    def _ask(
-        self, window: Window, rows: list[int]
-    ) -> tuple[list[tuple[int, list[int], Tensor]], list[Prompt | None]]:
+    def _ask(self, window: Window, rows: list[int]) -> tuple[list[tuple[int, list[int], Tensor]], list[Prompt | None]]:
         """Put the window's tokens of some sentences to SAM 2. Returns the tracks to begin, each a frame with its
         sentences and their tokens, and what became of each sentence. Removes those sentences from the old tracks."""
         prompts: list[Prompt | None] = [None] * len(self._lost)
