@@ -1,4 +1,4 @@
-"""The settings and weights of the profile micro, which come with samlove: in the repository, or in an installed wheel."""
+"""The settings and weights of the profile micro, which come with samlove, in the repository or in a wheel."""
 
 from pathlib import Path
 

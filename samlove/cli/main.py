@@ -59,7 +59,7 @@ app.command(
 )(predict)
 app.command(
     rich_help_panel=OWN,
-    epilog=examples("samlove bundle data/refavs/model/best.safetensors --out bundle --with-weights"),
+    epilog=examples("samlove bundle data/micro/model/best.safetensors --out bundle --with-weights"),
 )(bundle)
 
 

@@ -42,7 +42,7 @@ def predict(
     ] = None,
     features: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Read the features from here: a folder that --keep-features wrote."),
+        typer.Option(metavar="DIR", help="Read the features that --keep-features wrote here."),
     ] = None,
     keep_features: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the features in this new folder, for other sentences.")
@@ -61,9 +61,7 @@ def predict(
     if example and (video is not None or sentences):
         raise RequestError("--example: takes no VIDEO and no SENTENCE; leave out one or the other")
     if not example and (video is None or not sentences):
-        raise RequestError(
-            "expected VIDEO and at least one SENTENCE in quotes, or --example; see samlove predict --help"
-        )
+        raise RequestError("expected VIDEO and at least one SENTENCE in quotes, or --example (samlove predict --help)")
     name = EXAMPLE if video is None else video.resolve().name if video.is_dir() else video.stem
     out = out or PREDICTIONS / name
     options = {"start": start, "seconds": seconds, "fps": _rate(fps), "sound": sound}
@@ -83,9 +81,7 @@ def _predict(video: Path | None, sentences: list[str], checkpoint: Path | None, 
     check_out(out, [path for path in given if path is not None])
     segmenter = load(checkpoint)
     if checkpoint is None and video is not None:
-        print(
-            "note: this is the small model that comes with samlove; it knows only the shapes and sounds of LAVS-synth"
-        )
+        print("note: without --checkpoint, a small model is used that knows only the shapes and sounds of LAVS-synth")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.resolve().name}-", dir=out.parent) as scratch:
         new = Path(scratch) / "new"

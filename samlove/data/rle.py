@@ -1,7 +1,7 @@
 """Masks as COCO's run-length encoding (RLE), in its compressed form, as pycocotools reads and writes it.
 
-Runs of 0 and 1 alternate, column by column, beginning with 0. Each count, from the fourth on less the one two before it,
-is written in groups of 5 bits, lowest first, as characters from "0" on; 32 marks that another group follows.
+Runs of 0 and 1 alternate, column by column, beginning with 0. Each count, from the fourth on less the one two before
+it, is written in groups of 5 bits, lowest first, as characters from "0" on; 32 marks that another group follows.
 """
 
 from typing import TypedDict

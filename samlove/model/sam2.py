@@ -277,8 +277,8 @@ class LightSam2(SAM2Base):
         points: Points | None,
         masks: Tensor | None,
     ) -> dict:
-        """Segment the prompted frame: `pred_masks` (B, 1, 4h, 4w), `object_score_logits` (B, 1), and the memory that all
-        other frames attend to."""
+        """Segment the prompted frame: `pred_masks` (B, 1, 4h, 4w), `object_score_logits` (B, 1), and the memory that
+        all other frames attend to."""
         if token is not None:
             out = self._prompted_by_token(features, token)
         else:

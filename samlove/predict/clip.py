@@ -45,9 +45,7 @@ class Clip:
         Raises RequestError if the video has nothing there, or a value is out of range.
         """
         if not 0 <= start < media.duration:
-            raise RequestError(
-                f"{media.path}: start: expected 0 to {media.duration:.2f} s, its length, found {start:g}"
-            )
+            raise RequestError(f"{media.path}: start: expected 0 s to its end, {media.duration:.2f} s, found {start:g}")
         if seconds is not None and not seconds > 0:
             raise RequestError(f"seconds: expected a number above 0, found {seconds:g}")
         if fps is None:

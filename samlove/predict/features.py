@@ -72,7 +72,7 @@ def video_digest(path: Path, sound: Path | None) -> str:
 
 
 def encode(plan: Plan, setup: Setup, folder: Path, device: torch.device, bar: Bar) -> None:
-    """Compute all features and publish them as stores in `folder`. Each encoder is loaded once, and released at the end.
+    """Compute all features and publish them as stores in `folder`. Each encoder is loaded once, and then released.
 
     Raises RequestError if weights are missing, SamloveError if they are not those that the checkpoint was trained with,
     or if a file cannot be decoded; OSError if the disk is full.

@@ -38,17 +38,13 @@ def check_out(out: Path, inputs: Iterable[Path]) -> None:
     prediction and nothing else, and none of the inputs is in it."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         found = "a link" if out.is_symlink() else absence(out)
-        raise RequestError(
-            f"{out}: {found}; expected a new folder, or one of an earlier prediction; choose another --out"
-        )
+        raise RequestError(f"{out}: {found}; expected a new folder, or an earlier prediction; choose another --out")
     if other := next((path for path in inputs if path.resolve().is_relative_to(out.resolve())), None):
         raise RequestError(f"{out}: would be replaced, but has {other} in it; choose another --out")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if names and (DESCRIPTION not in names or names - OURS):
         found = sorted(names - OURS)[:3] or f"no {DESCRIPTION}"
-        raise RequestError(
-            f"{out}: expected an earlier prediction and nothing else, found {found}; choose another --out"
-        )
+        raise RequestError(f"{out}: expected an earlier prediction alone, found {found}; choose another --out")
 
 
 def write_run(run: Run, setup: Setup, folder: Path) -> list[str]:

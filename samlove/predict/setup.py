@@ -72,7 +72,7 @@ class Setup:
 
 
 def find_setup(checkpoint: str | Path | None = None) -> Setup:
-    """The setup of a checkpoint: a file, or a folder that `samlove bundle` wrote; None: the one that comes with samlove.
+    """The setup of a checkpoint: a file, or a folder of `samlove bundle`; None: the one that comes with samlove.
 
     A file below data/PROFILE belongs to that profile, any other to the active one or, where there is no
     configs/profile.yaml, to micro. Raises RequestError if a file is missing, SamloveError if one is damaged.
