@@ -11,6 +11,7 @@ from typing import Annotated, cast
 import typer
 
 from samlove.cli.help import GroupedHelp, examples
+from samlove.cli.predict import bundle, predict
 from samlove.cli.store import store
 from samlove.config import DatasetConfig, load
 from samlove.environment import check_code
@@ -19,7 +20,7 @@ from samlove.errors import RequestError, one_line_errors
 UsageError = cast(type[Exception], typer.BadParameter.__base__)  # click's or, in newer versions, typer's copy of it
 INTERRUPTED = 130  # what typer returns after Ctrl-C
 PROFILE = Path("configs/profile.yaml")
-BEFORE, AFTER, TOOLS = "Before a run", "After a run", "Generated data and benchmarks"  # groups of commands
+OWN, BEFORE, AFTER, TOOLS = "Your own video", "Before a run", "After a run", "Generated data and benchmarks"  # groups
 PIPELINE = """\b
 Run the pipeline with DVC:
   dvc repro                      Run every stage that is not up to date.
@@ -47,6 +48,19 @@ bench = typer.Typer(
 )
 app.add_typer(store, name="store", cls=GroupedHelp, rich_help_panel=AFTER)
 app.add_typer(bench, name="bench", rich_help_panel=TOOLS)
+
+
+app.command(
+    rich_help_panel=OWN,
+    epilog=examples(
+        "samlove predict --example",
+        'samlove predict clip.mp4 "the guitar that plays" "the dog" --checkpoint data/refavs/model/best.safetensors',
+    ),
+)(predict)
+app.command(
+    rich_help_panel=OWN,
+    epilog=examples("samlove bundle data/micro/model/best.safetensors --out bundle --with-weights"),
+)(bundle)
 
 
 class Scale(StrEnum):
