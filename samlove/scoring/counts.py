@@ -136,7 +136,7 @@ def resize_target(target: np.ndarray, size: int, how: Resizing) -> np.ndarray:
         return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)) > 0
     nearest = _NEAREST[how]
     rows, columns = (nearest(length, size) for length in target.shape)
-    return target[rows][:, columns]
+    return target.take(rows, axis=0).take(columns, axis=1)
 
 
 def _floor(source: int, size: int) -> np.ndarray:

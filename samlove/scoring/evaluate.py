@@ -45,7 +45,7 @@ class Evaluation(NamedTuple):
     # One per expression; J, F, JF, S and {J,F,JF,S}_{control} as fractions, NaN: no score. late: whether the
     # ground-truth masks show the target, but not on frame 0.
     rows: pd.DataFrame
-    details: dict  # protocols, cues, late, categories, nulls, presence, controls
+    details: dict  # protocols, cues, late, categories, nulls, presence, controls; the evaluate stage adds published
 
 
 def evaluate(

@@ -90,7 +90,7 @@ class Masks:
 
     @cached_property
     def unit(self) -> int:
-        """The value of a pixel that certainly is object: 1 if the masks of a sample hold only 0 and 1, otherwise 255."""
+        """The value of a pixel that certainly is object: 1 if the masks of a sample hold only 0 and 1, else 255."""
         keys = list(self.keys())
         for key in keys[:: max(len(keys) // SAMPLED, 1)]:
             if any(values.max(initial=0) > 1 for values in self.raw(key).values()):
@@ -371,6 +371,7 @@ class MaskBins(Masks):
             if not np.array_equal(reader.edges, EDGES):
                 raise RequestError(f"{reader.path}: its bin edges differ from samlove.scoring.metrics.EDGES")
         self._readers = {row_id: reader for reader in readers for row_id in reader.row_ids}
+        self.frames = max((reader.shape[0] for reader in readers), default=0)
         self.has_scores = True
 
     def keys(self) -> Collection[str]:

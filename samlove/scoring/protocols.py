@@ -132,7 +132,7 @@ def score(logits: Array, target: Array, null: Array, protocol: str) -> Scores:
         frames = list(zip(finite(logits[i], f"logits[{i}]"), np.asarray(target[i], dtype=bool), strict=True))
         return measure(frames, bool(nulls[i]), [protocol])[protocol]
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         return summarise(list(pool.map(measured, range(len(nulls)))), PROTOCOLS[protocol])
 
 
