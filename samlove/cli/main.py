@@ -170,6 +170,40 @@ def picture(
     print(write_picture(out, row))
 
 
+@app.command(
+    rich_help_panel=AFTER,
+    epilog=examples(
+        "samlove score masks --dataset data/dataset/refavs",
+        "samlove score masks.json --dataset data/dataset/refavs --split test_s --protocol crab_plus",
+        "samlove score ours theirs --dataset data/dataset/refavs --out scores.json",
+    ),
+)
+def score(
+    masks: Annotated[
+        Path, typer.Argument(metavar="MASKS", help="PNG, .npy, .npz, COCO RLE or predictions.h5 (docs/protocols.md).")
+    ],
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[OTHER]", help="The masks of another method, to compare with.")
+    ] = None,
+    *,
+    dataset: Annotated[Path, typer.Option(metavar="DIR", help="The dataset: metadata.csv, media/, gt_mask/.")],
+    split: Annotated[str, typer.Option(metavar="SPLIT,...", help="The splits to score.")] = "test_s,test_u,test_n",
+    protocol: Annotated[str, typer.Option(metavar="all|NAME,...", help="The protocols to score under.")] = "all",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Also write the results here; replaced if it exists.")
+    ] = None,
+) -> None:
+    """Score the masks of any method under each published protocol of Ref-AVS.
+
+    Missing, doubled and unmatched masks and other sizes are counted and listed, with what each counts as. With OTHER,
+    also shows the difference between both methods with its 95 % interval, by split, cue and category. Needs only the
+    dataset, no configs folder.
+    """
+    from samlove.cli.score import run
+
+    run([masks] if other is None else [masks, other], dataset, list(dict.fromkeys(split.split(","))), protocol, out)
+
+
 # --- generated data and benchmarks -----------------------------------------------------------------------------------
 
 
