@@ -60,12 +60,6 @@ def test_the_site_and_the_readme_have_every_page() -> None:
     assert {f"docs/{name}" for name in pages} <= set(re.findall(r"\]\((docs/\w+\.md)\)", text_of(ROOT / "README.md")))
 
 
-def test_the_signatures_are_those_of_the_public_names() -> None:
-    names = re.findall(r"^\| `((?:samlove|stores)\.[\w.]+)` \|", text_of(DOCS / "api.md"), re.MULTILINE)
-    shown = re.findall(r"^::: (\S+)$", text_of(DOCS / "reference.md"), re.MULTILINE)
-    assert shown == [name for name in names if name != "samlove.__version__"]
-
-
 # --- commands --------------------------------------------------------------------------------------------------------
 
 

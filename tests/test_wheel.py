@@ -20,6 +20,13 @@ for number, keys in writer.todo():
 writer.publish()
 """
 
+COPY_MASKS = """
+import csv, shutil
+for row in csv.DictReader(open("lavs/metadata.csv")):
+    if row["split"] == "test_s":
+        shutil.copytree(f"lavs/gt_mask/{row['vid']}/fid_{row['fid']}", f"masks/{row['uid']}")
+"""
+
 
 def python(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
@@ -77,6 +84,10 @@ def test_the_commands_work_without_the_repository(installed: Path, tmp_path: Pat
     assert "synth" in samlove("--help")
     samlove("synth", "--out", "lavs", "--seed", "0", "--scale", "small")
     assert "test_s" in samlove("audit", "lavs")
+    run("-c", COPY_MASKS)
+    assert " 100.0 " in samlove("score", "masks", "--dataset", "lavs", "--split", "test_s", "--protocol", "simtoken")
+    samlove("predict", "--example")
+    assert (tmp_path / "predictions" / "example" / "overlay.mp4").is_file()
     run("-c", MAKE_STORE)
     assert "all checksums match" in samlove("store", "verify", "--deep", "store")
     samlove("store", "export", "store", "store.h5")
