@@ -5,17 +5,14 @@ SAM 2), `train`, `infer`, `scoring` (metrics, report), `predict` (a video of one
 walks through them.
 """
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from samlove.predict import Segmenter
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
 
 
-def load(checkpoint: str | Path | None = None, device: str | None = None) -> "Segmenter":
-    """A segmenter for videos: samlove.predict.load, which describes the arguments. Imports torch only when called."""
-    from samlove.predict import load
-
-    return load(checkpoint, device)
+def __getattr__(name: str) -> Any:
+    """`samlove.load` is `samlove.predict.load`, imported only when it is used: it needs torch, and no stage needs it."""
+    if name == "load":
+        return import_module("samlove.predict").load
+    raise AttributeError(f"module 'samlove' has no attribute {name!r}")

@@ -17,9 +17,9 @@ from samlove.synth.expressions import expressions
 from samlove.synth.scene import SECONDS, SEEN, Scene, background, render, sample_scene
 from samlove.synth.voice import RATE, mix
 
-SEED = 7
+SEED = 4
 SIZE, FPS = (320, 240), 10
-SENTENCES = ("the object making the loudest sound", "the object on the left")
+SENTENCES = ("The object making the loudest sound.", "The last object to make a sound.")
 
 
 def example_scene(seed: int = SEED) -> Scene:
