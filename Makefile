@@ -5,10 +5,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 # Without sam2's CUDA extension: it only fills holes in finished masks, and samlove does not use that.
 INSTALL := SAM2_BUILD_CUDA=0 PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ablations test lint format
+.PHONY: help install demo ablations test lint format docs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r target meaning; do \
@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer not found; install it, or choose one: make PYTHON=/path/to/python" >&2; exit 2; }
 	@echo "installing into .venv: once, about 3 minutes$(if $(filter demo,$(MAKECMDGOALS)),; then the pipeline runs: about 9 minutes on 2 cores)"
 	@$(PYTHON) -m venv .venv
-	@$(INSTALL)
+	@$(INSTALL) -e ".[dev]"
 	@touch $@
 
 demo: $(INSTALLED) ## run the whole pipeline on the generated dataset; print result table and report
@@ -42,3 +42,7 @@ lint: $(INSTALLED) ## run ruff, mypy and import-linter, as CI does
 format: $(INSTALLED) ## fix what ruff can fix, and format
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+
+docs: $(INSTALLED) ## build the documentation into site/; checks its links
+	@$(BIN)/python -c "import mkdocs" 2>/dev/null || $(INSTALL) -e ".[docs]"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict

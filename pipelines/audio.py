@@ -11,16 +11,11 @@ from samlove.data.dataset import RefAvsFolder
 from samlove.data.layout import layout
 from samlove.device import default_device
 from samlove.features.cluster import chosen_cluster
-from samlove.features.encoders.audio_transformers import TransformersAudioEncoder
+from samlove.features.encoders.audio import ENCODERS
 from samlove.features.encoders.base import Sources
-from samlove.features.encoders.vggish import VggishEncoder
 from samlove.features.extract import Job, extract
 
 NAME = "audio"
-ENCODERS: dict[str, type[VggishEncoder] | type[TransformersAudioEncoder]] = {
-    "vggish": VggishEncoder,
-    "transformers": TransformersAudioEncoder,
-}
 SHARD, BATCH = 1024, 8  # videos: 2.6 MB per shard, 80 VGGish patches per batch
 
 

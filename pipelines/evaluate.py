@@ -9,6 +9,7 @@ from samlove.data.layout import layout
 from samlove.data.targets import Targets
 from samlove.errors import RequestError
 from samlove.scoring.evaluate import SPLITS, evaluate, render_table, write
+from samlove.scoring.splits import score_run
 
 
 @stage
@@ -18,13 +19,15 @@ def main() -> None:
         if not path.exists():
             raise RequestError(f"{path}: no such file; run: dvc repro index")
     expressions = pd.read_parquet(paths.expressions)
+    folder = RefAvsFolder(load(DatasetConfig).root)
     targets = Targets(
-        RefAvsFolder(load(DatasetConfig).root),
+        folder,
         expressions[expressions["split"].isin(SPLITS)],
         paths.mask_digest.read_text(encoding="utf-8").strip(),
         paths.scratch / "targets",
     )
     evaluation = evaluate(expressions, targets, paths.predictions, load(EvaluateConfig).protocol)
+    evaluation.details["published"] = score_run(expressions, folder, paths.predictions)
     write(evaluation, paths.metrics, paths.evaluation)
     print(render_table(evaluation.metrics, evaluation.details))
 

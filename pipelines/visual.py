@@ -11,17 +11,11 @@ from samlove.data.dataset import RefAvsFolder
 from samlove.data.layout import layout
 from samlove.device import default_device
 from samlove.features.cluster import chosen_cluster
-from samlove.features.encoders.clip_image import ClipImageEncoder
 from samlove.features.encoders.frames import frame_sources
-from samlove.features.encoders.timm_image import TimmEncoder
+from samlove.features.encoders.visual import ENCODERS
 from samlove.features.extract import Job, extract
 
 NAME = "visual"
-ENCODERS: dict[str, type[TimmEncoder] | type[ClipImageEncoder]] = {
-    "vit": TimmEncoder,
-    "timm": TimmEncoder,
-    "clip": ClipImageEncoder,
-}
 SHARD, BATCH = 128, 4  # videos: 0.4 GB per shard at the paper's size, 40 frames per batch
 
 

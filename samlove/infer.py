@@ -40,6 +40,7 @@ from stores.fingerprint import check_fingerprint, fingerprint_id, sha256_file
 from stores.manifest import replace_folder
 
 STORES = ("audio", "visual", "text", "sam2")  # also the names of their stages
+Arrays = dict[str, np.ndarray]
 PREDICTIONS = "predictions"  # the variant that is not a control
 # The modules that determine the masks. Masks in the scratch folder that other code computed are not reused.
 CODE = (
@@ -209,7 +210,7 @@ def predict(model: SamLove, embeds: dict[str, Tensor], given: Inputs, mask_size:
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         if given.masks is None:
             token = model.token({name: array.to(device) for name, array in given.fusion.items()})
-            scores, prompted = _prompt_frames(model.sam2, embeds, token, config)
+            scores, prompted = prompt_frames(model.sam2, embeds, token, config)
             logits = _track(model.sam2, embeds, token, prompted)
         else:
             scores, logits = None, model.sam2.track(embeds, masks=given.masks)[given.objects]
@@ -217,7 +218,7 @@ def predict(model: SamLove, embeds: dict[str, Tensor], given: Inputs, mask_size:
     return Predicted(F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False), scores)
 
 
-def _prompt_frames(
+def prompt_frames(
     sam2: LightSam2, embeds: dict[str, Tensor], token: Tensor, config: InferConfig
 ) -> tuple[Tensor, list[int]]:
     """The object score (B,) of each token on the frame that it prompts, and these frames."""
@@ -351,7 +352,7 @@ def _read(
     media_id: str, jobs: dict[str, Job], sources: Sources, folder: RefAvsFolder
 ) -> tuple[str, dict[str, Tensor], dict[str, Inputs]]:
     embeds = {name: torch.from_numpy(array) for name, array in sources.sam2.read(media_id).items()}
-    visual = torch.from_numpy(sources.visual.read(media_id)["visual"]).float()  # (N, 1+P, dV)
+    visual = sources.visual.read(media_id)
     inputs = {}
     for variant, job in jobs.items():
         if job.masks:
@@ -364,14 +365,20 @@ def _read(
             given = Inputs(job.row_ids, {}, prompts, [objects.index(fid) for fid in job.masks])
         else:
             words = [sources.text.read(text) for text in job.texts]
-            audio = sources.audio.read(job.audio)
-            shared = {name: _as_input(audio[name]) for name in ("audio", "audio_valid")} | {"visual": visual}
-            count = len(words)
-            fusion = {name: array.expand(count, *array.shape) for name, array in shared.items()}  # (B, ...)
-            fusion |= {name: _as_input(np.stack([word[name] for word in words])) for name in ("text", "text_mask")}
-            given = Inputs(job.row_ids, fusion, None, [])
+            given = Inputs(job.row_ids, fusion_inputs(sources.audio.read(job.audio), visual, words), None, [])
         inputs[variant] = given
     return media_id, embeds, inputs
+
+
+def fusion_inputs(audio: Arrays, visual: Arrays, words: Sequence[Arrays]) -> dict[str, Tensor]:
+    """The fusion module's inputs for B expressions of one video, (B, ...) each, from the items of the feature stores.
+
+    audio: audio (N, dA), audio_valid (N,). visual: visual (N, 1+P, dV). words: text (L, dT), text_mask (L,) of each
+    expression.
+    """
+    shared = {name: _as_input(array) for name, array in (audio | visual).items()}
+    fusion = {name: array.expand(len(words), *array.shape) for name, array in shared.items()}
+    return fusion | {name: _as_input(np.stack([word[name] for word in words])) for name in ("text", "text_mask")}
 
 
 def _as_input(array: np.ndarray) -> Tensor:

@@ -8,7 +8,7 @@ from sam2.modeling.sam2_base import NO_OBJ_SCORE
 
 from samlove.config import InferConfig, Sam2Config
 from samlove.features.encoders.sam2_image import Sam2ImageEncoder
-from samlove.infer import Sources, _prompt_frames, _read, _track, infer, plan
+from samlove.infer import Sources, _read, _track, infer, plan, prompt_frames
 from samlove.micro import code
 from samlove.micro.pretrain_sam2 import CONFIG
 from samlove.model.checkpoint import load_model
@@ -103,7 +103,7 @@ def test_an_object_that_appears_late_is_found_from_its_best_frame(micro):
         meant = code.meaning([scene.things[0].category, scene.things[0].colour])
         for prompt, found in overlaps.items():
             token = torch.from_numpy(meant)[None, None] + click
-            score, prompted = _prompt_frames(light, embeds, token, InferConfig(prompt_frame=prompt))
+            score, prompted = prompt_frames(light, embeds, token, InferConfig(prompt_frame=prompt))
             logits = _track(light, embeds, token, prompted)
             logits[score < 0] = NO_OBJ_SCORE
             masks = F.interpolate(logits, (SIDE, SIDE), mode="bilinear", align_corners=False)[0].numpy() > 0

@@ -41,7 +41,13 @@ from stores.fingerprint import fingerprint_id, sha256_file
 from stores.manifest import replace_folder, write_json
 
 TESTS = SPLITS[1:]  # val is scored on single frames only, in training
-SCORING = ("samlove.data.targets", "samlove.scoring.evaluate", "samlove.scoring.metrics")
+SCORING = (
+    "samlove.data.targets",
+    "samlove.scoring.counts",
+    "samlove.scoring.evaluate",
+    "samlove.scoring.metrics",
+    "samlove.scoring.protocols",
+)
 RECORD = "run.json"
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, cast
 import typer
 
 from samlove.cli.help import GroupedHelp, examples
+from samlove.cli.predict import bundle, predict
 from samlove.cli.store import store
 from samlove.config import DatasetConfig, load
 from samlove.environment import check_code
@@ -19,7 +20,7 @@ from samlove.errors import RequestError, one_line_errors
 UsageError = cast(type[Exception], typer.BadParameter.__base__)  # click's or, in newer versions, typer's copy of it
 INTERRUPTED = 130  # what typer returns after Ctrl-C
 PROFILE = Path("configs/profile.yaml")
-BEFORE, AFTER, TOOLS = "Before a run", "After a run", "Generated data and benchmarks"  # groups of commands
+OWN, BEFORE, AFTER, TOOLS = "Your own video", "Before a run", "After a run", "Generated data and benchmarks"  # groups
 PIPELINE = """\b
 Run the pipeline with DVC:
   dvc repro                      Run every stage that is not up to date.
@@ -47,6 +48,19 @@ bench = typer.Typer(
 )
 app.add_typer(store, name="store", cls=GroupedHelp, rich_help_panel=AFTER)
 app.add_typer(bench, name="bench", rich_help_panel=TOOLS)
+
+
+app.command(
+    rich_help_panel=OWN,
+    epilog=examples(
+        "samlove predict --example",
+        'samlove predict clip.mp4 "the guitar that plays" "the dog" --checkpoint data/refavs/model/best.safetensors',
+    ),
+)(predict)
+app.command(
+    rich_help_panel=OWN,
+    epilog=examples("samlove bundle data/micro/model/best.safetensors --out bundle --with-weights"),
+)(bundle)
 
 
 class Scale(StrEnum):
@@ -154,6 +168,40 @@ def picture(
     from samlove.cli.results import write_picture
 
     print(write_picture(out, row))
+
+
+@app.command(
+    rich_help_panel=AFTER,
+    epilog=examples(
+        "samlove score masks --dataset data/dataset/refavs",
+        "samlove score masks.json --dataset data/dataset/refavs --split test_s --protocol crab_plus",
+        "samlove score ours theirs --dataset data/dataset/refavs --out scores.json",
+    ),
+)
+def score(
+    masks: Annotated[
+        Path, typer.Argument(metavar="MASKS", help="PNG, .npy, .npz, COCO RLE or predictions.h5 (docs/protocols.md).")
+    ],
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[OTHER]", help="The masks of another method, to compare with.")
+    ] = None,
+    *,
+    dataset: Annotated[Path, typer.Option(metavar="DIR", help="The dataset: metadata.csv, media/, gt_mask/.")],
+    split: Annotated[str, typer.Option(metavar="SPLIT,...", help="The splits to score.")] = "test_s,test_u,test_n",
+    protocol: Annotated[str, typer.Option(metavar="all|NAME,...", help="The protocols to score under.")] = "all",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Also write the results here; replaced if it exists.")
+    ] = None,
+) -> None:
+    """Score the masks of any method under each published protocol of Ref-AVS.
+
+    Missing, doubled and unmatched masks and other sizes are counted and listed, with what each counts as. With OTHER,
+    also shows the difference between both methods with its 95 % interval, by split, cue and category. Needs only the
+    dataset, no configs folder.
+    """
+    from samlove.cli.score import run
+
+    run([masks] if other is None else [masks, other], dataset, list(dict.fromkeys(split.split(","))), protocol, out)
 
 
 # --- generated data and benchmarks -----------------------------------------------------------------------------------

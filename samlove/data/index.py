@@ -150,7 +150,7 @@ def audit_folder(root: Path, check_media: bool = True, policy: dict | None = Non
     kept = _apply(found, faults, policies)
     faults += (leaks := list(split_leaks(kept)))
     kept = _apply(kept, leaks, policies)
-    kept, missing = _add_cues(kept, folder)
+    kept, missing = add_cues(kept, folder)
     faults += missing
     kept = _apply(kept, missing, policies)
     infos = [MediaInfo(media_id) for media_id in kept["media_id"].unique()]
@@ -221,7 +221,7 @@ def _apply(rows: pd.DataFrame, faults: list[Fault], policies: dict[str, Policy])
     return rows[~rows.index.isin(gone)]
 
 
-def _add_cues(rows: pd.DataFrame, folder: RefAvsFolder) -> tuple[pd.DataFrame, list[Fault]]:
+def add_cues(rows: pd.DataFrame, folder: RefAvsFolder) -> tuple[pd.DataFrame, list[Fault]]:
     """The rows with the columns of cues.csv, if there is one, and its faults; rows without an entry get <NA>."""
     cues = folder.cues()
     if cues is None:

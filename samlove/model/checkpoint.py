@@ -114,14 +114,17 @@ def read_header(path: str | Path) -> Header:
         ) from None
 
 
-def load_model(path: str | Path) -> SamLove:
+def load_model(path: str | Path, sam2: Sam2Config | None = None) -> SamLove:
     """The model of a checkpoint, on the CPU, in evaluation mode.
 
-    The frozen parts of SAM 2 come from the file that the header names. Raises RequestError if either file is missing,
-    SamloveError if SAM 2's file is not the one that the model was trained with, or if tensors do not fit.
+    The frozen parts of SAM 2 come from the file that the header names. sam2: the header's own settings with other
+    paths, if that file is elsewhere. Raises RequestError if either file is missing, SamloveError if SAM 2's file is not
+    the one that the model was trained with, or if tensors do not fit.
     """
     path = Path(path)
     header = read_header(path)
+    if sam2 is not None:
+        header = header.model_copy(update={"sam2": sam2})
     found = sha256_file(checkpoint_path(header.sam2.checkpoint))
     if found != header.sam2_sha256:
         raise SamloveError(

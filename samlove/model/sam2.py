@@ -40,6 +40,13 @@ class FirstFrame(NamedTuple):
         return self.masks[torch.arange(len(self.masks), device=self.masks.device), self.iou.argmax(1)]
 
 
+class Seen(NamedTuple):
+    """SAM 2's answer on one frame of a video, float32 unless autocast is on."""
+
+    masks: Tensor  # (B, 4h, 4w) raw logits, all -1024 if SAM 2 finds the object absent
+    object_score: Tensor  # (B,) raw logits
+
+
 class LightSam2(SAM2Base):
     """Prompt encoder, mask decoder and memory of SAM 2. Parameters are named as in the official checkpoints.
 
@@ -208,27 +215,14 @@ class LightSam2(SAM2Base):
             raise ValueError("track takes exactly one of token, points and masks")
         frames = len(embeds[LEVELS[-1]])
         batch = len(next(p for p in (token, masks, points and points.coords) if p is not None))
-        prompted = self._prompted(self._features(embeds, frame, batch), frame, frames, token, points, masks)
-        logits = {frame: prompted.pop("pred_masks")}
-        memories: dict[int, dict] = {}
+        track = Track(self, frames)
+        prompt = {"token": token, "points": points, "masks": masks}
+        seen = {frame: track.prompt(_row(embeds, frame), frame, batch, **prompt)}
         order = [*range(frame + 1, frames), *range(frame - 1, -1, -1)]
         for place, t in enumerate(order):
-            out = self.track_step(
-                frame_idx=t,
-                is_init_cond_frame=False,
-                **self._features(embeds, t, batch),
-                point_inputs=None,
-                mask_inputs=None,
-                output_dict={"cond_frame_outputs": {frame: prompted}, "non_cond_frame_outputs": memories},
-                num_frames=frames,
-                track_in_reverse=t < frame,
-                run_mem_encoder=place + 1 < len(order),  # nothing reads the last memory
-            )
-            logits[t] = out["pred_masks"]
-            if upcoming := order[place + 1 : place + 2]:
-                memories[t] = self._stored(out["maskmem_features"], out["maskmem_pos_enc"], out["obj_ptr"])
-                self._forget(memories, upcoming + [frame - 1] * (t > frame > 0))  # where the way back begins
-        return torch.cat([logits[t] for t in range(frames)], dim=1)  # (B, T, 4h, 4w)
+            way_back = [frame - 1] * (t > frame > 0)
+            seen[t] = track.step(_row(embeds, t), t, order[place + 1 : place + 2] + way_back)
+        return torch.stack([seen[t].masks for t in range(frames)], dim=1)  # (B, T, 4h, 4w)
 
     def _features(self, embeds: dict[str, Tensor], frame: int | None = None, batch: int | None = None) -> dict:
         """A frame's features in the form that SAM2Base's methods take, from the precomputed embeddings.
@@ -283,7 +277,8 @@ class LightSam2(SAM2Base):
         points: Points | None,
         masks: Tensor | None,
     ) -> dict:
-        """Segment the prompted frame: `pred_masks` (B, 1, 4h, 4w) and the memory that all other frames attend to."""
+        """Segment the prompted frame: `pred_masks` (B, 1, 4h, 4w), `object_score_logits` (B, 1), and the memory that
+        all other frames attend to."""
         if token is not None:
             out = self._prompted_by_token(features, token)
         else:
@@ -308,7 +303,8 @@ class LightSam2(SAM2Base):
             out["object_score_logits"],
             is_mask_from_pts=True,
         )
-        return {"pred_masks": out["pred_masks"], **self._stored(memory, positions, out["obj_ptr"])}
+        seen = {"pred_masks": out["pred_masks"], "object_score_logits": out["object_score_logits"]}
+        return seen | self._stored(memory, positions, out["obj_ptr"])
 
     def _prompted_by_token(self, features: dict, token: Tensor) -> dict:
         """As `track_step` for a frame without point or mask, with the token appended to the sparse embeddings."""
@@ -351,6 +347,79 @@ class LightSam2(SAM2Base):
                 del memories[t]
             elif distance > reach:
                 memories[t]["maskmem_features"] = memories[t]["maskmem_pos_enc"] = None
+
+
+class Track:
+    """B objects that SAM 2 follows through one video, frame by frame; `LightSam2.track` is a loop over it.
+
+    Holds the memory of the prompted frame and, of the others, only what a coming frame can attend to. So the number of
+    frames does not matter.
+    """
+
+    def __init__(self, sam2: LightSam2, frames: int) -> None:
+        """frames: of the video; SAM 2 measures the distance to an object pointer by it, if there are fewer than 16."""
+        self._sam2, self._frames = sam2, frames
+        self._memories: dict[int, dict] = {}
+
+    @torch.no_grad()
+    def prompt(
+        self,
+        embeds: dict[str, Tensor],
+        frame: int,
+        batch: int,
+        token: Tensor | None = None,
+        points: Points | None = None,
+        masks: Tensor | None = None,
+    ) -> Seen:
+        """Segment the frame on which `batch` objects are prompted. embeds: of this frame, (1, ...) each."""
+        sam2, self._frame, self._batch = self._sam2, frame, batch
+        features = sam2._features(embeds, 0, batch)
+        self._prompted = sam2._prompted(features, frame, self._frames, token, points, masks)
+        return Seen(self._prompted.pop("pred_masks")[:, 0], self._prompted.pop("object_score_logits")[:, 0])
+
+    @torch.no_grad()
+    def step(self, embeds: dict[str, Tensor], frame: int, upcoming: list[int]) -> Seen:
+        """Segment a frame; those before the prompted one in descending order.
+
+        embeds: as in `prompt`. upcoming: the frame of the next step, and those at which tracking continues later in
+        another direction; empty after the last one, whose memory nothing reads.
+        """
+        out = self._sam2.track_step(
+            frame_idx=frame,
+            is_init_cond_frame=False,
+            **self._sam2._features(embeds, 0, self._batch),
+            point_inputs=None,
+            mask_inputs=None,
+            output_dict={"cond_frame_outputs": {self._frame: self._prompted}, "non_cond_frame_outputs": self._memories},
+            num_frames=self._frames,
+            track_in_reverse=frame < self._frame,
+            run_mem_encoder=bool(upcoming),
+        )
+        if upcoming:
+            memory = self._sam2._stored(out["maskmem_features"], out["maskmem_pos_enc"], out["obj_ptr"])
+            self._memories[frame] = memory
+            self._sam2._forget(self._memories, upcoming)
+        return Seen(out["pred_masks"][:, 0], out["object_score_logits"][:, 0])
+
+    def select(self, rows: list[int]) -> "Track":
+        """The same track of some of its objects."""
+        part = Track(self._sam2, self._frames)
+        part._frame, part._batch = self._frame, len(rows)
+        part._prompted = _rows_of(self._prompted, rows)
+        part._memories = {frame: _rows_of(memory, rows) for frame, memory in self._memories.items()}
+        return part
+
+
+def _row(embeds: dict[str, Tensor], frame: int) -> dict[str, Tensor]:
+    return {name: embeds[name][frame : frame + 1] for name in LEVELS}
+
+
+def _rows_of(memory: dict, rows: list[int]) -> dict:
+    """Some objects' part of an entry of the memory bank."""
+    return {
+        name: value if value is None else [v[rows] for v in value] if isinstance(value, list) else value[rows]
+        for name, value in memory.items()
+    }
 
 
 def _upscale(tokens: Tensor, conv: nn.ConvTranspose2d) -> Tensor:

@@ -23,14 +23,16 @@ from samlove.data.dataset import RefAvsFolder
 from samlove.data.digest import rows_digest
 from samlove.data.targets import Targets
 from samlove.errors import RequestError, SamloveError
-from samlove.scoring.metrics import EDGES, Scores, histogram, scores_of
+from samlove.scoring import protocols
+from samlove.scoring.metrics import EDGES, JACCARD_BIN, NULL_BIN, THRESHOLD_BINS, Scores, histogram, scores_of
 from samlove.scoring.presence import SCORES, UNGATED, curve, empty_scores
 from samlove.scoring.standard_error import standard_errors
 from stores import PredictionReader
 from stores.fingerprint import check_fingerprint, flat
 from stores.manifest import replace_folder
 
-BATCH = 4  # expressions per batch in Ref-AVS Bench's script
+OFFICIAL = protocols.PROTOCOLS["official"]
+LEVELS = protocols.Levels(THRESHOLD_BINS, JACCARD_BIN, NULL_BIN)  # of stored bins
 SPLITS = ("val", "test_s", "test_u", "test_n")
 CONTROLS = ("swapped_audio", "permuted_text", "true_mask")
 CUES = ("sight", "sound", "time")
@@ -44,7 +46,8 @@ class Evaluation(NamedTuple):
     # One per expression; J, F, JF, S and {J,F,JF,S}_{control} as fractions, NaN: no score. late: whether the
     # ground-truth masks show the target, but not on frame 0.
     rows: pd.DataFrame
-    details: dict  # protocols, standard errors, cues, late, categories, nulls, presence, controls
+    # protocols, standard errors, cues, late, categories, nulls, presence, controls; the evaluate stage adds published
+    details: dict
 
 
 def evaluate(
@@ -117,15 +120,17 @@ def _score_split(
             f"first: {absent[0]}; run: dvc repro -f -s infer"
         )
     keep = [c for c in ("row_id", "split", "media_id", "fid", "object", "exp", "null", "template", *CUES) if c in rows]
-    scored, counts = [], []
+    scored, measures = [], []
     records = rows[keep].to_dict("records")
     for record in bar(iterable=records, desc=f"evaluate {source.name}", unit="row", mininterval=2):
         row = {str(key): value for key, value in record.items()}
         bins = main.read(row["row_id"])
         target = _target(folder, row, bins.shape)
-        counts.append((bool(row["null"]), histogram(bins, target)))
+        counts = histogram(bins, target)
+        at_or_above = counts[:, :, ::-1].cumsum(-1)[:, :, ::-1]
+        measures.append(protocols.measure_counts(at_or_above, bool(row["null"]), OFFICIAL, LEVELS))
         row["late"] = bool(target.any() and not target[0].any())
-        scores = scores_of(counts[-1][1])
+        scores = scores_of(counts)
         row |= _columns(scores, row["null"])
         if ungated is not None:
             if row["row_id"] in ungated:
@@ -137,7 +142,7 @@ def _score_split(
                 scores = scores_of(histogram(reader.read(row["row_id"]), target))
                 row |= {f"{k}_{name}": v for k, v in _columns(scores, row["null"]).items()}
         scored.append(row)
-    return pd.DataFrame(scored), pd.DataFrame(list(_batch_scores(counts)))
+    return pd.DataFrame(scored), pd.DataFrame(list(_batch_scores(measures)))
 
 
 def _check_same_run(predictions: Path, splits: dict[str, pd.DataFrame]) -> None:
@@ -185,13 +190,13 @@ def _columns(scores: Scores, null: bool) -> dict[str, float]:
     return {"J": scores.J, "F": scores.F, "JF": (scores.J + scores.F) / 2, "S": nan}
 
 
-def _batch_scores(counts: list[tuple[bool, np.ndarray]]) -> Iterator[dict]:
+def _batch_scores(measures: list[protocols.Measure]) -> Iterator[dict]:
     """Scores of batches of 4 in file order, each scored as one long video, null expressions and others apart."""
     for null in (False, True):
-        rows = [c for is_null, c in counts if is_null == null]
-        for i in range(0, len(rows), BATCH):
-            batch = rows[i : i + BATCH]
-            yield {"null": null, "expressions": len(batch), **_columns(scores_of(np.concatenate(batch)), null)}
+        for batch in protocols.grouped([m for m in measures if m.null == null], OFFICIAL.group):
+            J, F = protocols.group_scores(batch)
+            S = protocols.null_scores(batch, OFFICIAL)[0]
+            yield {"null": null, "expressions": len(batch), **_columns(Scores(J, F, S), null)}
 
 
 # --- averaging -------------------------------------------------------------------------------------------------------

@@ -83,12 +83,15 @@ def histogram(bins: np.ndarray, target: Array) -> np.ndarray:
 
 def jaccard_of(counts: np.ndarray) -> float:
     """J of a histogram (T, 2, 256): mean over frames; without a target, the fraction of correctly empty pixels."""
-    foreground = counts[:, :, JACCARD_BIN:].sum(-1)  # (T, 2)
-    pixels = counts.sum(-1)  # (T, 2)
+    return float(overlaps(counts[:, :, JACCARD_BIN:].sum(-1), counts.sum(-1)).mean())
+
+
+def overlaps(foreground: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """J of each frame, (T,), from its foreground and all its pixels, (T, 2) each: outside and inside of the target."""
     target = pixels[:, 1]
     overlap = foreground[:, 1] / (foreground[:, 0] + target + 1e-7)
     rightly_empty = (pixels[:, 0] - foreground[:, 0]) / pixels.sum(-1)
-    return float(np.where(target > 0, overlap, rightly_empty).mean())
+    return np.where(target > 0, overlap, rightly_empty)
 
 
 def f_curve_of(counts: np.ndarray) -> np.ndarray:
@@ -97,13 +100,21 @@ def f_curve_of(counts: np.ndarray) -> np.ndarray:
     if not len(counts):
         return np.full(len(THRESHOLDS), np.nan)
     at_or_above = counts[:, :, ::-1].cumsum(-1)[:, :, ::-1][:, :, THRESHOLD_BINS]  # (T, 2, 255)
+    return f_curves(at_or_above, counts[:, 1].sum(-1)).mean(0)
+
+
+def f_curves(at_or_above: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """F of each frame at every threshold, (T, 255).
+
+    at_or_above: pixels at or above each threshold, (T, 2, 255), outside and inside of the target. target: (T,) its
+    pixels, more than 0.
+    """
     hits = at_or_above[:, 1]
     precision = hits / (at_or_above.sum(1) + 1e-20)  # (T, 255)
-    recall = hits / (counts[:, 1].sum(-1, keepdims=True) + 1e-20)  # (T, 255)
+    recall = hits / (target[:, None] + 1e-20)  # (T, 255)
     weighted = BETA_SQUARED * precision + recall
     # 0/0 (no pixel hit) is NaN in Ref-AVS Bench's code, which replaces it by 0.
-    f = np.divide((1 + BETA_SQUARED) * precision * recall, weighted, out=np.zeros_like(recall), where=weighted > 0)
-    return f.mean(0)
+    return np.divide((1 + BETA_SQUARED) * precision * recall, weighted, out=np.zeros_like(recall), where=weighted > 0)
 
 
 def f_score_of(counts: np.ndarray) -> float:

@@ -166,6 +166,10 @@ class TransformersAudioEncoder(OnDevice):
         samples, rate = load_audio(source)
         if rate != self.rate and len(samples):
             samples = soxr.resample(samples, rate, self.rate)
+        return self.prepare(samples)
+
+    def prepare(self, samples: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """Audio (S,) at `rate`, of any length -> as `load`."""
         valid = np.arange(self.seconds) * self.rate + self.rate // 2 <= len(samples)
         wanted = self.seconds * self.rate
         samples = np.pad(samples[:wanted], (0, max(0, wanted - len(samples))))

@@ -33,12 +33,14 @@ def load_square(paths: Sequence[Path], size: int) -> Tensor:
 
     Raises SamloveError, naming the path, if a frame cannot be read.
     """
-    squares: dict[Path, np.ndarray] = {}
-    for path in paths:
-        if path not in squares:  # a short video repeats its last frame
-            image = Image.fromarray(load_frame(path)).resize((size, size), Image.Resampling.BICUBIC)
-            squares[path] = np.asarray(image)
-    return torch.from_numpy(np.stack([squares[path] for path in paths])).permute(0, 3, 1, 2)  # (N, 3, size, size)
+    squares = {path: to_squares([load_frame(path)], size) for path in dict.fromkeys(paths)}  # the last may be repeated
+    return torch.cat([squares[path] for path in paths])
+
+
+def to_squares(frames: Iterable[np.ndarray], size: int) -> Tensor:
+    """Frames, uint8 (H,W,3) each -> uint8 (N,3,size,size), as `load_square` makes them."""
+    images = (Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC) for frame in frames)
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
 
 
 def normalise(frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

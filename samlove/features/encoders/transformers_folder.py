@@ -79,11 +79,16 @@ def _weights(folder: Path) -> Path:
 
 def sha256_model(folder: Path) -> str:
     """Hash of the names and bytes of all files that are read from a model's folder."""
-    names = {path.name for pattern in READ for path in folder.glob(pattern)} - set(WEIGHTS) | {_weights(folder).name}
     digest = hashlib.sha256()
-    for name in sorted(names):
-        digest.update(f"{name}\0{sha256_file(folder / name)}\n".encode())
+    for file in model_files(folder):
+        digest.update(f"{file.name}\0{sha256_file(file)}\n".encode())
     return digest.hexdigest()
+
+
+def model_files(folder: Path) -> list[Path]:
+    """All files that are read from a model's folder, sorted by name."""
+    names = {path.name for pattern in READ for path in folder.glob(pattern)} - set(WEIGHTS) | {_weights(folder).name}
+    return [folder / name for name in sorted(names)]
 
 
 def read_config(weights: str, part: str) -> Any | None:

@@ -80,6 +80,8 @@ def pad_or_trim(samples: np.ndarray, seconds: int) -> tuple[np.ndarray, np.ndarr
 class VggishEncoder(OnDevice):
     """A video's audio -> audio (N,128), audio_valid (N,) bool, N seconds."""
 
+    rate = RATE
+
     def __init__(self, config: AudioConfig, seconds: int, device: torch.device):
         """Raises RequestError, saying how to get them, if weights are missing."""
         self.config, self.seconds, self.device = config, seconds, device
@@ -133,6 +135,10 @@ class VggishEncoder(OnDevice):
         samples, rate = load_audio(source)
         if rate != RATE and len(samples):
             samples = soxr.resample(samples, rate, RATE)
+        return self.prepare(samples)
+
+    def prepare(self, samples: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """Audio (S,) at `rate`, of any length -> as `load`."""
         samples, valid = pad_or_trim(samples, self.seconds)
         return log_mel(samples), valid
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from samlove.data.dataset import RefAvsFolder
 from samlove.errors import RequestError
 from samlove.scoring.evaluate import CONTROL_NAMES, NAMES, number
+from samlove.scoring.protocols import PROTOCOLS
 from samlove.scoring.report.clips import Clip, choose, draw_clip
 from samlove.scoring.report.curves import draw_curves, draw_presence, read_curves
 from samlove.scoring.report.paper import TABLE_1
@@ -27,7 +28,8 @@ def build_report(data: Path, folder: RefAvsFolder, clips: int, profile: str, con
     config: {section: its settings}, shown unchanged. Raises RequestError if evaluate has not run.
     """
     metrics = _read_json(data / "metrics.json")
-    details = {"late": {}} | _read_json(data / "evaluation" / "details.json")  # earlier versions did not write it
+    earlier = {"late": {}, "published": {}}  # what earlier versions did not write
+    details = earlier | _read_json(data / "evaluation" / "details.json")
     rows = pd.read_parquet(data / "evaluation" / "rows.parquet")
     return load_template(TEMPLATE).render(
         dataset=config["dataset"]["name"],
@@ -37,6 +39,7 @@ def build_report(data: Path, folder: RefAvsFolder, clips: int, profile: str, con
         by_cue=_by_cue(details),
         names=NAMES,
         control_names=CONTROL_NAMES,
+        published=PROTOCOLS,
         paper=TABLE_1,
         presence=Markup(draw_presence(**details["presence"])) if details.get("presence") else None,
         curves=Markup(draw_curves(read_curves(data / "dvclive"))),  # our own SVG

@@ -115,14 +115,19 @@ def _draw_header(figure: Figure, size: tuple[int, int], row: dict) -> None:
     axis.text(size[0] - 2 * MARGIN, 74, scores, color=GREY, va="center", ha="right")
 
 
-def _draw_wave(axis: Axes, samples: np.ndarray, count: int) -> None:
-    """The envelope of `samples` in -1..1, mirrored; silence if the audio ends before `count` samples.
+def envelope(samples: np.ndarray, count: int) -> list[float]:
+    """BARS heights in 0..1 of `count` samples in -1..1; silence if `samples` ends before.
 
     Heights are square roots of amplitudes, so that quiet sounds show beside loud ones.
     """
     padded = np.zeros(count, dtype=np.float32)
-    padded[: len(samples)] = samples
-    heights = [float(np.abs(part).max(initial=0)) ** 0.5 for part in np.array_split(padded, BARS)]
+    padded[: len(samples)] = samples[:count]
+    return [float(np.abs(part).max(initial=0)) ** 0.5 for part in np.array_split(padded, BARS)]
+
+
+def _draw_wave(axis: Axes, samples: np.ndarray, count: int) -> None:
+    """The envelope of `samples` in -1..1, mirrored."""
+    heights = envelope(samples, count)
     axis.set_facecolor(PAPER)
     axis.patch.set_visible(True)
     axis.set_axis_on()

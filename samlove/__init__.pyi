@@ -1,0 +1,3 @@
+from samlove.predict import load as load
+
+__version__: str

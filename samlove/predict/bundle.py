@@ -1,0 +1,135 @@
+"""A bundle: a checkpoint and everything that `predict` needs to find for it, as one folder that works on any machine.
+
+    bundle.json              the settings of the encoders, and the hashes of checkpoint and weights
+    checkpoint.safetensors   the trained parameters
+    weights/KIND/...         weights of the frozen encoders (audio, visual, text, sam2), if they are included
+
+Paths in bundle.json are relative to the folder. Weights that are not included are put there by hand.
+"""
+
+import json
+import shutil
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ValidationError
+
+from samlove import __version__
+from samlove.config import AudioConfig, InferConfig, Sam2Config, Section, TextConfig, VisualConfig
+from samlove.errors import RequestError, SamloveError
+from samlove.features.encoders.transformers_folder import model_files
+from samlove.model.weights import HUB
+from samlove.predict.setup import Setup, located, located_sam2
+from stores.fingerprint import parse_json, sha256_file
+from stores.manifest import refuse_existing
+
+SCHEMA = 1
+DESCRIPTION, CHECKPOINT, WEIGHTS = "bundle.json", "checkpoint.safetensors", "weights"
+S = TypeVar("S", bound=Section)
+
+
+def write_bundle(setup: Setup, out: Path, with_weights: bool) -> dict[str, str]:
+    """Write the bundle of a checkpoint to `out`, which must not exist.
+
+    Returns, for each file of weights that is not included, its path in the bundle and its sha256.
+    Raises RequestError if `out` exists or weights are missing, SamloveError if weights are not those that the
+    checkpoint was trained with. Then nothing is written.
+    """
+    refuse_existing(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+        folder = Path(scratch) / "bundle"
+        folder.mkdir()
+        settings = {
+            name: getattr(setup, name).model_dump(mode="json") for name in ("audio", "visual", "text", "sam2", "infer")
+        }
+        hashes: dict[str, str] = {}
+        for kind, make in setup.encoders(torch.device("cpu")).items():
+            encoder = make()
+            setup.check(kind, encoder.fingerprint(), kind, "bundle the weights and settings that it was trained with")
+            key = "checkpoint" if kind == "sam2" else "weights"
+            if with_weights or not settings[kind][key].startswith(HUB):
+                source = _source(encoder)
+                settings[kind][key] = f"{WEIGHTS}/{kind}/{source.name}"
+                for file in _files(encoder, source):
+                    name = f"{WEIGHTS}/{kind}/{file.relative_to(source.parent)}"
+                    hashes[name] = sha256_file(file)
+                    if with_weights:
+                        _copy(file, folder / name)
+        if (config := Path(setup.sam2.config)).is_file():  # otherwise a name inside the sam2 package
+            settings["sam2"]["config"] = f"{WEIGHTS}/sam2/{config.name}"
+            _copy(config, folder / settings["sam2"]["config"])
+        _copy(setup.checkpoint, folder / CHECKPOINT)
+        description = {
+            "schema": SCHEMA,
+            "samlove": __version__,
+            "checkpoint_sha256": setup.sha256,
+            "settings": settings,
+            "weights_sha256": hashes,
+        }
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        folder.rename(out)
+    return {} if with_weights else hashes
+
+
+def read_bundle(folder: Path) -> Setup:
+    """The setup in a bundle. Raises RequestError if `folder` is none, SamloveError if it is damaged."""
+    path = folder / DESCRIPTION
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RequestError(f"{folder}: expected a checkpoint or a bundle, found a folder without {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise SamloveError(f"{path}: cannot be read ({error}); copy the bundle again") from None
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA or not isinstance(found.get("settings"), dict):
+        raise SamloveError(f"{path}: expected a bundle of schema {SCHEMA}, found something else; update samlove")
+    if (sha256 := sha256_file(folder / CHECKPOINT)) != found.get("checkpoint_sha256"):
+        raise SamloveError(
+            f"{folder / CHECKPOINT}: expected sha256 {found.get('checkpoint_sha256')}, found {sha256}; "
+            "copy the bundle again"
+        )
+    audio, visual, text, sam2, infer = (
+        _section(section, found["settings"], name, path)
+        for name, section in (
+            ("audio", AudioConfig), ("visual", VisualConfig), ("text", TextConfig), ("sam2", Sam2Config),
+            ("infer", InferConfig),
+        )
+    )  # fmt: skip
+    for setting in (audio.weights, visual.weights, text.weights, sam2.checkpoint, sam2.config):
+        if not setting.startswith(HUB) and (".." in (parts := PurePosixPath(setting)).parts or parts.is_absolute()):
+            raise SamloveError(f"{path}: expected paths inside the bundle, found {setting!r}")
+    return Setup(
+        folder / CHECKPOINT,
+        audio.model_copy(update={"weights": located(audio.weights, folder)}),
+        visual.model_copy(update={"weights": located(visual.weights, folder)}),
+        text.model_copy(update={"weights": located(text.weights, folder)}),
+        located_sam2(sam2, folder),
+        infer,
+    )
+
+
+def _section(section: type[S], settings: dict[str, Any], name: str, path: Path) -> S:
+    try:
+        return section.model_validate(settings.get(name, {}))
+    except ValidationError as error:
+        raise SamloveError(
+            f"{path}: {name}: {' '.join(str(error).split())[:200]}; bundle the checkpoint again"
+        ) from None
+
+
+def _source(encoder: Any) -> Path:
+    """The file or folder of an encoder's weights."""
+    return next(getattr(encoder, name) for name in ("folder", "weights", "checkpoint") if hasattr(encoder, name))
+
+
+def _files(encoder: Any, source: Path) -> list[Path]:
+    if source.is_dir():
+        return model_files(source)
+    return [source, *([encoder.pca] if getattr(encoder, "pca", None) else [])]
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
