@@ -94,7 +94,7 @@ def describe(rng: np.random.Generator, clip: Clip, k: int) -> np.ndarray:
     """
     words = {j: _words(clip, j) for j in range(len(clip.masks)) if clip.masks[j, 0].any()}
     for _ in range(4):
-        alone = rng.random() < 0.4 and words[k][0] in code.CATEGORY
+        alone = rng.random() < 0.6 and words[k][0] in code.CATEGORY
         meant = words[k][:1] if alone else [word for word in words[k] if rng.random() < 0.5]
         if meant and sum(set(meant) <= set(other) for other in words.values()) == 1:
             return code.meaning(meant)

@@ -35,7 +35,7 @@ CERTAIN = 16  # with at least so many pixels, an object counts as present; the s
 IMAGE_PART = 0.14  # fraction of the time with single images only
 LENGTHS = ((0.15, 2, 4), (0.4, 3, 6), (0.7, 4, 8), (1.0, 6, SECONDS))  # until this part of the clip stage: T from, to
 LEARNING_RATE, LAST_RATE, WARM_UP = 1e-3, 0.02, 100  # peak; fraction of it at the end; steps
-IMAGES_AGAIN = 0.55  # the same for a run from earlier weights: new kinds of prompts are learned on images
+IMAGES_AGAIN = 0.65  # the same for a run from earlier weights: new kinds of prompts are learned on images
 GO_ON = 0.4  # a run from earlier weights goes through this last fraction of the schedules
 CHECKPOINT_EVERY, SCORE_EVERY = 120, 420  # seconds
 
@@ -300,7 +300,7 @@ def plan_step(rng: np.random.Generator, done: float, images: bool) -> tuple[int,
     """(clips, frames, targets per clip, prompt) of a step at `done` (0..1) of the schedules: for images, or for clips
     mixed with some images."""
     if images or rng.random() < 0.2:
-        return 8, 1, 3, str(rng.choice(KINDS, p=[0.2, 0.1, 0.05, 0.65]))
+        return 8, 1, 3, str(rng.choice(KINDS, p=[0.1, 0.05, 0.05, 0.8]))
     clip_part = (done - IMAGE_PART) / (1 - IMAGE_PART)
     low, high = next((low, high) for until, low, high in LENGTHS if clip_part <= until)
     length = int(rng.integers(low, high + 1))
