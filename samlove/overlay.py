@@ -42,9 +42,9 @@ def draw(
 ) -> np.ndarray:
     """The frame with its masks, and a legend below it: uint8 (H + legend, W, 3).
 
-    frame: uint8 (H,W,3). masks: (K,H,W), bool, or float in 0..1; of a float, the contour is at 0.5 and the fill as dense
-    as the value. sentences, scores: K each; object scores are shown with two decimals, NaN not at all. The height of
-    the legend depends on the sentences and W only, so all frames of a video get the same.
+    frame: uint8 (H,W,3). masks: (K,H,W), bool, or float in 0..1, with the contour at 0.5 and a fill as dense as the
+    value. sentences, scores: K each; object scores are shown with two decimals, NaN not at all. The height of the
+    legend depends on the sentences and W only, so all frames of a video get the same.
     """
     height, width = frame.shape[:2]
     size = max(SMALLEST_TEXT, width // WIDTH_PER_TEXT)
