@@ -1,5 +1,6 @@
 """Draws masks on frames: one colour per sentence, a legend with object scores, and contact sheets with loudness."""
 
+from bisect import bisect
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import groupby
@@ -194,9 +195,8 @@ def _wrapped(text: str, room: float, size: int) -> list[str]:
 def _shortened(text: str, room: float, size: int) -> str:
     if _length(text, size) <= room:
         return text
-    while text and _length(text + "…", size) > room:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    kept = bisect(range(len(text)), room, key=lambda end: _length(text[:end] + "…", size)) - 1
+    return text[: max(kept, 0)].rstrip() + "…"
 
 
 def _write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, size: int, ink: str) -> None:
