@@ -1,5 +1,6 @@
 """Draws masks on frames: one colour per sentence, a legend with object scores, and contact sheets with loudness."""
 
+from bisect import bisect
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import groupby
@@ -42,9 +43,9 @@ def draw(
 ) -> np.ndarray:
     """The frame with its masks, and a legend below it: uint8 (H + legend, W, 3).
 
-    frame: uint8 (H,W,3). masks: (K,H,W), bool, or float in 0..1; of a float, the contour is at 0.5 and the fill as dense
-    as the value. sentences, scores: K each; object scores are shown with two decimals, NaN not at all. The height of
-    the legend depends on the sentences and W only, so all frames of a video get the same.
+    frame: uint8 (H,W,3). masks: (K,H,W), bool, or float in 0..1, with the contour at 0.5 and a fill as dense as the
+    value. sentences, scores: K each; object scores are shown with two decimals, NaN not at all. The height of the
+    legend depends on the sentences and W only, so all frames of a video get the same.
     """
     height, width = frame.shape[:2]
     size = max(SMALLEST_TEXT, width // WIDTH_PER_TEXT)
@@ -194,9 +195,8 @@ def _wrapped(text: str, room: float, size: int) -> list[str]:
 def _shortened(text: str, room: float, size: int) -> str:
     if _length(text, size) <= room:
         return text
-    while text and _length(text + "…", size) > room:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    kept = bisect(range(len(text)), room, key=lambda end: _length(text[:end] + "…", size)) - 1
+    return text[: max(kept, 0)].rstrip() + "…"
 
 
 def _write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, size: int, ink: str) -> None:

@@ -16,17 +16,17 @@ from av.stream import Stream
 
 from samlove.errors import RequestError, SamloveError, absence
 
-STATED = ("mov", "matroska", "avi", "wav")  # formats whose header states the duration; others estimate it
+STATED = ("mov", "matroska", "wav")  # formats of which FFmpeg gives the duration in the header
 TRUNCATED = 1.0  # seconds that may be missing at the end: headers are rarely exact
 NOT_MEDIA = ("tty",)  # FFmpeg renders text files
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn FFmpeg's errors into a SamloveError with the path."""
+    """Turn FFmpeg's errors, and those of reading the file for it, into a SamloveError with the path."""
     try:
         yield
-    except av.FFmpegError as error:
+    except (av.FFmpegError, OSError) as error:
         reason = error.strerror or type(error).__name__
         raise SamloveError(f"{path}: cannot be decoded, possibly damaged or truncated: {reason}") from None
 
@@ -46,7 +46,7 @@ class Opened:
                 raise av.InvalidDataError(0, "text")
         except BaseException as error:
             self._file.close()
-            if not isinstance(error, av.FFmpegError):
+            if not isinstance(error, av.FFmpegError | OSError):
                 raise
             found = f"something else or a damaged file ({error.strerror})" if path.stat().st_size else "an empty file"
             raise RequestError(
@@ -88,15 +88,21 @@ def scan(container: InputContainer, path: Path) -> dict[int, Packets]:
                     packets.end, packets.last = packet.pts + (packet.duration or 0), packet.duration or 0
                 if packet.is_keyframe:
                     packets.keys.append(packet.pts)
-    if container.duration and container.format.name.split(",")[0] in STATED:
-        stated = Fraction(container.duration, av.time_base)
-        start = Fraction(container.start_time or 0, av.time_base)
-        if latest - start + TRUNCATED < stated:
-            raise SamloveError(
-                f"{path}: truncated: expected {float(stated):.1f} s as its header states, found "
-                f"{max(float(latest - start), 0.0):.1f} s; copy or download it again"
-            )
+    missing = _stated(container) - float(latest - Fraction(container.start_time or 0, av.time_base))
+    if missing > TRUNCATED:
+        raise SamloveError(
+            f"{path}: truncated: expected {_stated(container):.1f} s as its header states, found only "
+            f"{_stated(container) - missing:.1f} s; copy or download it again"
+        )
     return found
+
+
+def _stated(container: InputContainer) -> float:
+    """The seconds that the header of the file states; 0 if FFmpeg estimates them instead."""
+    name = container.format.name.split(",")[0]
+    if name == "avi":
+        return max((float(s.frames / s.average_rate) for s in container.streams.video if s.average_rate), default=0.0)
+    return (container.duration or 0) / av.time_base if name in STATED else 0.0
 
 
 def time_base(stream: Stream) -> Fraction:

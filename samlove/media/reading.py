@@ -17,7 +17,7 @@ from samlove.media.sound import Sound, open_sound
 from samlove.media.video import VideoFrames
 
 RATE = 16_000  # samples per second of `Media.sound`
-TOLERANCE = 1e-3  # seconds; Matroska and others round timestamps to milliseconds
+TOLERANCE = 6e-4  # seconds; Matroska and others round timestamps to milliseconds
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".jp2", ".avif")
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma")
 EXPECTED = "expected a video, a picture or a folder of frames"

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import av
 import numpy as np
@@ -27,8 +27,13 @@ class VideoFrames:
     time. sound_index: of the audio stream; None if there is none.
     """
 
+    _decoded: Iterator[tuple[int, VideoFrame]]
+    _last: VideoFrame | None  # the frame decoded last, `_at` its time
+    _at: int
+    _ahead: tuple[int, VideoFrame] | None  # the time and the frame after it, if that is decoded too
+
     def __init__(self, path: Path) -> None:
-        """Raises RequestError without a video track, SamloveError if no frame can be decoded or the file is truncated."""
+        """Raises RequestError without a video track; SamloveError if the file is truncated or cannot be decoded."""
         self.path = path
         self._opened = Opened(path)
         try:
@@ -41,9 +46,7 @@ class VideoFrames:
         stream = self._opened.container.streams.best("video")
         if not isinstance(stream, VideoStream) or stream.disposition & stream.disposition.attached_pic:
             kinds = ", ".join(sorted({s.type for s in self._opened.container.streams})) or "nothing"
-            raise RequestError(
-                f"{self.path}: expected a video track, found only {kinds}; give a picture and this sound"
-            )
+            raise RequestError(f"{self.path}: expected a video track, found {kinds}; give a picture and this sound")
         self._stream = stream
         packets = scan(self._opened.container, self.path)
         found = packets[stream.index]
@@ -60,19 +63,20 @@ class VideoFrames:
         """The second of the first frame in the file's own time, the times of all frames, and the duration."""
         if not found.pts:
             raise SamloveError(f"{self.path}: expected frames in the video track, found none; convert it again")
-        base = time_base(self._stream)
-        self._numbered = None in found.pts  # raw streams, and some AVI files: the frames are only counted
-        if self._numbered:
-            rate = self._stream.average_rate or self._stream.guessed_rate or GUESSED
-            self._pts = np.arange(len(found.pts))
-            self._keys = self._pts[:1]
-            return Fraction(0), self._pts / float(rate), len(found.pts) / float(rate)
-        self._pts = np.unique(np.array(found.pts, dtype=np.int64))
-        self._keys = np.unique(np.array(found.keys or found.pts[:1], dtype=np.int64))
+        base, last = time_base(self._stream), found.last
+        stated = np.array([pts for pts in found.pts if pts is not None], dtype=np.int64)
+        if len(stated) < len(found.pts):  # a raw stream: its frames have a rate only
+            base = 1 / Fraction(self._stream.average_rate or self._stream.guessed_rate or GUESSED)
+            stated, last = np.arange(len(found.pts)), 1
+            self._counted = True
+        else:  # AVI states times in the order of decoding, which is another one if frames depend on later ones
+            self._counted = self._opened.container.format.name == "avi" and len(found.keys) < len(stated)
+        self._pts = np.unique(stated)
+        self._keys = self._pts[:1] if self._counted or not found.keys else np.unique(np.array(found.keys))
         times = (self._pts - self._pts[0]) * base.numerator / base.denominator
         step = float(np.median(np.diff(times))) if len(times) > 1 else 1 / GUESSED
-        last = float(found.last * base)
-        return self._pts[0] * base, times, float(times[-1]) + (last or step)
+        origin = Fraction(0) if self._counted else self._pts[0] * base
+        return origin, times, float(times[-1]) + (float(last * base) or step)
 
     def decode(self, numbers: Iterable[int]) -> Iterator[np.ndarray]:
         """The frames of these numbers, each uint8 (H,W,3), RGB, upright. Ascending numbers are decoded only once."""
@@ -87,9 +91,9 @@ class VideoFrames:
         wanted = int(self._pts[number])
         key = int(self._keys[max(int(np.searchsorted(self._keys, wanted, "right")) - 1, 0)])
         if self._last is None or wanted < self._at:
-            self._seek(key, wanted)
-        elif key > self._at and np.searchsorted(self._pts, key) - np.searchsorted(self._pts, self._at) > FORWARD:
-            self._seek(key, wanted)
+            self._seek(key)
+        elif np.searchsorted(self._pts, key) - np.searchsorted(self._pts, self._at) > FORWARD:
+            self._seek(key)
         self._advance(wanted)
         if self._last is None:
             raise SamloveError(f"{self.path}: expected frames, found none that can be decoded; convert it again")
@@ -103,19 +107,18 @@ class VideoFrames:
                 return
             (self._at, self._last), self._ahead = self._ahead, None
 
-    def _seek(self, key: int, wanted: int) -> None:
-        """Continue at the packet `key`, or at the beginning if the file has no way to get there."""
-        if key > self._pts[0] and not self._numbered:
+    def _seek(self, key: int) -> None:
+        """Continue at the key frame, or begin again if the file has no way to get exactly there."""
+        if key > self._pts[0] and not self._counted:
             try:
                 self._opened.container.seek(key, stream=self._stream)
-            except av.FFmpegError:
-                pass
-            else:
-                self._reset()
-                self._ahead = next(self._decoded, None)
-                if self._ahead is not None and self._ahead[0] <= wanted:
-                    return
-        self._restart()
+            except (av.FFmpegError, OSError):
+                return self._restart()
+            self._reset()
+            self._ahead = next((found for found in self._decoded if found[0] >= key), None)
+            if self._ahead is not None and self._ahead[0] == key:
+                return None
+        return self._restart()
 
     def _restart(self) -> None:
         """Begin at the first frame, in a new container: not all formats can go back."""
@@ -129,9 +132,8 @@ class VideoFrames:
         self._reset()
 
     def _reset(self) -> None:
-        self._decoded = _decode(self._opened.container, self._stream, self.path, self._numbered)
-        self._at, self._last = 0, cast(VideoFrame | None, None)  # the frame decoded last, and its time
-        self._ahead: tuple[int, VideoFrame] | None = None  # the next one, if it was decoded
+        self._decoded = _decode(self._opened.container, self._stream, self.path, self._pts if self._counted else None)
+        self._last, self._at, self._ahead = None, 0, None
 
     def _upright(self, frame: VideoFrame) -> np.ndarray:
         """uint8 (H,W,3), RGB, turned and mirrored as the file's display matrix says."""
@@ -141,11 +143,12 @@ class VideoFrames:
 
 
 def _decode(
-    container: InputContainer, stream: VideoStream, path: Path, numbered: bool
+    container: InputContainer, stream: VideoStream, path: Path, counted: np.ndarray | None
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """Frames from where the container is, with their time in the stream's units or, if `numbered`, their number.
+    """Frames from where the container is, with their time in the stream's units.
 
-    As in players, packets that cannot be decoded are skipped.
+    counted: the times of all frames from the first on, if those of the decoder are wrong. As in players, packets that
+    cannot be decoded are skipped.
     """
     count = 0
     with reading(path):
@@ -159,7 +162,7 @@ def _decode(
                     raise SamloveError(
                         f"{path}: expected frames of at most {MAX_PIXELS:,} pixels, found {frame.width}x{frame.height}"
                     )
-                time = count if numbered else frame.pts
+                time = frame.pts if counted is None else int(counted[min(count, len(counted) - 1)])
                 count += 1
                 if time is not None:
                     yield time, frame
