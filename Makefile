@@ -45,4 +45,4 @@ format: $(INSTALLED) ## fix what ruff can fix, and format
 
 docs: $(INSTALLED) ## build the documentation into site/; checks its links
 	@$(BIN)/python -c "import mkdocs" 2>/dev/null || $(INSTALL) -e ".[docs]"
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build  # --quiet would also hide warnings from strict mode

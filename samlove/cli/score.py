@@ -45,7 +45,7 @@ def run(paths: list[Path], dataset: Path, splits: list[str], protocol: str, out:
         "methods": [_as_record(masks, of_masks) for masks, of_masks in zip(methods, scored, strict=True)],
     }
     if len(methods) == 2:
-        content["difference"] = _compare(paths, *scored, names)
+        content["difference"] = _compare(paths, scored[0], scored[1], names)
     if out is not None:
         write_json(out, content)
         print(f"{out}: written")

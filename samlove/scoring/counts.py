@@ -81,7 +81,7 @@ def count(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 @njit(nogil=True)
-def _count(logits, target, tops, bottoms, downs, lefts, rights, asides, first_levels, edges, counts):  # type: ignore[no-untyped-def]
+def _count(logits, target, tops, bottoms, downs, lefts, rights, asides, first_levels, edges, counts):
     row = np.empty(target.shape[1], np.float32)
     bits = row.view(np.uint32)
     one = np.float32(1)
@@ -194,7 +194,7 @@ def _disk(radius: int) -> np.ndarray:
 
 
 @njit(nogil=True)
-def _share_near(edges, others, offsets):  # type: ignore[no-untyped-def]
+def _share_near(edges, others, offsets):
     """The share of the pixels in `edges` with a pixel in `others` at one of the offsets."""
     height, width = edges.shape
     found = total = 0

@@ -226,7 +226,7 @@ def _mask_f(cut: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     return np.where(weighted > 0, (1 + BETA_SQUARED) * precision * recall / np.where(weighted > 0, weighted, 1), 0.0)
 
 
-def _bfloat16(values: np.ndarray | float) -> np.ndarray:
+def _bfloat16(values: np.ndarray | np.floating | float) -> np.ndarray:
     """Values rounded to bfloat16, as float32."""
     return torch.as_tensor(values, dtype=torch.float32).bfloat16().float().numpy()
 

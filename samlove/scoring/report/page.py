@@ -28,7 +28,7 @@ def build_report(data: Path, folder: RefAvsFolder, clips: int, profile: str, con
     config: {section: its settings}, shown unchanged. Raises RequestError if evaluate has not run.
     """
     metrics = _read_json(data / "metrics.json")
-    earlier = {"late": {}, "published": {}}  # what earlier versions did not write
+    earlier: dict = {"late": {}, "published": {}}  # what earlier versions did not write
     details = earlier | _read_json(data / "evaluation" / "details.json")
     rows = pd.read_parquet(data / "evaluation" / "rows.parquet")
     return load_template(TEMPLATE).render(
