@@ -83,8 +83,8 @@ def write_store(name: str, keys: list[str], frames: int = FRAMES, **changes: obj
 
 def rows() -> pd.DataFrame:
     table = [
-        {"row_id": media_id, "media_id": media_id, "vid": media_id, "fid": 1, "exp": f"the {media_id}", "split": split,
-         "null": split == "test_n", "object": "disc"}
+        {"row_id": media_id, "uid": media_id, "media_id": media_id, "vid": media_id, "fid": 1,
+         "exp": f"the {media_id}", "split": split, "null": split == "test_n", "object": "disc"}
         for split, media in SPLITS.items()
         for media_id in media
     ]  # fmt: skip
