@@ -82,7 +82,7 @@ class Tracker:
         for rows, (masks, said) in parts:
             logits[rows], scores[rows] = masks, said
         logits[~self._shown] = NO_OBJ_SCORE
-        self._lost = (logits <= 0).all(axis=(1, 2, 3))
+        self._lost = np.asarray((logits <= 0).all(axis=(1, 2, 3)))
         return TrackedWindow(window, logits, scores, prompts)
 
     def _ask(self, window: Window, rows: list[int]) -> tuple[list[tuple[int, list[int], Tensor]], list[Prompt | None]]:
