@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`samlove.load` is `samlove.predict.load`, imported only when it is used: it needs torch, and no stage needs it."""
+    """`samlove.load` is `samlove.predict.load`, imported when it is used: it needs torch, and no stage needs it."""
     if name == "load":
         return import_module("samlove.predict").load
     raise AttributeError(f"module 'samlove' has no attribute {name!r}")

@@ -200,7 +200,7 @@ def interrupted(tmp_path_factory, dataset) -> Path:
     return write_lossless(path, [*scene, *grey, *scene[:8]], samples, fps=2)
 
 
-@pytest.mark.parametrize("prompt_frame", ["first", "best"])
+@pytest.mark.parametrize("prompt_frame", ["first", pytest.param("best", marks=pytest.mark.slow)])
 def test_a_window_asks_again_only_if_the_object_was_nowhere_in_the_one_before(segmenter, interrupted, prompt_frame):
     result = with_infer(segmenter, prompt_frame=prompt_frame).segment(interrupted, SENTENCES)
     assert [(w.start, w.end) for w in result.windows] == [(0, 10), (10, 20), (20, 30), (30, 34)]

@@ -216,8 +216,7 @@ class LightSam2(SAM2Base):
         frames = len(embeds[LEVELS[-1]])
         batch = len(next(p for p in (token, masks, points and points.coords) if p is not None))
         track = Track(self, frames)
-        prompt = {"token": token, "points": points, "masks": masks}
-        seen = {frame: track.prompt(_row(embeds, frame), frame, batch, **prompt)}
+        seen = {frame: track.prompt(_row(embeds, frame), frame, batch, token, points, masks)}
         order = [*range(frame + 1, frames), *range(frame - 1, -1, -1)]
         for place, t in enumerate(order):
             way_back = [frame - 1] * (t > frame > 0)

@@ -21,7 +21,7 @@ from samlove.config import AudioConfig, InferConfig, Sam2Config, Section, TextCo
 from samlove.errors import RequestError, SamloveError
 from samlove.features.encoders.transformers_folder import model_files
 from samlove.model.weights import HUB
-from samlove.predict.setup import Setup, located, located_sam2
+from samlove.predict.setup import Setup
 from stores.fingerprint import parse_json, sha256_file
 from stores.manifest import refuse_existing
 
@@ -90,24 +90,20 @@ def read_bundle(folder: Path) -> Setup:
             f"{folder / CHECKPOINT}: expected sha256 {found.get('checkpoint_sha256')}, found {sha256}; "
             "copy the bundle again"
         )
-    audio, visual, text, sam2, infer = (
-        _section(section, found["settings"], name, path)
-        for name, section in (
-            ("audio", AudioConfig), ("visual", VisualConfig), ("text", TextConfig), ("sam2", Sam2Config),
-            ("infer", InferConfig),
-        )
-    )  # fmt: skip
-    for setting in (audio.weights, visual.weights, text.weights, sam2.checkpoint, sam2.config):
+    settings = found["settings"]
+    setup = Setup(
+        folder / CHECKPOINT,
+        _section(AudioConfig, settings, "audio", path),
+        _section(VisualConfig, settings, "visual", path),
+        _section(TextConfig, settings, "text", path),
+        _section(Sam2Config, settings, "sam2", path),
+        _section(InferConfig, settings, "infer", path),
+    )
+    weights = (setup.audio.weights, setup.visual.weights, setup.text.weights, setup.sam2.checkpoint)
+    for setting in (*weights, setup.sam2.config):
         if not setting.startswith(HUB) and (".." in (parts := PurePosixPath(setting)).parts or parts.is_absolute()):
             raise SamloveError(f"{path}: expected paths inside the bundle, found {setting!r}")
-    return Setup(
-        folder / CHECKPOINT,
-        audio.model_copy(update={"weights": located(audio.weights, folder)}),
-        visual.model_copy(update={"weights": located(visual.weights, folder)}),
-        text.model_copy(update={"weights": located(text.weights, folder)}),
-        located_sam2(sam2, folder),
-        infer,
-    )
+    return setup.located(folder)
 
 
 def _section(section: type[S], settings: dict[str, Any], name: str, path: Path) -> S:

@@ -43,7 +43,7 @@ def check_out(out: Path, inputs: Iterable[Path]) -> None:
         raise RequestError(f"{out}: would be replaced, but has {other} in it; choose another --out")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if names and (DESCRIPTION not in names or names - OURS):
-        found = sorted(names - OURS)[:3] or f"no {DESCRIPTION}"
+        found = ", ".join(sorted(names - OURS)[:3]) or f"no {DESCRIPTION}"
         raise RequestError(f"{out}: expected an earlier prediction alone, found {found}; choose another --out")
 
 

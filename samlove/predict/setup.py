@@ -5,7 +5,7 @@ profile say that, or a bundle does. Whether they are the same weights is checked
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,17 @@ class Setup:
     def sha256(self) -> str:
         """Of the checkpoint."""
         return sha256_file(self.checkpoint)
+
+    def located(self, root: Path) -> "Setup":
+        """With paths that were relative to `root` as they are from here. "hub:NAME" stays."""
+        sam2 = {"config": _located_config(self.sam2.config, root), "checkpoint": _located(self.sam2.checkpoint, root)}
+        return replace(
+            self,
+            audio=self.audio.model_copy(update={"weights": _located(self.audio.weights, root)}),
+            visual=self.visual.model_copy(update={"weights": _located(self.visual.weights, root)}),
+            text=self.text.model_copy(update={"weights": _located(self.text.weights, root)}),
+            sam2=self.sam2.model_copy(update=sam2),
+        )
 
     def encoders(self, device: torch.device) -> dict[str, Callable[[], Any]]:
         """For each kind of feature, what makes its encoder. Making one raises RequestError if weights are missing."""
@@ -102,33 +113,24 @@ def _profile_of(checkpoint: Path) -> tuple[Path, str]:
 
 
 def _of_profile(checkpoint: Path, root: Path, profile: str) -> Setup:
-    header, configs = read_header(checkpoint), root / "configs"
-    audio, visual, text = (load(section, configs, profile) for section in (AudioConfig, VisualConfig, TextConfig))
+    configs = root / "configs"
     return Setup(
         checkpoint,
-        audio.model_copy(update={"weights": located(audio.weights, root)}),
-        visual.model_copy(update={"weights": located(visual.weights, root)}),
-        text.model_copy(update={"weights": located(text.weights, root)}),
-        located_sam2(header.sam2, root),
+        load(AudioConfig, configs, profile),
+        load(VisualConfig, configs, profile),
+        load(TextConfig, configs, profile),
+        read_header(checkpoint).sam2,
         load(InferConfig, configs, profile),
-    )
+    ).located(root)
 
 
-def located(setting: str, root: Path) -> str:
-    """A path in a setting, relative to `root`, as it is from here. "hub:NAME" stays."""
+def _located(setting: str, root: Path) -> str:
     return setting if setting.startswith(HUB) else str(root / Path(setting).expanduser())
 
 
-def located_sam2(sam2: Sam2Config, root: Path) -> Sam2Config:
-    """SAM 2's settings with both paths as in `located`. `config` may also be a name inside the sam2 package."""
-    config = root / Path(sam2.config).expanduser()
-    if not config.exists():
-        config = _shipped_or_same(sam2.config)
-    return sam2.model_copy(update={"config": str(config), "checkpoint": located(sam2.checkpoint, root)})
-
-
-def _shipped_or_same(name: str) -> Path:
+def _located_config(name: str, root: Path) -> str:
+    """SAM 2's yaml: below `root`, or one that comes with samlove, or a name inside the sam2 package."""
     try:
-        return shipped(name)
+        return str(root / name if (root / name).exists() else shipped(name))
     except RequestError:
-        return Path(name)
+        return name

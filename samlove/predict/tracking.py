@@ -54,7 +54,7 @@ class Tracker:
         self._threshold = threshold
         self._tracks: list[tuple[list[int], Track]] = []  # sentences that share a track's batch
         self._shown = np.zeros(count, bool)
-        self._lost = np.ones(count, bool)  # nowhere in the window before
+        self._lost: np.ndarray = np.ones(count, bool)  # nowhere in the window before
 
     def windows(self) -> Iterator[TrackedWindow]:
         """All windows in order; memory does not depend on their number."""
@@ -66,12 +66,14 @@ class Tracker:
     @torch.no_grad()
     def _window(self, window: Window) -> TrackedWindow:
         begun, prompts = self._ask(window, np.flatnonzero(self._lost).tolist())
-        frames = range(window.first, window.stop)
+        # Only the way back of `best` sees the frames that repeat the last one.
+        stop = window.stop if self._config.prompt_frame == "best" else min(window.stop, self._clip.frames)
+        frames = range(window.first, stop)
         parts = [(rows, self._follow(track, {}, [list(frames)], window)) for rows, track in self._tracks]
         for frame, rows, token in begun:
             track = Track(self._model.sam2, self._clip.items * self._clip.N)
             seen = {frame: track.prompt(self._features.sam2(frame), frame, len(rows), token=token)}
-            ways = [list(range(frame + 1, window.stop)), list(range(frame - 1, window.first - 1, -1))]
+            ways = [list(range(frame + 1, stop)), list(range(frame - 1, window.first - 1, -1))]
             parts.append((rows, self._follow(track, seen, ways, window)))
             self._tracks.append((rows, track))
         size = parts[0][1][0].shape[1:]
@@ -80,7 +82,7 @@ class Tracker:
         for rows, (masks, said) in parts:
             logits[rows], scores[rows] = masks, said
         logits[~self._shown] = NO_OBJ_SCORE
-        self._lost = (logits <= 0).all(axis=(1, 2, 3))
+        self._lost = np.asarray((logits <= 0).all(axis=(1, 2, 3)))
         return TrackedWindow(window, logits, scores, prompts)
 
     def _ask(self, window: Window, rows: list[int]) -> tuple[list[tuple[int, list[int], Tensor]], list[Prompt | None]]:

@@ -169,10 +169,10 @@ class MaskFiles(Masks):
                 key, frame = _owner(parts, file.stem, ids)
                 if key is None or (frame is None and file.suffix.lower() == ".png"):
                     self.unused.append(str(file))
-                elif frame in (of_key := found.setdefault(key, {})):
-                    self.doubled.append(f"{file}, like {of_key[frame]}")
+                elif frame in found.setdefault(key, {}):
+                    self.doubled.append(str(file))
                 else:
-                    of_key[frame] = file
+                    found[key][frame] = file
                     kinds.setdefault(file.suffix.lower(), file)
         if len(kinds) > 1:
             raise RequestError(f"{path}: expected masks of one format, found {' and '.join(map(str, kinds.values()))}")
