@@ -138,11 +138,11 @@ def score(logits: Array, target: Array, null: Array, protocol: str) -> Scores:
 
 def finite(logits: Array, name: str) -> np.ndarray:
     """Logits as float32 on the CPU. Raises SamloveError, naming them, unless they are floats and finite."""
-    values = logits.detach().cpu() if isinstance(logits, torch.Tensor) else np.asarray(logits)
+    values: Array = logits.detach().cpu() if isinstance(logits, torch.Tensor) else np.asarray(logits)
     if not (values.is_floating_point() if isinstance(values, torch.Tensor) else values.dtype.kind == "f"):
         raise SamloveError(f"{name}: expected logits as floats, found {logits.dtype}; a mask is not a logit")
     with np.errstate(over="ignore"):
-        values = np.array(values.float() if isinstance(values, torch.Tensor) else values, dtype=np.float32)
+        values = np.array(values.float().numpy() if isinstance(values, torch.Tensor) else values, dtype=np.float32)
     if not np.isfinite(values).all():
         raise SamloveError(f"{name}: expected finite logits, found NaN or infinity (in float32)")
     return values
