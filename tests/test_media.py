@@ -1,6 +1,7 @@
 """Videos, sounds, folders and pictures as media, and videos written."""
 
 import re
+import resource
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -439,6 +440,20 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no_folder"):
         write_video(tmp_path / "no_folder" / "a.mp4", frames, 1)
     assert path.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_full_disk_is_an_error_wherever_it_ends(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (6, 60, 80, 3), dtype=np.uint8)
+    write_video(tmp_path / "a.mp4", frames, 5)
+    size, before = (tmp_path / "a.mp4").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (0, 100, size // 2, size - 600, size - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        try:
+            with pytest.raises(OSError, match="too large"):
+                write_video(tmp_path / "b.mp4", frames, 5)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
 def stopping(frames: np.ndarray) -> Any:

@@ -35,6 +35,7 @@ class VideoFrames:
     def __init__(self, path: Path) -> None:
         """Raises RequestError without a video track; SamloveError if the file is truncated or cannot be decoded."""
         self.path = path
+        self._shape: tuple[int, int] | None = None  # of the first frame, as decoded
         self._opened = Opened(path)
         try:
             self._open()
@@ -137,7 +138,7 @@ class VideoFrames:
 
     def _upright(self, frame: VideoFrame) -> np.ndarray:
         """uint8 (H,W,3), RGB, turned and mirrored as the file's display matrix says."""
-        width, height = getattr(self, "_shape", (frame.width, frame.height))  # a track may change its size midway
+        width, height = self._shape or (frame.width, frame.height)  # a track may change its size midway
         image = np.asarray(frame.to_ndarray(format="rgb24", width=width, height=height))
         return np.ascontiguousarray(_turned(image, frame))
 
