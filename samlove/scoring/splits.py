@@ -134,11 +134,15 @@ def score_run(expressions: pd.DataFrame, folder: RefAvsFolder, predictions: Path
     """The test splits of a run under every protocol: Scored.protocols.
 
     expressions: the index's table. predictions: holds {split}/predictions.h5, as the infer stage writes them.
+    {} if the frames of a null expression are not here: the protocols need their size, and features can be shared
+    without frames.
     """
     files = {split: predictions / split / "predictions.h5" for split in SPLITS if split != "val"}
-    parts = [expressions[expressions["split"] == split] for split, file in files.items() if file.exists()]
+    rows = expressions[expressions["split"].isin([split for split, file in files.items() if file.exists()])]
+    if not all(folder.frame_path(media_id, 0).exists() for media_id in rows.loc[rows["null"], "media_id"].unique()):
+        return {}
     masks = MaskBins(predictions, [file for file in files.values() if file.exists()])
-    return score_splits(masks, pd.concat(parts), folder, list(PROTOCOLS), masks.frames).protocols
+    return score_splits(masks, rows, folder, list(PROTOCOLS), masks.frames).protocols
 
 
 class _Targets:
