@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from samlove.errors import RequestError, SamloveError
-from samlove.model.sam2 import LEVELS, LightSam2, Points
+from samlove.model.sam2 import LEVELS, LightSam2, Points, Track
 from samlove.model.sam2_build import instantiate_sam2
 from tests.official_sam2 import TINY, random_checkpoint
 
@@ -284,3 +284,25 @@ def test_takes_one_kind_of_prompt(light, embeds, token):
         light.track(embeds)
     with pytest.raises(ValueError, match="exactly one"):
         light.track(embeds, token=token, masks=torch.ones(BATCH, 8, 8))
+
+
+def test_a_track_of_any_length_keeps_only_what_a_coming_frame_can_attend_to(light, embeds, token):
+    track = Track(light, 50)
+    track.prompt({name: value[:1] for name, value in embeds.items()}, 0, BATCH, token=token)
+    kept = []
+    for t in range(1, 50):
+        track.step({name: value[t % FRAMES : t % FRAMES + 1] for name, value in embeds.items()}, t, [t + 1])
+        kept.append(sum(memory["maskmem_features"] is not None for memory in track._memories.values()))
+        assert len(track._memories) < light.max_obj_ptrs_in_encoder
+    assert max(kept) < light.num_maskmem
+
+
+def test_some_objects_of_a_track_are_tracked_as_with_the_others(light, embeds, token):
+    track = Track(light, FRAMES)
+    track.prompt({name: value[:1] for name, value in embeds.items()}, 0, BATCH, token=token)
+    for t in range(1, 5):
+        track.step({name: value[t : t + 1] for name, value in embeds.items()}, t, [t + 1])
+    part, last = track.select([2, 0]), {name: value[5:6] for name, value in embeds.items()}
+    seen, seen_in_part = track.step(last, 5, []), part.step(last, 5, [])
+    torch.testing.assert_close(seen_in_part.masks, seen.masks[[2, 0]], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(seen_in_part.object_score, seen.object_score[[2, 0]], rtol=1e-3, atol=1e-3)

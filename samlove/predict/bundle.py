@@ -24,6 +24,7 @@ from samlove.model.weights import HUB
 from samlove.predict.setup import Setup
 from stores.fingerprint import parse_json, sha256_file
 from stores.manifest import refuse_existing
+from stores.remote import regular
 
 SCHEMA = 1
 DESCRIPTION, CHECKPOINT, WEIGHTS = "bundle.json", "checkpoint.safetensors", "weights"
@@ -78,7 +79,7 @@ def read_bundle(folder: Path) -> Setup:
     """The setup in a bundle. Raises RequestError if `folder` is none, SamloveError if it is damaged."""
     path = folder / DESCRIPTION
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
+        found = parse_json(regular(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RequestError(f"{folder}: expected a checkpoint or a bundle, found a folder without {path.name}") from None
     except (OSError, ValueError) as error:
