@@ -13,6 +13,7 @@ import typer
 from samlove.cli.help import GroupedHelp, examples
 from samlove.cli.predict import bundle, predict
 from samlove.cli.store import store
+from samlove.cli.web import web
 from samlove.config import DatasetConfig, load
 from samlove.environment import check_code
 from samlove.errors import RequestError, one_line_errors
@@ -57,6 +58,10 @@ app.command(
         'samlove predict clip.mp4 "the guitar that plays" "the dog" --checkpoint data/refavs/model/best.safetensors',
     ),
 )(predict)
+app.command(
+    rich_help_panel=OWN,
+    epilog=examples("samlove web", "samlove web --checkpoint data/refavs/model/best.safetensors --port 8080"),
+)(web)
 app.command(
     rich_help_panel=OWN,
     epilog=examples("samlove bundle data/micro/model/best.safetensors --out bundle --with-weights"),
