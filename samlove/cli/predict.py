@@ -25,14 +25,16 @@ def predict(
         Path | None, typer.Argument(metavar="VIDEO", help="A video file, a folder of frames, or a picture.")
     ] = None,
     sentences: Annotated[
-        list[str] | None, typer.Argument(metavar="SENTENCE...", help="What to segment, one object per sentence.")
+        list[str] | None, typer.Argument(metavar="SENTENCE", help="What to segment, one object per sentence.")
     ] = None,
     checkpoint: Checkpoint = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The folder to write. Default: predictions/NAME of the video.")
     ] = None,
-    start: Annotated[float, typer.Option(help="Second at which to start.")] = 0.0,
-    seconds: Annotated[float | None, typer.Option(help="Length of the part to segment. Default: to the end.")] = None,
+    start: Annotated[float, typer.Option(metavar="S", help="Second at which to start.")] = 0.0,
+    seconds: Annotated[
+        float | None, typer.Option(metavar="S", help="Length of the part to segment. Default: to the end.")
+    ] = None,
     fps: Annotated[str, typer.Option(metavar="N|all", help="Tracked frames per second; all: every frame.")] = "1",
     sound: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A sound file in place of the video's own sound.")
