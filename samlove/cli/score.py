@@ -157,4 +157,5 @@ def _has_f(own: Scored, other: Scored, name: str) -> bool:
 def _cell(score: str, difference: Difference) -> str:
     digits = 4 if score == "S" else 2
     mean, low, high = (f"{value:+.{digits}f}" for value in difference[:3])
-    return f"{score} {mean} [{low}, {high}]{'*' if difference.distinct else ' '}"
+    interval = "[no interval]" if math.isnan(difference.low) else f"[{low}, {high}]"  # of a single expression
+    return f"{score} {mean} {interval}{'*' if difference.distinct else ' '}"

@@ -286,7 +286,7 @@ class MaskArrays(Masks):
         if archive:
             try:
                 if not zipfile.is_zipfile(archive):
-                    raise ValueError("not a zip archive")
+                    raise ValueError("not a zip archive, or truncated")
                 with np.load(archive, allow_pickle=False) as loaded:
                     self._names = list(dict.fromkeys(loaded.files))
                     self.doubled += [f"{archive}: {name}" for name, n in Counter(loaded.files).items() if n > 1]
