@@ -467,7 +467,9 @@ def _check(make: Callable[[], T], path: Path | str) -> T:
             kind, reason = fault["type"], fault["msg"].removeprefix("Value error, ")
             key = ".".join(_shown(part).strip("'") for part in fault["loc"])
             reason = {
-                "extra_forbidden": NOT_IN_TEXT if (Path(path).name, key) == ("text.yaml", "encoder") else "no such setting",
+                "extra_forbidden": NOT_IN_TEXT
+                if (Path(path).name, key) == ("text.yaml", "encoder")
+                else "no such setting",
                 "string_type": f"{reason} (in quotes)",
             }.get(kind, reason)
             faults.append(f"{key}: {reason}" + f", found {_shown(fault['input'])}" * (kind != "missing"))

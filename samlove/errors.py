@@ -69,6 +69,11 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def path_text(path: Path | str) -> str:
+    """A path as text that UTF-8 can encode: a name that is no UTF-8 gets replacement characters."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
 def _reader_gone(error: OSError) -> bool:
     """Whether the program that reads our output has ended, as `head` does; nobody wants the rest."""
     if not isinstance(error, BrokenPipeError) or sys.stdout is None:

@@ -59,8 +59,11 @@ def render_json(value: Mapping[str, Any]) -> str:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a dict in the form of `render_json`, atomically: readers see the old content or the complete new one."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(render_json(value), encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(render_json(value), encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,6 +141,12 @@ def refuse_existing(path: Path) -> None:
     """Raise RequestError if `path` already exists, if only as a link to nothing."""
     if os.path.lexists(path):
         raise RequestError(f"{path}: already exists and will not be overwritten; remove it or choose another path")
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above `path` that exists: what is written there can be renamed to `path`, and a failure leaves
+    no new folders above it."""
+    return next(folder for folder in path.absolute().parents if folder.is_dir())
 
 
 def replace_folder(new: Path, path: Path) -> None:

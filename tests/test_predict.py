@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from samlove.infer import Sources, infer
 from samlove.media import open_media, write_video
 from samlove.predict import Segmenter
 from samlove.predict.clip import Clip
+from samlove.predict.example import example_scene, smoothed
 from samlove.predict.features import FOLDERS
 from samlove.scoring.metrics import quantise
+from samlove.synth.scene import SECONDS, render
 from stores import FeatureStoreWriter, PredictionReader
 from tests.videos import SIZE, frames_of, sound_of, write_lossless, write_refavs
 
@@ -255,6 +258,7 @@ def test_a_silent_video_and_a_picture_with_a_sound(segmenter, dataset, tmp_path)
     [
         ({"sentences": []}, "at least one"),
         ({"sentences": ["a", "  "]}, "none of them empty"),
+        ({"sentences": ["the caf\udce9"]}, "expected UTF-8"),
         ({"start": 10}, "expected 0 s to its end"),
         ({"start": float("nan")}, "expected 0 s to its end"),
         ({"seconds": 0}, "above 0"),
@@ -315,6 +319,40 @@ def test_only_an_earlier_prediction_is_replaced(lossless, tmp_path):
     with pytest.raises(RequestError, match=r"has .*overlay.mp4 in it"):
         run("predict", out / "overlay.mp4", SENTENCES[0], "--out", out)
     assert (out / "overlay.mp4").is_file()
+
+
+def test_what_is_wrong_with_a_path_is_said_before_anything_is_written(lossless, tmp_path, monkeypatch):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    before = sorted(tmp_path.rglob("*"))
+    for arguments, message in (
+        (["missing.mp4"], "missing.mp4: no such file"),
+        (["../loop"], "leads back to it"),
+        ([lossless, "--sound", "../loop"], "leads back to it"),
+        ([lossless, "--checkpoint", "../loop"], "leads back to it"),
+        ([lossless, "--out", "."], "is the current folder"),
+        ([lossless, "--out", "new/deep", "--start", 99], "start: expected"),
+        ([lossless, "--keep-features", "new/deep", "--start", 99], "start: expected"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            run("predict", *arguments, SENTENCES[0])
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_file_whose_name_is_no_utf8(tmp_path):
+    picture = tmp_path / os.fsdecode(b"caf\xe9.png")
+    Image.new("RGB", (64, 48)).save(picture)
+    run("predict", picture, SENTENCES[0], "--out", tmp_path / "out")
+    about = json.loads((tmp_path / "out" / "prediction.json").read_text(encoding="utf-8"))
+    assert about["video"]["name"] == "caf\ufffd.png"
+
+
+def test_the_scene_of_the_example_is_the_same_at_whole_seconds():
+    scene, fps = example_scene(), 3
+    smooth = smoothed(scene, fps)
+    for t in range(SECONDS):
+        assert np.array_equal(render(smooth, t * fps, (64, 48))[0], render(scene, t, (64, 48))[0])
 
 
 def test_an_interrupted_run_leaves_what_was_there(lossless, tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """`samlove score`: the same masks in every format, what is odd about them, errors, and two methods compared."""
 
 import json
+import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from samlove.scoring.metrics import EDGES, quantise
 from samlove.scoring.protocols import PROTOCOLS, score
 from samlove.scoring.splits import Scored, compare, read_rows, score_splits
 from stores import PredictionWriter
+from tests.plain_user import run_as_plain_user
 
 FRAMES, SHAPE = 3, (24, 32)
 SPLITS = {"test_s": ["a_x_1", "a_x_2", "b_y_1"], "test_u": ["c_z_1", "c_z_2"], "test_n": ["null_m-a_null_1"]}
@@ -285,6 +288,95 @@ def test_masks_that_cannot_be_read_are_named(made, tmp_path):
     for counts in ("Q", [5, 7], [-1, 3], None):
         with pytest.raises(SamloveError, match="here: not a mask in COCO's run-length encoding"):
             decode_rle({"size": [2, 2], "counts": counts}, "here")
+
+
+def npy(shape: str) -> bytes:
+    """An .npy file whose header states a shape, without the values."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
+def hostile_archive(path: Path, content: object) -> None:
+    """content: the array of an expression, the bytes of its .npy file, or None for an .npy file instead of an .npz."""
+    if content is None:
+        path.write_bytes(npy("(0,)"))
+        return
+    with zipfile.ZipFile(path, "w") as archive, archive.open("a_x_1.npy", "w") as file:
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            np.save(file, content)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "not a zip archive"),
+        (npy("(1000000, 100000, 1000)"), "not a readable array"),
+        (np.ones((FRAMES, *SHAPE), complex), "expected floats, whole numbers or bool, found complex128"),
+        (np.full((FRAMES, *SHAPE), "x"), "expected floats, whole numbers or bool, found <U1"),
+        (np.float32(1), "expected an array"),
+        (np.zeros((1, 1, 2**26 + 1), bool), "at most 67,108,864 pixels"),
+    ],
+    ids=["npy", "huge", "complex", "text", "number", "pixels"],
+)
+def test_archives_of_anything_else_are_refused(made, tmp_path, content, text):
+    hostile_archive(tmp_path / "masks.npz", content)
+    with pytest.raises(SamloveError, match=text) as raised:
+        scored(made[0], tmp_path / "masks.npz", splits=["test_s"])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a_x_1": [null], "a_x_1": [null]}',  # the second would replace the first
+        '[{"uid": "a_x_1", "frame": Infinity, "segmentation": null}]',
+        '[{"uid": "a_x_1", "frame": -1, "segmentation": null}]',
+        "[" * 100_000,
+        '{"a_x_1": [{"size": [1000000, 1000000], "counts": [1000000000000]}]}',
+        '{"a_x_1": [{"size": [-24, -32], "counts": [768]}]}',
+        '{"a_x_1": "abc"}',
+        "5",
+    ],
+    ids=lambda text: text[:30],
+)
+def test_json_of_anything_else_is_refused(made, tmp_path, text):
+    (tmp_path / "masks.json").write_text(text)
+    with pytest.raises(SamloveError, match=str(tmp_path)) as raised:
+        scored(made[0], tmp_path / "masks.json", splits=["test_s"])
+    assert "\n" not in str(raised.value)
+
+
+def test_results_replace_no_folder_and_no_masks(made, tmp_path):
+    root, logits, _ = made
+    masks = write("archive", tmp_path, logits)
+    for out, text in ((tmp_path, "a folder; expected a new file"), (masks, "holds masks to score")):
+        before = masks.read_bytes()
+        with pytest.raises(RequestError, match=text):
+            raise refusal(root, masks, "--out", str(out))
+        assert masks.read_bytes() == before
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(made, tmp_path):
+    root, logits, _ = made
+    write("png", tmp_path / "masks", {uid: of > 0 for uid, of in logits.items()})
+    closed = next((tmp_path / "masks").rglob("b_y_1"))
+    closed.chmod(0)
+    try:
+        done = run_as_plain_user("-m", "samlove.cli.main", "score", str(tmp_path / "masks"), "--dataset", str(root))
+    finally:
+        closed.chmod(0o755)
+    assert done.returncode == 1 and done.stderr == f"error: {closed}: Permission denied\n"
+
+
+def test_a_folder_whose_name_is_no_utf8(made, tmp_path):
+    root, logits, _ = made
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    masks, out = write("archive", folder, logits), tmp_path / "scores.json"
+    assert refusal(root, masks, "--protocol", "crab_plus", "--out", str(out)) is None
+    assert json.loads(out.read_text(encoding="utf-8"))["methods"][0]["masks"].endswith(f"caf\ufffd/{masks.name}")
 
 
 def test_every_protocol_has_a_name_for_the_table():

@@ -188,7 +188,7 @@ def score(
         Path, typer.Argument(metavar="MASKS", help="PNG, .npy, .npz, COCO RLE or predictions.h5 (docs/protocols.md).")
     ],
     other: Annotated[
-        Path | None, typer.Argument(metavar="[OTHER]", help="The masks of another method, to compare with.")
+        Path | None, typer.Argument(metavar="OTHER", help="The masks of another method, to compare with.")
     ] = None,
     *,
     dataset: Annotated[Path, typer.Option(metavar="DIR", help="The dataset: metadata.csv, media/, gt_mask/.")],

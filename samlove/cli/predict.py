@@ -2,14 +2,11 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from samlove.errors import RequestError, printable
-
-if TYPE_CHECKING:
-    pass
 
 PREDICTIONS = Path("predictions")  # where results go without --out
 EXAMPLE, EXAMPLE_VIDEO = "example", "video.mp4"
@@ -28,14 +25,16 @@ def predict(
         Path | None, typer.Argument(metavar="VIDEO", help="A video file, a folder of frames, or a picture.")
     ] = None,
     sentences: Annotated[
-        list[str] | None, typer.Argument(metavar="SENTENCE...", help="What to segment, one object per sentence.")
+        list[str] | None, typer.Argument(metavar="SENTENCE", help="What to segment, one object per sentence.")
     ] = None,
     checkpoint: Checkpoint = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The folder to write. Default: predictions/NAME of the video.")
     ] = None,
-    start: Annotated[float, typer.Option(help="Second at which to start.")] = 0.0,
-    seconds: Annotated[float | None, typer.Option(help="Length of the part to segment. Default: to the end.")] = None,
+    start: Annotated[float, typer.Option(metavar="S", help="Second at which to start.")] = 0.0,
+    seconds: Annotated[
+        float | None, typer.Option(metavar="S", help="Length of the part to segment. Default: to the end.")
+    ] = None,
     fps: Annotated[str, typer.Option(metavar="N|all", help="Tracked frames per second; all: every frame.")] = "1",
     sound: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A sound file in place of the video's own sound.")
@@ -75,15 +74,14 @@ def _predict(video: Path | None, sentences: list[str], checkpoint: Path | None, 
     from samlove.predict import load
     from samlove.predict.example import write_example
     from samlove.predict.output import check_out, write_run
-    from stores.manifest import replace_folder
+    from stores.manifest import existing_parent, replace_folder
 
     given = [video, checkpoint, options["sound"], options["features"], options["keep_features"]]
     check_out(out, [path for path in given if path is not None])
     segmenter = load(checkpoint)
     if checkpoint is None and video is not None:
         print("note: without --checkpoint, a small model is used that knows only the shapes and sounds of LAVS-synth")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.resolve().name}-", dir=out.parent) as scratch:
+    with TemporaryDirectory(prefix=f".{out.name}-", dir=existing_parent(out)) as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
         if video is None:

@@ -1,12 +1,13 @@
 """`samlove score`: predicted masks of any method under the published protocols, and two methods compared."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from samlove.config import DatasetConfig
 from samlove.data.dataset import RefAvsFolder
-from samlove.errors import RequestError, absence
+from samlove.errors import RequestError, absence, path_text
 from samlove.scoring.compare import CONFIDENCE, Difference
 from samlove.scoring.evaluate import NAMES
 from samlove.scoring.masks import Masks, open_masks
@@ -28,8 +29,8 @@ def run(paths: list[Path], dataset: Path, splits: list[str], protocol: str, out:
     names = list(PROTOCOLS) if protocol == "all" else protocol.split(",")
     if unknown := [name for name in names if name not in PROTOCOLS]:
         raise RequestError(f"--protocol {unknown[0]}: expected all or one of {', '.join(PROTOCOLS)}")
-    if out is not None and not out.parent.is_dir():
-        raise RequestError(f"{out.parent}: {absence(out.parent)}; create the folder or choose another path")
+    if out is not None:
+        _check_out(out, paths)
     folder = RefAvsFolder(dataset)
     folder.check_exists()
     every, rows = read_rows(folder, splits)
@@ -39,7 +40,7 @@ def run(paths: list[Path], dataset: Path, splits: list[str], protocol: str, out:
         scored.append(score_splits(masks, rows, folder, names, FRAMES))
         print(render(masks, scored[-1]), end="\n\n")
     content: dict[str, Any] = {
-        "dataset": str(dataset),
+        "dataset": path_text(dataset),
         "unit": "percent for J, F and J&F, a fraction for S; null: no score",
         "used_by": {name: PROTOCOLS[name].used_by for name in names},
         "methods": [_as_record(masks, of_masks) for masks, of_masks in zip(methods, scored, strict=True)],
@@ -49,6 +50,16 @@ def run(paths: list[Path], dataset: Path, splits: list[str], protocol: str, out:
     if out is not None:
         write_json(out, content)
         print(f"{out}: written")
+
+
+def _check_out(out: Path, inputs: list[Path]) -> None:
+    """Raise RequestError unless results can be written to `out` without harm to the masks."""
+    if not out.parent.is_dir():
+        raise RequestError(f"{out.parent}: {absence(out.parent)}; create the folder or choose another path")
+    if os.path.lexists(out) and not out.is_file():
+        raise RequestError(f"{out}: {absence(out)}; expected a new file, or one to replace; choose another --out")
+    if out.exists() and any(path.exists() and path.samefile(out) for path in inputs):
+        raise RequestError(f"{out}: holds masks to score and would be replaced; choose another --out")
 
 
 # --- one method ------------------------------------------------------------------------------------------------------
@@ -99,7 +110,7 @@ def _number(value: float | None, digits: int) -> str:
 
 def _as_record(masks: Masks, scored: Scored) -> dict[str, Any]:
     return {
-        "masks": str(masks.path),
+        "masks": path_text(masks.path),
         "format": masks.what,
         "binary": not masks.has_scores,
         "rows": scored.counts,
@@ -146,4 +157,5 @@ def _has_f(own: Scored, other: Scored, name: str) -> bool:
 def _cell(score: str, difference: Difference) -> str:
     digits = 4 if score == "S" else 2
     mean, low, high = (f"{value:+.{digits}f}" for value in difference[:3])
-    return f"{score} {mean} [{low}, {high}]{'*' if difference.distinct else ' '}"
+    interval = "[no interval]" if math.isnan(difference.low) else f"[{low}, {high}]"  # of a single expression
+    return f"{score} {mean} {interval}{'*' if difference.distinct else ' '}"

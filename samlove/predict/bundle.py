@@ -23,7 +23,7 @@ from samlove.features.encoders.transformers_folder import model_files
 from samlove.model.weights import HUB
 from samlove.predict.setup import Setup
 from stores.fingerprint import parse_json, sha256_file
-from stores.manifest import refuse_existing
+from stores.manifest import existing_parent, refuse_existing
 from stores.remote import regular
 
 SCHEMA = 1
@@ -39,8 +39,7 @@ def write_bundle(setup: Setup, out: Path, with_weights: bool) -> dict[str, str]:
     checkpoint was trained with. Then nothing is written.
     """
     refuse_existing(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+    with TemporaryDirectory(prefix=f".{out.name}-", dir=existing_parent(out)) as scratch:
         folder = Path(scratch) / "bundle"
         folder.mkdir()
         settings = {
@@ -71,6 +70,7 @@ def write_bundle(setup: Setup, out: Path, with_weights: bool) -> dict[str, str]:
             "weights_sha256": hashes,
         }
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        out.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(out)
     return {} if with_weights else hashes
 

@@ -49,7 +49,7 @@ class Clip:
         if seconds is not None and not seconds > 0:
             raise RequestError(f"seconds: expected a number above 0, found {seconds:g}")
         if fps is None:
-            fps = max(media.fps or 1.0, 1.0)
+            fps = min(max(media.fps or 1.0, 1.0), FASTEST)
         elif not 1 <= fps <= FASTEST:
             raise RequestError(f"fps: expected 1 to {FASTEST:g} frames per second, found {fps:g}")
         end = media.duration if seconds is None else min(start + seconds, media.duration)

@@ -50,5 +50,6 @@ def smoothed(scene: Scene, fps: int) -> Scene:
     things = []
     for thing in scene.things:
         path = np.stack([np.interp(times, seconds, thing.path[:, axis]) for axis in (0, 1)], axis=1)
-        things.append(replace(thing, path=path, sounding=np.repeat(thing.sounding, fps)))
+        sounding, pulsing = np.repeat(thing.sounding, fps), np.repeat(thing.pulsing, fps)
+        things.append(replace(thing, path=path, sounding=sounding, pulsing=pulsing))
     return replace(scene, things=tuple(things))

@@ -8,6 +8,7 @@ prediction.json        times, object scores, windows, and what the masks were ma
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 
 from samlove import __version__
 from samlove.data.rle import encode_rle
-from samlove.errors import RequestError, absence
+from samlove.errors import RequestError, absence, path_text
 from samlove.media import write_video
 from samlove.overlay import contact_sheet, draw
 from samlove.predict.segment import Run, masks_of
@@ -39,8 +40,11 @@ def check_out(out: Path, inputs: Iterable[Path]) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         found = "a link" if out.is_symlink() else absence(out)
         raise RequestError(f"{out}: {found}; expected a new folder, or an earlier prediction; choose another --out")
-    if other := next((path for path in inputs if path.resolve().is_relative_to(out.resolve())), None):
+    whole = os.path.realpath(out)
+    if other := next((path for path in inputs if Path(os.path.realpath(path)).is_relative_to(whole)), None):
         raise RequestError(f"{out}: would be replaced, but has {other} in it; choose another --out")
+    if Path.cwd().is_relative_to(whole):
+        raise RequestError(f"{out}: is the current folder, or has it in it; choose another --out")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if names and (DESCRIPTION not in names or names - OURS):
         found = ", ".join(sorted(names - OURS)[:3]) or f"no {DESCRIPTION}"
@@ -155,7 +159,7 @@ def _describe(run: Run, setup: Setup) -> dict[str, Any]:
         "schema": SCHEMA,
         "samlove": __version__,
         "video": {
-            "name": media.path.name,
+            "name": path_text(media.path.name),
             "digest": run.digest,
             "size": list(media.size),
             "seconds": media.duration,
@@ -164,7 +168,11 @@ def _describe(run: Run, setup: Setup) -> dict[str, Any]:
         },
         "clip": {"start": clip.start, "end": clip.end, "fps": clip.fps, "frames": clip.frames},
         "sentences": list(run.sentences),
-        "checkpoint": {"name": setup.checkpoint.name, "sha256": setup.sha256, "sam2_sha256": header.sam2_sha256},
+        "checkpoint": {
+            "name": path_text(setup.checkpoint.name),
+            "sha256": setup.sha256,
+            "sam2_sha256": header.sam2_sha256,
+        },
         "settings": {**setup.infer.model_dump(include={"precision", "prompt_frame"}), "threshold": header.threshold},
         "features": run.fingerprints,
     }

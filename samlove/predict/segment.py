@@ -21,7 +21,7 @@ from samlove.predict.clip import Clip
 from samlove.predict.features import Bar, Features, Plan, encode, release, video_digest
 from samlove.predict.setup import Setup, find_setup
 from samlove.predict.tracking import Prompt, TrackedWindow, Tracker
-from stores.manifest import refuse_existing
+from stores.manifest import existing_parent, refuse_existing
 
 LONGEST_SENTENCE = 10_000  # characters
 
@@ -160,8 +160,7 @@ class Segmenter:
         kept = Path(keep_features).expanduser() if keep_features is not None else None
         if kept is not None:
             refuse_existing(kept)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            scratch = kept.parent
+            scratch = existing_parent(kept)
         with open_media(path, heard) as media, TemporaryDirectory(prefix=".features-", dir=scratch) as temporary:
             clip = Clip.of(media, start, seconds, fps, self.setup.header.dims["frames"])
             name = path.resolve().name if path.is_dir() else path.resolve().stem
@@ -170,6 +169,7 @@ class Segmenter:
                 folder = Path(temporary) / "features"
                 encode(plan, self.setup, folder, self.device, show)
                 if kept is not None:
+                    kept.parent.mkdir(parents=True, exist_ok=True)
                     folder = folder.rename(kept)
             else:
                 folder = Path(features).expanduser()
@@ -199,6 +199,8 @@ def _checked(sentences: str | Sequence[str]) -> tuple[str, ...]:
     texts = tuple(normalise(text) for text in ([sentences] if isinstance(sentences, str) else sentences))
     if not texts or not all(texts):
         raise RequestError(f"sentences: expected at least one, none of them empty, found {list(texts)}")
+    if odd := next((text for text in texts if text.encode("utf-8", "replace") != text.encode("utf-8", "ignore")), None):
+        raise RequestError(f"sentences: expected UTF-8, found {odd[:80]!r}; check the encoding of the terminal")
     if long := next((text for text in texts if len(text) > LONGEST_SENTENCE), None):
         raise RequestError(f"sentences: expected at most {LONGEST_SENTENCE:,} characters, found {len(long):,}")
     return texts

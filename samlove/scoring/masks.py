@@ -4,10 +4,11 @@ Every format becomes mask logits by frame number. A grey level or a stored bin s
 log(p / (1 - p)), with p kept off 0 and 1 by half a grey level; a binary mask is a grey one of 0 and 255.
 """
 
-import json
 import os
 import re
 import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +18,17 @@ import numpy as np
 import pandas as pd
 
 from samlove.data.dataset import load_labels
+from samlove.data.images import MAX_PIXELS
 from samlove.errors import RequestError, SamloveError, absence
 from samlove.scoring.metrics import EDGES
 from samlove.scoring.protocols import finite
 from stores import PredictionReader
+from stores.fingerprint import parse_json
 
 SUFFIXES = (".png", ".npy", ".npz")
 SAMPLED = 64  # expressions read to find out whether masks hold 0 and 1 or 0 to 255
+# What NumPy raises for a damaged or hostile file; a header of a few bytes can ask for any amount of memory.
+BROKEN = (ValueError, EOFError, OSError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _GREY = 0x010101  # of load_labels: grey level 1 in an image with three channels
 
 
@@ -66,6 +71,8 @@ class Masks:
             where = f"{self.path}: {key}, frame {frame}"
             if values.ndim != 2 or 0 in values.shape:
                 raise SamloveError(f"{where}: expected a mask (height, width), found an array of shape {values.shape}")
+            if values.size > MAX_PIXELS:
+                raise SamloveError(f"{where}: expected at most {MAX_PIXELS:,} pixels, found the shape {values.shape}")
             frames[frame] = self._logits(values, where)
         return frames
 
@@ -112,7 +119,7 @@ def open_masks(path: Path, rows: pd.DataFrame, splits: Collection[str], frames: 
         found = _open_folder(path, ids, order, frames)
     else:
         raise RequestError(f"{path}: {absence(path)}; expected a folder of masks, or an .npz, .json or .h5 file")
-    if isinstance(found, MaskArrays | MaskRle):
+    if not isinstance(found, MaskFiles):
         found.unused += [key for key in found.keys() if key not in ids]
     if not ids.intersection(found.keys()):
         raise RequestError(
@@ -162,7 +169,7 @@ class MaskFiles(Masks):
         super().__init__(path)
         found: dict[str, dict[int | None, Path]] = {}
         kinds: dict[str, Path] = {}
-        for folder, folders, names in os.walk(path):
+        for folder, folders, names in os.walk(path, onerror=_refuse):
             folders.sort()
             parts = Path(folder).relative_to(path).parts
             for file in (Path(folder, name) for name in sorted(names) if name.lower().endswith(SUFFIXES)):
@@ -199,6 +206,11 @@ class MaskFiles(Masks):
         return frames
 
 
+def _refuse(error: OSError) -> None:
+    """A folder that may not be read; os.walk would leave it out."""
+    raise error
+
+
 def _owner(parts: tuple[str, ...], stem: str, ids: set[str]) -> tuple[str | None, int | None]:
     """The expression and the frame of a file, by the names of its folders and its own."""
     numbers = re.findall(r"[0-9]{1,9}", stem)
@@ -221,18 +233,25 @@ def _grey(path: Path) -> np.ndarray:
 
 
 def _load(path: Path) -> np.ndarray:
-    """The array in an .npy file, or the only one in an .npz file."""
+    """The array of numbers in an .npy file, or the only one in an .npz file."""
     try:
         loaded = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix.lower() == ".npy" else None)
         if isinstance(loaded, np.ndarray):
-            return loaded
+            return _numbers(loaded)
         with loaded:
             names = loaded.files
             if len(names) != 1:
                 raise ValueError(f"expected one array, found {len(names)}")
-            return loaded[names[0]]
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+            return _numbers(loaded[names[0]])
+    except BROKEN as error:
         raise SamloveError(f"{path}: not a readable array: {' '.join(str(error).split())}") from None
+
+
+def _numbers(values: Any) -> np.ndarray:
+    """The array, if it is one of real numbers. Raises ValueError otherwise."""
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
+        raise ValueError(f"expected floats, whole numbers or bool, found {getattr(values, 'dtype', 'no array')}")
+    return values
 
 
 def _by_frame(values: np.ndarray, where: object) -> dict[int, np.ndarray]:
@@ -266,9 +285,12 @@ class MaskArrays(Masks):
             self._rows |= {key: (values, i) for i, key in enumerate(keys)}
         if archive:
             try:
+                if not zipfile.is_zipfile(archive):
+                    raise ValueError("not a zip archive, or truncated")
                 with np.load(archive, allow_pickle=False) as loaded:
-                    self._names = loaded.files
-            except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+                    self._names = list(dict.fromkeys(loaded.files))
+                    self.doubled += [f"{archive}: {name}" for name, n in Counter(loaded.files).items() if n > 1]
+            except BROKEN as error:
                 raise RequestError(f"{archive}: not a readable .npz file: {error}") from None
 
     def keys(self) -> Collection[str]:
@@ -280,8 +302,8 @@ class MaskArrays(Masks):
             return dict(enumerate(values[i]))
         try:
             with np.load(self._archive, allow_pickle=False) as loaded:  # an open archive cannot be shared by threads
-                return _by_frame(loaded[key], f"{self._archive}: {key}")
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+                return _by_frame(_numbers(loaded[key]), f"{self._archive}: {key}")
+        except BROKEN as error:
             raise SamloveError(f"{self._archive}: {key}: not a readable array: {error}") from None
 
 
@@ -295,7 +317,7 @@ class MaskRle(Masks):
         self._frames: dict[str, dict[int, Any]] = {}
         for file in files:
             try:
-                content = json.loads(file.read_text(encoding="utf-8"))
+                content = parse_json(file.read_bytes())
                 for key, frame, rle in _entries(content):
                     of_key = self._frames.setdefault(key, {})
                     if frame in of_key:
@@ -324,7 +346,9 @@ def _entries(content: Any) -> Iterable[tuple[str, int, Any]]:
         if "segmentations" in entry:
             yield from ((entry["uid"], frame, rle) for frame, rle in enumerate(entry["segmentations"]))
         else:
-            yield entry["uid"], int(entry["frame"]), entry["segmentation"]
+            if (frame := int(entry["frame"])) < 0:
+                raise ValueError(f"expected frames from 0, found {frame}")
+            yield entry["uid"], frame, entry["segmentation"]
 
 
 def decode_rle(rle: Any, where: str) -> np.ndarray:
@@ -335,9 +359,11 @@ def decode_rle(rle: Any, where: str) -> np.ndarray:
     """
     try:
         height, width = map(int, rle["size"])
+        if not (0 < height and 0 < width and height * width <= MAX_PIXELS):
+            raise ValueError(f"expected a height and a width of 1 to {MAX_PIXELS:,} pixels, found {rle['size']}")
         counts = rle["counts"]
         runs = _runs(counts) if isinstance(counts, str) else [int(n) for n in counts]
-        if min(runs, default=0) < 0 or sum(runs) != height * width or 0 in (height, width):
+        if min(runs, default=0) < 0 or sum(runs) != height * width:
             raise ValueError(f"runs of {sum(runs):,} pixels for a mask of {height} x {width}")
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise SamloveError(f"{where}: not a mask in COCO's run-length encoding: {error}") from None
