@@ -92,7 +92,8 @@ def serve(checkpoint: Path | None, host: str, port: int, ready: Callable[[str], 
             app, blocks, path="/", max_file_size=MAX_MB * 2**20, ssr_mode=False, show_error=False, footer_links=[],
             theme=theme, css=CSS,
         )  # fmt: skip
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=GRACE))
+        # At the end, uvicorn reports each connection that is still open as an error, with a traceback.
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=GRACE))
         ready(_url(host, listening))
         try:
             server.run(sockets=[listening])
