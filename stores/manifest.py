@@ -145,8 +145,8 @@ def refuse_existing(path: Path) -> None:
 
 def existing_parent(path: Path) -> Path:
     """The nearest folder above `path` that exists: what is written there can be renamed to `path`, and a failure leaves
-    no new folders above it."""
-    return next(folder for folder in path.absolute().parents if folder.is_dir())
+    no new folders above it. Where that is a file, writing fails at once."""
+    return next(folder for folder in path.absolute().parents if os.path.lexists(folder))
 
 
 def replace_folder(new: Path, path: Path) -> None:

@@ -325,7 +325,10 @@ def test_what_is_wrong_with_a_path_is_said_before_anything_is_written(lossless, 
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "file").touch()
     before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OSError, match="Not a directory"):
+        run("predict", lossless, SENTENCES[0], "--out", "../file/out")
     for arguments, message in (
         (["missing.mp4"], "missing.mp4: no such file"),
         (["../loop"], "leads back to it"),

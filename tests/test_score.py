@@ -375,7 +375,8 @@ def test_a_folder_whose_name_is_no_utf8(made, tmp_path):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()
     masks, out = write("archive", folder, logits), tmp_path / "scores.json"
-    assert refusal(root, masks, "--protocol", "crab_plus", "--out", str(out)) is None
+    arguments = [str(masks), "--dataset", str(root), "--protocol", "crab_plus", "--out", str(out)]
+    app(["score", *arguments], standalone_mode=False)
     assert json.loads(out.read_text(encoding="utf-8"))["methods"][0]["masks"].endswith(f"caf\ufffd/{masks.name}")
 
 

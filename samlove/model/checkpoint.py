@@ -156,5 +156,5 @@ def _opened(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise SamloveError(
-            f"{path}: not a complete safetensors file ({error}); delete it and run: dvc repro train"
+            f"{path}: not a complete safetensors file ({error}); copy it again, or run: dvc repro train"
         ) from None
