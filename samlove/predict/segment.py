@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from samlove.data.audit import normalise
 from samlove.device import default_device
-from samlove.errors import RequestError
+from samlove.errors import RequestError, path_text
 from samlove.media import Media, open_media
 from samlove.model.checkpoint import load_model
 from samlove.predict.clip import Clip
@@ -163,7 +163,7 @@ class Segmenter:
             scratch = existing_parent(kept)
         with open_media(path, heard) as media, TemporaryDirectory(prefix=".features-", dir=scratch) as temporary:
             clip = Clip.of(media, start, seconds, fps, self.setup.header.dims["frames"])
-            name = path.resolve().name if path.is_dir() else path.resolve().stem
+            name = path_text(path.resolve().name if path.is_dir() else path.resolve().stem)
             plan = Plan(media, clip, texts, name, video_digest(path, heard))
             if features is None:
                 folder = Path(temporary) / "features"
