@@ -18,7 +18,7 @@ install: $(INSTALLED) ## install everything into .venv; repeat after a change of
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer not found; install it, or choose one: make PYTHON=/path/to/python" >&2; exit 2; }
-	@echo "installing into .venv: once, about 3 minutes$(if $(filter demo,$(MAKECMDGOALS)),; then the pipeline runs: about 9 minutes on 2 cores)"
+	@echo "installing into .venv: once, about 3 minutes$(if $(filter demo,$(MAKECMDGOALS)),; then the pipeline runs: about 12 minutes on 2 cores)"
 	@$(PYTHON) -m venv .venv
 	@$(INSTALL) -e ".[dev]"
 	@touch $@

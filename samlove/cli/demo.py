@@ -24,18 +24,18 @@ class Part(NamedTuple):
     seconds: dict[str, float]  # per stage, without the profile in its name: time on the reference machine
 
 
-# Times of `make demo` on the reference machine, 2 cores of an AMD EPYC (Zen 4): docs/benchmarks.md.
+# Times of `make demo` on the reference machine, 2 cores of an AMD EPYC (Zen 4), from the rates in docs/benchmarks.md.
 PARTS = (
-    Part("dataset", "generate LAVS-synth, audit and index it", {"dataset": 41, "index": 29}),
+    Part("dataset", "generate LAVS-synth, audit and index it", {"dataset": 50, "index": 35}),
     Part(
         "features",
         "run the frozen encoders once: audio, visual, text, SAM 2",
-        {"audio": 34, "visual": 44, "text": 8, "sam2": 20},
+        {"audio": 42, "visual": 54, "text": 10, "sam2": 86},
     ),
-    Part("packing", "write training shards", {"pack": 6}),
-    Part("training", "fusion transformer, SAM 2's prompt encoder and mask decoder", {"train": 185}),
-    Part("inference", "masks of all frames, also with swapped audio and text", {"infer": 59}),
-    Part("report", "scores and one HTML page", {"evaluate": 6, "report": 6}),
+    Part("packing", "write training shards", {"pack": 20}),
+    Part("training", "fusion transformer, SAM 2's prompt encoder and mask decoder", {"train": 208}),
+    Part("inference", "masks of all frames, also with swapped audio and text", {"infer": 200}),
+    Part("report", "scores and one HTML page", {"evaluate": 20, "report": 6}),
 )
 REFERENCE_S = 0.0012  # the fastest round of `machine_speed` on the reference machine, idle; the best of five tests
 
