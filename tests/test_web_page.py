@@ -33,7 +33,8 @@ REPOSITORY = Path(__file__).parents[1]
 WAIT = 240_000  # milliseconds
 CHANGED = """before => {
     const result = document.querySelector("#result");
-    return result.innerText !== before && result.querySelector(".bad, video");
+    const waiting = result.querySelector(".pending") || result.innerText.includes("processing");
+    return !waiting && result.innerText !== before && result.querySelector(".bad, video");
 }"""
 VIDEO = "document.querySelector('#result video')"
 
@@ -54,7 +55,7 @@ def address() -> Iterator[str]:
     before = _folders()
     server, url = _start()
     yield url
-    server.send_signal(signal.SIGINT)
+    server.send_signal(signal.SIGTERM)  # as a service manager ends it
     _, errors = server.communicate(timeout=300)
     assert server.returncode == 1
     assert errors == "stopped; run the same command again to resume (some stages start over)\n"
