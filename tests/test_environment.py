@@ -243,6 +243,8 @@ def _is_text(call: ast.Call) -> bool:
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     if name != "open":
         return name in ("read_text", "write_text") or "text" in options and name in ("run", "Popen", "check_output")
+    if ast.unparse(call.func) == "av.open":  # media, not text
+        return False
     method = isinstance(call.func, ast.Attribute)
     modes: list[Any] = [a.value for a in call.args if isinstance(a, ast.Constant)]
     given = [mode for mode in modes if isinstance(mode, str) and set(mode) <= set("rwaxbt+")]

@@ -32,7 +32,7 @@ from samlove.synth.scene import SECONDS, Scene, render
 
 FOLDER = Path("weights/micro/clip/clip")
 SIDE = 128  # pixels of a frame
-TOKENS = 32  # the longest sentence
+TOKENS = 40  # the longest sentence; the bundled weights have 32
 BATCH = 64
 POOL, USES = 4000, 4  # frames to draw from; uses of a frame, each with another sentence, as rendering takes long
 PATCHED = 400  # frames whose patches determine the filters
