@@ -62,9 +62,11 @@ def rows(inside: Path) -> pd.DataFrame:
 def test_results_show_the_scores_and_the_report(inside: Path) -> None:
     text = render_results()
     metrics = json.loads((inside / "data/micro/metrics.json").read_text())
+    errors = json.loads((inside / "data/micro/evaluation/details.json").read_text())["standard_errors"]
     for split, name in (("test_s", "seen"), ("test_u", "unseen"), ("mix", "mix")):
         line = next(line for line in text.splitlines() if line.split()[:1] == [name])
-        assert line.split()[1:] == [str(metrics[split]["n"]), *(f"{metrics[split][k]:.1f}" for k in ("J", "F", "J&F"))]
+        scores = [f"{metrics[split][k]:.1f}" for k in ("J", "F", "J&F")]
+        assert line.split()[1:] == [str(metrics[split]["n"]), *scores, f"±{errors[split]['J&F']:.1f}"]
     assert text.splitlines()[-1] == f"report: {inside / 'data/micro/report/index.html'}"
 
 
