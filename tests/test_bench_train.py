@@ -34,6 +34,7 @@ CPU = torch.device("cpu")
 Gradients = dict[str, torch.Tensor]
 
 
+@pytest.mark.slow
 def test_it_ends_with_one_json_object(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

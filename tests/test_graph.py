@@ -264,6 +264,7 @@ def files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_switching_profiles_back_and_forth_reruns_and_deletes_nothing(project: Project) -> None:
     project.edit("configs/profile.yaml", profile="micro")
     project.reproduce()
