@@ -157,7 +157,8 @@ def test_the_estimate_of_a_run_follows_from_its_speed_and_the_dataset(checkout: 
     base, *_ = plan_runs(load(AblationsConfig, checkout / "configs"), "micro")
     counts = {split: Count(2, 5, 10) for split in REF_AVS}
     found = plan_ablations.estimate(base, plan_ablations.Speed(1.0, 2.0, 3.0, 1000), counts)
-    assert found.train_s == pytest.approx(base.sections["train"].epochs * (10 + 10 / 3))
+    frames = base.sections["sam2"].train_frames  # validation scores all of them
+    assert found.train_s == pytest.approx(base.sections["train"].epochs * (10 + 10 * frames / 3))
     assert (found.infer_s, found.evaluate_s, found.checkpoint) == (60, 90, 4000)
     three = base.sections["infer"].model_copy(update={"controls": ["true_mask", "swapped_audio"]})
     varied = replace(base, sections=base.sections | {"infer": three})
