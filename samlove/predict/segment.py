@@ -124,9 +124,17 @@ class Segmenter:
         Raises RequestError if the request is wrong (no such file, nothing at `start`, no sentence), SamloveError if a
         file is damaged or does not fit the checkpoint.
         """
-        wanted = {"start": start, "seconds": seconds, "fps": fps, "sound": sound}
-        stores = {"features": features, "keep_features": keep_features}
-        with self.run(video, sentences, **wanted, **stores, bar=bar) as run:  # type: ignore[arg-type]
+        with self.run(
+            video,
+            sentences,
+            start=start,
+            seconds=seconds,
+            fps=fps,
+            sound=sound,
+            features=features,
+            keep_features=keep_features,
+            bar=bar,
+        ) as run:
             windows = list(run.windows)
             return Segmentation(
                 run.sentences,
