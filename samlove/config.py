@@ -142,6 +142,8 @@ class FusionConfig(Section):
     time_embedding: Switch = True  # a learned embedding marks the audio token, patches and [cls] of each second
     prompt_start: Literal["click", "box_corner"] = "click"  # SAM 2's embedding that the prompt token starts as
     masks: Literal["single", "best_of_three"] = "single"  # SAM 2's mask tokens that answer the prompt
+    # Beyond the paper: one linear layer in place of each MLP of Eq. 1 and of the one from [seg] to the prompt.
+    projections: Literal["mlp", "linear"] = "mlp"
 
     @field_validator("heads")
     @classmethod

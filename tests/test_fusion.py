@@ -183,6 +183,17 @@ def test_the_mean_is_over_one_sequence_with_all_frames():
     torch.testing.assert_close(fusion(**batch), fusion.head(z.mean(1, keepdim=True)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_linear_projections_follow_the_equations_without_their_hidden_layers(blocks):
+    fusion, batch = make(projections="linear", blocks=blocks), inputs()
+    torch.testing.assert_close(fusion(**batch), by_the_equations(fusion, **batch), rtol=1e-4, atol=1e-4)
+    for layer, x in ((fusion.project_audio, batch["audio"]), (fusion.project_text, batch["text"])):
+        torch.testing.assert_close(layer(2 * x) - layer(x), layer(x) - layer(0 * x), rtol=1e-4, atol=1e-4)
+    normed = torch.randn(2, D)
+    head = fusion.head[1]
+    torch.testing.assert_close(head(2 * normed) - head(normed), head(normed) - fusion.prompt_bias, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("prompt", ["seg", "mean"])
 @pytest.mark.parametrize("accumulate_cls", [True, False])
 def test_cls_matters_only_if_it_is_accumulated(prompt, accumulate_cls):
@@ -225,6 +236,21 @@ def test_narrow_and_wide_models_start_with_tokens_of_similar_size():
         fusion = Fusion(FusionConfig(dim=dim, blocks=2, heads=4), DIMS, prompt_dim=64)
         sizes.append(fusion(**inputs()).std().item())
     assert 0.2 < sizes[0] < 2 and 0.2 < sizes[1] < 2
+
+
+def test_the_blocks_and_frames_together_add_about_the_same_to_seg_however_many_they_are():
+    def added(blocks: int, frames: int) -> float:
+        torch.manual_seed(0)
+        fusion = Fusion(FusionConfig(dim=64, blocks=blocks, heads=4), {**DIMS, "frames": frames}, prompt_dim=64)
+        seen: list[torch.Tensor] = []
+        fusion.head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        batch = {name: torch.cat([array] * (frames // N), 1) for name, array in inputs().items() if name != "text"}
+        batch["text_mask"] = inputs()["text_mask"]
+        fusion(**batch, text=inputs()["text"])
+        return (seen[0] - fusion.seg).std().item()
+
+    few, many = added(1, N), added(6, 4 * N)
+    assert few / 3 < many < 3 * few
 
 
 @pytest.mark.parametrize("prompt", ["seg", "mean"])

@@ -16,7 +16,9 @@ The paper leaves five points open. This module decides them as follows:
 - **Output head.** LayerNorm (pre-norm blocks leave the residual stream unnormalised), then Linear, ReLU, Linear, as in
   Eq. 1. Only the first [seg] token prompts SAM 2 (section 4.4).
 - **Initialisation.** Tokens and time embeddings: truncated normal, std 0.02. Linear layers: Xavier, as in ViT, so that
-  narrow models start at the same scale as wide ones.
+  narrow models start at the same scale as wide ones. The layers that write to the residual stream are scaled down by
+  the square root of how often they write to [seg], as in GPT-2: twice per block and frame. With unscaled weights, a
+  model of two blocks hardly learned anything in its first epochs.
 """
 
 from typing import cast
@@ -40,19 +42,20 @@ class Fusion(nn.Module):
         super().__init__()
         self.config = config
         D = config.dim
-        self.project_audio = _mlp(dims["audio"], D, D)
-        self.project_visual = _mlp(dims["visual"], D, D)
-        self.project_text = _mlp(dims["text"], D, D)
+        project = _mlp if config.projections == "mlp" else _linear
+        self.project_audio = project(dims["audio"], D, D)
+        self.project_visual = project(dims["visual"], D, D)
+        self.project_text = project(dims["text"], D, D)
         self.seg = nn.Parameter(torch.empty(config.seg_tokens, D))
         self.aud = nn.Parameter(torch.empty(1, D))
         self.vis = nn.Parameter(torch.empty(1, D))
         self.time = nn.Parameter(torch.empty(dims["frames"], D)) if config.time_embedding else None
         self.blocks = nn.ModuleList(Block(D, config.heads, config.mlp_ratio) for _ in range(config.blocks))
-        self.head = nn.Sequential(nn.LayerNorm(D), _mlp(D, D, prompt_dim))
-        self._initialise()
+        self.head = nn.Sequential(nn.LayerNorm(D), project(D, D, prompt_dim))
+        self._initialise(dims["frames"])
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _initialise(self, frames: int) -> None:
         for token in (self.seg, self.aud, self.vis, self.time):
             if token is not None:
                 nn.init.trunc_normal_(token, std=INIT_STD)
@@ -60,6 +63,11 @@ class Fusion(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        writes = 2 * len(self.blocks) * frames  # to the residual stream of [seg]
+        for block in self._blocks:
+            for layer in (block.out, block.mlp[-1]):
+                assert isinstance(layer, nn.Linear)
+                layer.weight.mul_(writes**-0.5)
 
     @property
     def _blocks(self) -> list[Block]:
@@ -68,7 +76,7 @@ class Fusion(nn.Module):
     @property
     def prompt_bias(self) -> Tensor:
         """(prompt_dim,): the prompt token's value if the sequence contributes nothing."""
-        last = self.head.get_submodule("1.2")
+        *_, last = self.head.modules()
         assert isinstance(last, nn.Linear)
         return last.bias
 
@@ -154,6 +162,11 @@ def _by_frame(of_clip: Tensor, of_patches: Tensor) -> Tensor:
 def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """The MLP of Eq. 1."""
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+
+def _linear(inputs: int, _: int, outputs: int) -> nn.Linear:
+    """What takes the MLP's place with `projections: linear`."""
+    return nn.Linear(inputs, outputs)
 
 
 def _bias(known: Tensor, dtype: torch.dtype) -> Tensor:
