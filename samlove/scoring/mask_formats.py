@@ -47,8 +47,9 @@ def open_masks(path: Path, rows: pd.DataFrame, splits: Collection[str], frames: 
         found.unused += [str(key) for key in found.keys() if key not in ids]
     if not ids.intersection(found.keys()):
         raise RequestError(
-            f"{path}: no mask belongs to an expression of the dataset; expected a name such as {rows['uid'].iloc[0]}, "
-            f"found {found.unused[0] if found.unused else 'no masks'} (docs/protocols.md has the formats)"
+            f"{path}: no mask of an expression of the dataset; expected PNG, NumPy, COCO RLE or predictions.h5 with "
+            f"names such as {rows['uid'].iloc[0]}, found {found.unused[0] if found.unused else 'no masks'} "
+            "(docs/protocols.md has the formats)"
         )
     return found
 

@@ -68,7 +68,7 @@ class Masks:
         if values.dtype.kind == "f":
             self.has_scores = True
             logits = finite(values, where)
-            if _may_be_probabilities(logits):
+            if _is_positive(logits):
                 self._check_floats()
             return logits
         if values.dtype == bool:
@@ -94,36 +94,50 @@ class Masks:
             return largest
         with self._lock:
             if wide not in self._units:
-                of_kind = (v for v in self._every() if v.dtype.kind in "iu" and _is_wide(v) == wide)
-                found = 0
-                for values in of_kind:
-                    found = max(found, int(values.max(initial=0)))
-                    if found > smaller[-1]:
-                        break
-                self._units[wide] = next((unit for unit in smaller if found <= unit), largest)
+                self._units[wide] = self._common_unit(wide, smaller, largest)
             return self._units[wide]
 
-    def _check_floats(self) -> None:
-        """Raise RequestError if all floats of the source lie in 0..1: they are not logits, and would score wrong."""
-        with self._lock:
-            if not self._are_logits:
-                floats = (values for values in self._every() if values.dtype.kind == "f" and values.any())
-                if all(_may_be_probabilities(values) for values in floats):
-                    raise RequestError(
-                        f"{self.path}: expected floats that are logits, found only values in 0..1; save binary masks "
-                        "as bool, and probabilities p as log(p / (1 - p)) or as grey PNGs"
-                    )
-                self._are_logits = True
+    def _common_unit(self, wide: bool, smaller: list[int], largest: int) -> int:
+        found: set[int] = set()
+        for mask in self._every("iu"):
+            if _is_wide(mask) == wide:
+                found.update(np.flatnonzero(np.bincount(mask.clip(0, UNITS[-1]).astype(np.int64).ravel())).tolist())
+                if any(smaller[-1] < value < largest for value in found):
+                    return largest
+        if len(found - {0}) > 1 and found <= {0, *UNITS}:
+            values = " and ".join(map(str, sorted(found - {0})))
+            raise RequestError(f"{self.path}: expected one value for the object in all masks, found {values}; use 255")
+        return next((unit for unit in smaller if max(found) <= unit), largest)
 
-    def _every(self) -> Iterator[np.ndarray]:
+    def _check_floats(self) -> None:
+        """Raise RequestError if no float of the source is below 0, as in probabilities and masks, which score wrong.
+
+        Logits that mark all pixels pass, unless they could be probabilities.
+        """
+        with self._lock:
+            if self._are_logits:
+                return
+            lowest, highest = np.inf, -np.inf
+            for values in filter(np.size, self._every("f")):
+                lowest, highest = min(lowest, float(values.min())), max(highest, float(values.max()))
+                if lowest < 0:
+                    break
+            if lowest == 0 or 0 < lowest <= highest <= 1:
+                raise RequestError(
+                    f"{self.path}: expected floats that are logits, found only values in {lowest:g}..{highest:g}; save "
+                    "binary masks as bool, and probabilities p as log(p / (1 - p)) or as grey PNGs"
+                )
+            self._are_logits = True
+
+    def _every(self, kinds: str) -> Iterator[np.ndarray]:
         for key in self.keys():
-            yield from self.raw(key).values()
+            yield from (values for values in self.raw(key).values() if values.dtype.kind in kinds)
 
 
 def _is_wide(values: np.ndarray) -> bool:
     return values.dtype.itemsize > 1
 
 
-def _may_be_probabilities(values: np.ndarray) -> bool:
-    """Whether floats are in 0..1, and not all 0."""
-    return bool(values.size and values.min() >= 0 and 0 < values.max() <= 1)
+def _is_positive(values: np.ndarray) -> bool:
+    """Whether no value is below 0, and some value is above."""
+    return bool(values.min() >= 0 and values.any())
