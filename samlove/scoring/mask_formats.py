@@ -23,6 +23,7 @@ from stores import PredictionReader
 from stores.fingerprint import parse_json
 
 SUFFIXES = (".png", ".npy", ".npz")
+FROM_1 = ", frames numbered from 1"
 # What NumPy raises for a damaged or hostile file; a header of a few bytes can ask for any amount of memory.
 BROKEN = (ValueError, EOFError, OSError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _GREY = 0x010101  # of load_labels: grey level 1 in an image with three channels
@@ -138,9 +139,6 @@ class MaskFiles(Masks):
                     f"{values.shape}"
                 )
         return frames
-
-
-FROM_1 = ", frames numbered from 1"
 
 
 def _first(numbers: Collection[int], frames: int) -> int:
