@@ -98,13 +98,15 @@ class PredictionWriter:
 class PredictionReader:
     """A predictions file, read only; each process opens its own handle.
 
+    remedy: what to do about a file that is missing or damaged, for the messages.
     Raises RequestError if the file does not exist, SamloveError if it is incomplete or has a different schema.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, remedy: str = REMEDY) -> None:
         self.path = Path(path)
+        self._remedy = remedy
         if not self.path.is_file():
-            raise RequestError(f"{self.path}: {absence(self.path)}; run: dvc repro infer, or: dvc pull")
+            raise RequestError(f"{self.path}: {absence(self.path)}; {remedy}")
         self._handle = Handle(self.path)
         try:
             file = self._handle.open()
@@ -120,7 +122,7 @@ class PredictionReader:
             self.edges: np.ndarray = file["edges"][:]  # (E,) float32
             self.shape: tuple[int, int, int] = _check(file["bins"], self.edges, self.attrs, self.row_ids)
         except BROKEN as error:
-            raise SamloveError(f"{self.path}: not a complete predictions file ({error}); {REMEDY}") from None
+            raise SamloveError(f"{self.path}: not a complete predictions file ({error}); {remedy}") from None
         self._index = {row_id: i for i, row_id in enumerate(self.row_ids)}
 
     def __len__(self) -> int:
@@ -132,14 +134,14 @@ class PredictionReader:
     def read(self, row_id: str) -> np.ndarray:
         """One row's bins (T,H,W) uint8. Raises SamloveError if the file has no such row or its bytes are damaged."""
         if row_id not in self._index:
-            raise SamloveError(f"{self.path}: no row {row_id!r} among its {len(self)}; {REMEDY}")
+            raise SamloveError(f"{self.path}: no row {row_id!r} among its {len(self)}; {self._remedy}")
         try:
             skipped, stored = self._handle.open()["bins"].id.read_direct_chunk((self._index[row_id], 0, 0, 0))
             if skipped:
                 raise ValueError("expected compressed bins with a checksum")
             return np.frombuffer(_inflate(stored, math.prod(self.shape)), np.uint8).reshape(self.shape).copy()
         except BROKEN as error:
-            raise SamloveError(f"{self.path}: row {row_id!r} cannot be read ({error}); {REMEDY}") from None
+            raise SamloveError(f"{self.path}: row {row_id!r} cannot be read ({error}); {self._remedy}") from None
 
 
 def _check(bins: h5py.Dataset, edges: np.ndarray, attrs: object, row_ids: Sequence[str]) -> tuple[int, int, int]:

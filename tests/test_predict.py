@@ -407,5 +407,13 @@ def test_rle_gives_the_mask_back(shape):
     generator = np.random.default_rng(0)
     for mask in (generator.random(shape) < 0.5, np.zeros(shape, bool), np.ones(shape, bool)):
         assert np.array_equal(decode_rle(encode_rle(mask)), mask)
-    with pytest.raises(SamloveError, match="expected counts"):
-        decode_rle({"size": [3, 3], "counts": "<"})
+
+
+@pytest.mark.parametrize(
+    "counts", ["<", "Q", "P" * 100_000, [5, 7], [-1, 10], [], None, ["x"]], ids=lambda c: str(c)[:9]
+)
+def test_rle_that_is_no_mask_is_refused(counts):
+    with pytest.raises(SamloveError, match="RLE: expected"):
+        decode_rle({"size": [3, 3], "counts": counts})
+    with pytest.raises(SamloveError, match="RLE: expected"):
+        decode_rle(counts)

@@ -10,12 +10,14 @@ from samlove.data.dataset import RefAvsFolder
 from samlove.errors import RequestError, absence, path_text
 from samlove.scoring.compare import CONFIDENCE, Difference
 from samlove.scoring.evaluate import NAMES
-from samlove.scoring.masks import Masks, open_masks
+from samlove.scoring.mask_formats import open_masks
+from samlove.scoring.masks import Masks
 from samlove.scoring.protocols import PROTOCOLS
 from samlove.scoring.splits import REMARKS, Scored, compare, read_rows, score_splits
 from stores.manifest import write_json
 
 FRAMES = DatasetConfig.model_fields["frames"].default  # of a video of Ref-AVS
+EXPECTED = "expected the folder of a dataset with metadata.csv, media/ and gt_mask/; choose another --dataset"
 PARTS = ("cue", "category")
 BREAKDOWN = "simtoken"  # the protocol of comparisons by cue and category, if it is asked for and has a J&F
 NOT_COMPUTED = "Not computed: F and J&F of {}. The masks are binary, and F's curve needs a score per pixel."
@@ -26,14 +28,18 @@ def run(paths: list[Path], dataset: Path, splits: list[str], protocol: str, out:
 
     Raises RequestError for an invalid request, before anything is scored.
     """
-    names = list(PROTOCOLS) if protocol == "all" else protocol.split(",")
+    names = list(PROTOCOLS) if protocol == "all" else list(dict.fromkeys(protocol.split(",")))
     if unknown := [name for name in names if name not in PROTOCOLS]:
         raise RequestError(f"--protocol {unknown[0]}: expected all or one of {', '.join(PROTOCOLS)}")
     if out is not None:
         _check_out(out, paths)
     folder = RefAvsFolder(dataset)
-    folder.check_exists()
+    if not dataset.is_dir():
+        raise RequestError(f"{dataset}: {absence(dataset)}; {EXPECTED}")
     every, rows = read_rows(folder, splits)
+    for name, needed in (("gt_mask", not rows["null"].all()), ("media", rows["null"].any())):
+        if needed and not (dataset / name).is_dir():
+            raise RequestError(f"{dataset / name}: {absence(dataset / name)}; {EXPECTED}")
     methods = [open_masks(path, every, splits, FRAMES) for path in paths]
     scored = []
     for masks in methods:
@@ -56,6 +62,8 @@ def _check_out(out: Path, inputs: list[Path]) -> None:
     """Raise RequestError unless results can be written to `out` without harm to the masks."""
     if not out.parent.is_dir():
         raise RequestError(f"{out.parent}: {absence(out.parent)}; create the folder or choose another path")
+    if not os.access(out.parent, os.W_OK):
+        raise RequestError(f"{out.parent}: no permission to write; choose another --out")
     if os.path.lexists(out) and not out.is_file():
         raise RequestError(f"{out}: {absence(out)}; expected a new file, or one to replace; choose another --out")
     if out.exists() and any(path.exists() and path.samefile(out) for path in inputs):
@@ -80,8 +88,14 @@ def _remarks(masks: Masks, scored: Scored) -> list[str]:
     found = []
     for split, counts in scored.counts.items():
         found.append(f"{split}: {counts['expressions']:,} expressions, {counts['null']:,} of them null")
-        found += [f"{split}: {counts[key]:,} {text}" for key, text in REMARKS.items() if counts[key]]
-    odd = {"doubled: only the first is used": masks.doubled, "of no expression: not used": masks.unused}
+        rows = scored.rows[scored.rows["split"] == split]
+        for key, text in REMARKS.items():
+            if counts[key]:
+                found.append(f"{split}: {counts[key]:,} {text}; for example {rows.index[rows[key]][0]}")
+    odd = {
+        "doubled: only the first is used": masks.doubled,
+        "of no expression or no known format: not used": masks.unused,
+    }
     found += [f"{len(places):,} masks {text}; for example {places[0]}" for text, places in odd.items() if places]
     return found
 

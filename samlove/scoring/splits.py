@@ -20,7 +20,8 @@ from samlove.data.index import add_cues
 from samlove.errors import RequestError, SamloveError
 from samlove.scoring.compare import Difference, Pair, paired_bootstrap, paired_bootstrap_mix
 from samlove.scoring.evaluate import CUES, SPLITS
-from samlove.scoring.masks import MaskBins, Masks, grey_logits
+from samlove.scoring.mask_formats import MaskBins
+from samlove.scoring.masks import Masks, grey_logits
 from samlove.scoring.protocols import PROTOCOLS, Measure, measure, summarise
 
 MIXED = ("test_s", "test_u")  # their mean is the mix
@@ -42,8 +43,8 @@ class Scored(NamedTuple):
     # {protocol: {split or "mix": {"J", "F", "J&F", "S"}}}; J, F and J&F in percent, S a fraction, None: no score
     protocols: dict[str, dict[str, dict[str, float | None]]]
     counts: dict[str, dict[str, int]]  # {split: {"expressions", "null" and each of REMARKS: number of expressions}}
-    # One per expression, by row_id: split, null, object, cues and {J,F,J&F,S}_{protocol}, each expression scored by
-    # itself; as fractions, NaN: no score
+    # One per expression, by row_id: split, null, object, cues, each of REMARKS (bool) and {J,F,J&F,S}_{protocol}, each
+    # expression scored by itself; as fractions, NaN: no score
     rows: pd.DataFrame
 
 
@@ -119,7 +120,8 @@ def score_splits(
         for name in protocols:
             measures.setdefault(name, {}).setdefault(split, []).append(measured[name])
         alone = {name: summarise([measured[name]], PROTOCOLS[name]) for name in protocols}
-        scores.append({f"{score}_{name}": value for name, of in alone.items() for score, value in of.items()})
+        of_row = {f"{score}_{name}": value for name, of in alone.items() for score, value in of.items()}
+        scores.append({name: name in remarks for name in REMARKS} | of_row)
     keep = [c for c in ("row_id", "split", "null", "object", *CUES) if c in rows]
     table = pd.concat([rows[keep].reset_index(drop=True), pd.DataFrame(scores)], axis=1).set_index("row_id")
     found = {}
