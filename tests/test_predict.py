@@ -269,7 +269,8 @@ def test_a_silent_video_and_a_picture_with_a_sound(segmenter, dataset, tmp_path)
         ({"fps": float("nan")}, "expected 1 to"),
         ({"video": "missing.mp4"}, "no such file"),
         ({"features": "a", "keep_features": "b"}, "at most one"),
-        ({"features": "missing"}, "missing"),
+        ({"features": "missing"}, "missing: no such file; expected the stores"),
+        ({"features": Path(__file__).parent}, "no audio; expected the stores"),
     ],
 )
 def test_a_wrong_request_is_one_clear_line(segmenter, lossless, request_, message):
@@ -310,7 +311,7 @@ def test_the_command_writes_video_sheet_masks_and_description(lossless, tmp_path
 
 
 def test_only_an_earlier_prediction_is_replaced(lossless, tmp_path):
-    out = tmp_path / "out"
+    out = tmp_path / ("n" * 255)  # the longest name that a file can have
     out.mkdir()
     (out / "prediction.json").touch()
     run("predict", lossless, SENTENCES[0], "--out", out, "--seconds", 1)

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import socket
 import sys
 import traceback
@@ -95,7 +94,6 @@ def serve(checkpoint: Path | None, host: str, port: int, ready: Callable[[str], 
         )  # fmt: skip
         # At the end, uvicorn reports each connection that is still open as an error, with a traceback.
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=GRACE))
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
         ready(_url(host, listening))
         try:
             server.run(sockets=[listening])
