@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from samlove.data.layout import layout
 from samlove.environment import check_code, check_repository, check_user
-from samlove.errors import RequestError, one_line_errors
+from samlove.errors import RESUMES, RequestError, one_line_errors
 
 REHASH = "--rehash"
 
@@ -25,7 +25,7 @@ def stage(main: Callable[..., None]) -> Callable[..., None]:
         keep_other_profiles()
         main(*arguments)
 
-    return one_line_errors(wrapped)
+    return one_line_errors(wrapped, RESUMES)
 
 
 def wants_rehash(arguments: Sequence[str]) -> bool:

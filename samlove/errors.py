@@ -6,14 +6,19 @@ import io
 import os
 import re
 import select
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota exceeded, file size limit exceeded
 OPEN_FILES = (errno.EMFILE, errno.ENFILE)  # too many open files: of this process, of the machine
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # the file system has no file locks
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+STOPPED = "stopped; run the same command again"
+RESUMES = f"{STOPPED} to resume (some stages start over)"
 UTF8 = "run: export PYTHONUTF8=1, and the same command again"
 
 
@@ -29,9 +34,10 @@ class RequestError(SamloveError):
     exit_status = 2
 
 
-def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
+def one_line_errors(main: Callable[..., None], stopped: str = STOPPED) -> Callable[..., None]:
     """Make `main` end with one line on stderr: exit status 1 or 2 for a SamloveError, 1 for an OSError or Ctrl-C.
 
+    SIGTERM is the same as Ctrl-C, so that whatever cleans up after one also does after the other. stopped: that line.
     Printing never fails: a character that is missing in the locale's encoding is printed as an escape sequence.
     """
 
@@ -41,7 +47,8 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         try:
-            main(*args, **kwargs)
+            with _terminated_as_by_ctrl_c():
+                main(*args, **kwargs)
             print(end="", flush=True)  # what is still in the buffer may not fit on the disk
         except SamloveError as error:
             print(f"error: {printable(str(error))}", file=sys.stderr)
@@ -58,10 +65,23 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
             print(f"error: {name}: not a file name in this locale ({error.encoding}); {UTF8}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
-            print("stopped; run the same command again to resume (some stages start over)", file=sys.stderr)
+            print(stopped, file=sys.stderr)
             sys.exit(1)
 
     return wrapped
+
+
+@contextmanager
+def _terminated_as_by_ctrl_c() -> Iterator[None]:
+    """Raise KeyboardInterrupt on SIGTERM too, unless that is ignored or handled already."""
+    if current_thread() is not main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def printable(text: str) -> str:

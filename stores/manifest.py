@@ -150,11 +150,19 @@ def existing_parent(path: Path) -> Path:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Rename `new` to `path`; an existing folder is first renamed away and then removed, never edited."""
+    """Rename `new` to `path`; an existing folder is first renamed away and then removed, never edited.
+
+    It is put back if the second rename fails or is interrupted.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     old = new.with_name(new.name + ".replaced")
     shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
+    try:
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
     shutil.rmtree(old, ignore_errors=True)

@@ -101,6 +101,15 @@ def test_a_damaged_bundle_is_refused(whole, tmp_path):
         with pytest.raises(SamloveError, match=message) as refused:
             samlove.load(folder)
         assert "\n" not in str(refused.value)
+    config = changed("e") / "weights" / "sam2" / "sam2_micro.yaml"
+    config.write_text(config.read_text().replace("num_maskmem: 7", "num_maskmem: 6"))
+    with pytest.raises(
+        SamloveError, match=f"{config}: expected sha256 {sha256_file(whole / config.relative_to(tmp_path / 'e'))}"
+    ):
+        samlove.load(tmp_path / "e")
+    (changed("f") / "checkpoint.safetensors").unlink()
+    with pytest.raises(SamloveError, match="checkpoint.safetensors: expected sha256 .*, found no such file"):
+        samlove.load(tmp_path / "f")
     with pytest.raises(RequestError, match="without bundle.json"):
         samlove.load(tmp_path)
     with pytest.raises(RequestError, match="no such file"):

@@ -96,6 +96,15 @@ def test_too_many_open_files_and_a_forbidden_one_are_one_line(tmp_path: Path) ->
     assert (done.returncode, done.stderr) == (1, f"error: {tmp_path}/x: Permission denied\n")
 
 
+def test_sigterm_ends_a_command_as_ctrl_c_does() -> None:
+    body = "os.kill(os.getpid(), signal.SIGTERM)\n  time.sleep(9)"
+    main = program(f"try:\n  {body}\n finally:\n  print('cleaned up')").replace(
+        "import resource", "import os, signal, time"
+    )
+    done = subprocess.run([sys.executable, "-c", main], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "cleaned up\n", "stopped; run the same command again\n")
+
+
 def test_a_bug_keeps_its_traceback() -> None:
     @one_line_errors
     def main() -> None:

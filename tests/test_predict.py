@@ -23,10 +23,13 @@ from samlove.infer import Sources, infer
 from samlove.media import open_media, write_video
 from samlove.predict import Segmenter
 from samlove.predict.clip import Clip
+from samlove.predict.example import SENTENCES as EXAMPLE_SENTENCES
+from samlove.predict.example import SIZE as EXAMPLE_SIZE
 from samlove.predict.example import example_scene, smoothed
 from samlove.predict.features import FOLDERS
 from samlove.scoring.metrics import quantise
-from samlove.synth.scene import SECONDS, render
+from samlove.synth.expressions import expressions
+from samlove.synth.scene import SECONDS, Scene, render
 from stores import FeatureStoreWriter, PredictionReader
 from tests.videos import SIZE, frames_of, sound_of, write_lossless, write_refavs
 
@@ -269,7 +272,8 @@ def test_a_silent_video_and_a_picture_with_a_sound(segmenter, dataset, tmp_path)
         ({"fps": float("nan")}, "expected 1 to"),
         ({"video": "missing.mp4"}, "no such file"),
         ({"features": "a", "keep_features": "b"}, "at most one"),
-        ({"features": "missing"}, "missing"),
+        ({"features": "missing"}, "missing: no such file; expected the stores"),
+        ({"features": Path(__file__).parent}, "no audio; expected the stores"),
     ],
 )
 def test_a_wrong_request_is_one_clear_line(segmenter, lossless, request_, message):
@@ -310,7 +314,7 @@ def test_the_command_writes_video_sheet_masks_and_description(lossless, tmp_path
 
 
 def test_only_an_earlier_prediction_is_replaced(lossless, tmp_path):
-    out = tmp_path / "out"
+    out = tmp_path / ("n" * 255)  # the longest name that a file can have
     out.mkdir()
     (out / "prediction.json").touch()
     run("predict", lossless, SENTENCES[0], "--out", out, "--seconds", 1)
@@ -338,6 +342,8 @@ def test_what_is_wrong_with_a_path_is_said_before_anything_is_written(lossless, 
         ([lossless, "--sound", "../loop"], "leads back to it"),
         ([lossless, "--checkpoint", "../loop"], "leads back to it"),
         ([lossless, "--out", "."], "is the current folder"),
+        ([lossless, "--out", "../file"], "a file; expected a new folder"),
+        ([lossless, "--out", "/proc"], "a mount point; expected a new folder"),
         ([lossless, "--out", "new/deep", "--start", 99], "start: expected"),
         ([lossless, "--keep-features", "new/deep", "--start", 99], "start: expected"),
     ):
@@ -378,12 +384,26 @@ def test_an_interrupted_run_leaves_what_was_there(lossless, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def assert_right_objects(scene: Scene, masks: Path) -> None:
+    """The example shows what it promises: for another checkpoint, another scene may have to be chosen."""
+    targets = {said.text: said.target for said in expressions(scene)}
+    assert len({targets[sentence] for sentence in EXAMPLE_SENTENCES}) == 2
+    for number, sentence in enumerate(EXAMPLE_SENTENCES, start=1):
+        overlaps = []
+        for t in range(SECONDS):
+            truth = render(scene, t, EXAMPLE_SIZE)[1][targets[sentence]]
+            mask = np.asarray(Image.open(masks / str(number) / f"{t:05d}.png")) > 0
+            overlaps.append((truth & mask).sum() / (truth | mask).sum())
+        assert np.mean(overlaps) > 0.7, sentence
+
+
 def test_the_example_and_wrong_command_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("predict", "--example")
     assert (tmp_path / "predictions/example/video.mp4").is_file()
     with open_media(tmp_path / "predictions/example/video.mp4") as media:
         assert media.has_sound and media.duration == 10
+    assert_right_objects(example_scene(), tmp_path / "predictions/example/masks")
     for example in re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
         exec(compile(example, "docs/predict.md", "exec"), {})
     for wrong in ([], ["video.mp4"], ["--example", "video.mp4", "the dog"], ["video.mp4", "the dog", "--fps", "fast"]):

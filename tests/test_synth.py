@@ -201,7 +201,7 @@ def test_an_interrupt_ends_the_command_and_its_workers_at_once(signals: list[int
         os.killpg(run.pid, number) if number == signal.SIGINT else run.send_signal(number)
         time.sleep(0.2)
     _, said = run.communicate(timeout=20)  # to the end of stderr, which the workers have open too
-    if signals == [signal.SIGINT]:
+    if len(signals) == 1:
         assert run.returncode == 1 and said.decode().splitlines()[-1].startswith("stopped; ")
         assert list(tmp_path.iterdir()) == []
 

@@ -58,7 +58,7 @@ def address() -> Iterator[str]:
     server.send_signal(signal.SIGTERM)  # as a service manager ends it
     _, errors = server.communicate(timeout=300)
     assert server.returncode == 1
-    assert errors == "stopped; run the same command again to resume (some stages start over)\n"
+    assert errors == "stopped; run the same command again\n"
     assert _folders() <= before
 
 

@@ -81,7 +81,7 @@ def _predict(video: Path | None, sentences: list[str], checkpoint: Path | None, 
     segmenter = load(checkpoint)
     if checkpoint is None and video is not None:
         print("note: without --checkpoint, a small model is used that knows only the shapes and sounds of LAVS-synth")
-    with TemporaryDirectory(prefix=f".{out.name}-", dir=existing_parent(out)) as scratch:
+    with TemporaryDirectory(prefix=".samlove-", dir=existing_parent(out)) as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
         if video is None:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from samlove import __version__
 from samlove.config import AudioConfig, InferConfig, Sam2Config, Section, TextConfig, VisualConfig
-from samlove.errors import RequestError, SamloveError
+from samlove.errors import RequestError, SamloveError, absence
 from samlove.features.encoders.transformers_folder import model_files
 from samlove.model.weights import HUB
 from samlove.predict.setup import Setup
@@ -39,7 +39,7 @@ def write_bundle(setup: Setup, out: Path, with_weights: bool) -> dict[str, str]:
     checkpoint was trained with. Then nothing is written.
     """
     refuse_existing(out)
-    with TemporaryDirectory(prefix=f".{out.name}-", dir=existing_parent(out)) as scratch:
+    with TemporaryDirectory(prefix=".samlove-", dir=existing_parent(out)) as scratch:
         folder = Path(scratch) / "bundle"
         folder.mkdir()
         settings = {
@@ -58,14 +58,17 @@ def write_bundle(setup: Setup, out: Path, with_weights: bool) -> dict[str, str]:
                     hashes[name] = sha256_file(file)
                     if with_weights:
                         _copy(file, folder / name)
+        config_sha256 = None
         if (config := Path(setup.sam2.config)).is_file():  # otherwise a name inside the sam2 package
             settings["sam2"]["config"] = f"{WEIGHTS}/sam2/{config.name}"
             _copy(config, folder / settings["sam2"]["config"])
+            config_sha256 = sha256_file(config)
         _copy(setup.checkpoint, folder / CHECKPOINT)
         description = {
             "schema": SCHEMA,
             "samlove": __version__,
             "checkpoint_sha256": setup.sha256,
+            "config_sha256": config_sha256,
             "settings": settings,
             "weights_sha256": hashes,
         }
@@ -86,11 +89,7 @@ def read_bundle(folder: Path) -> Setup:
         raise SamloveError(f"{path}: cannot be read ({error}); copy the bundle again") from None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA or not isinstance(found.get("settings"), dict):
         raise SamloveError(f"{path}: expected a bundle of schema {SCHEMA}, found something else; update samlove")
-    if (sha256 := sha256_file(folder / CHECKPOINT)) != found.get("checkpoint_sha256"):
-        raise SamloveError(
-            f"{folder / CHECKPOINT}: expected sha256 {found.get('checkpoint_sha256')}, found {sha256}; "
-            "copy the bundle again"
-        )
+    _check(folder / CHECKPOINT, found.get("checkpoint_sha256"))
     settings = found["settings"]
     setup = Setup(
         folder / CHECKPOINT,
@@ -104,7 +103,17 @@ def read_bundle(folder: Path) -> Setup:
     for setting in (*weights, setup.sam2.config):
         if not setting.startswith(HUB) and (".." in (parts := PurePosixPath(setting)).parts or parts.is_absolute()):
             raise SamloveError(f"{path}: expected paths inside the bundle, found {setting!r}")
+    if found.get("config_sha256") is not None:  # the fingerprints have only the part about the image encoder
+        _check(folder / setup.sam2.config, found["config_sha256"])
     return setup.located(folder)
+
+
+def _check(file: Path, expected: object) -> None:
+    found = f"sha256 {sha256_file(file)}" if file.is_file() else absence(file)
+    if found != f"sha256 {expected}":
+        raise SamloveError(
+            f"{file}: expected sha256 {expected}, found {found.removeprefix('sha256 ')}; copy the bundle again"
+        )
 
 
 def _section(section: type[S], settings: dict[str, Any], name: str, path: Path) -> S:

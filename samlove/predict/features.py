@@ -7,6 +7,7 @@ import gc
 import shutil
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from samlove.data.arrays import check_arrays
 from samlove.data.digest import folder_digest, source_ids
-from samlove.errors import RequestError, SamloveError
+from samlove.errors import RequestError, SamloveError, absence
 from samlove.features.encoders.base import Arrays, Encoder
 from samlove.features.encoders.frames import to_squares
 from samlove.infer import STORES, Sources, fusion_inputs
@@ -108,13 +109,15 @@ def _write(kind: str, encoder: Encoder, plan: Plan, folder: Path, bar: Bar) -> N
         code=CODE,
     )
     items = _items(kind, encoder, plan)
-    with bar(total=len(keys), desc=kind, unit="item") as progress:
+    # Written in a thread, so that an interrupt waits for the end of the shard. Otherwise zarr's own threads would still
+    # be writing it while the folder is deleted.
+    with bar(total=len(keys), desc=kind, unit="item") as progress, ThreadPoolExecutor(1) as thread:
         for number, shard in writer.plan():
             done = {}
             for key in shard:
                 done[key] = encoder.encode([next(items)])[0]
                 progress.update()
-            writer.write_shard(number, done)
+            thread.submit(writer.write_shard, number, done).result()
     writer.publish()
     shutil.rmtree(folder / f".{FOLDERS[kind]}", ignore_errors=True)
 
@@ -157,10 +160,17 @@ class Features:
     def open(cls, folder: Path, plan: Plan, setup: Setup, device: torch.device) -> "Features":
         """The stores in `folder`; sentences that they do not have are encoded.
 
-        Raises SamloveError if the stores are of other weights or settings than the checkpoint's, of another video, or
-        have no features of these seconds or frames. Of stores that the pipeline wrote, only the video's name is
-        compared.
+        Raises RequestError if a store is missing, SamloveError if the stores are of other weights or settings than the
+        checkpoint's, of another video, or have no features of these seconds or frames. Of stores that the pipeline
+        wrote, only the video's name is compared.
         """
+        lacking = [name for name in FOLDERS.values() if not (folder / name).is_dir()]
+        if lacking:
+            found = f"no {lacking[0]}" if folder.is_dir() else absence(folder)
+            raise RequestError(
+                f"{folder}: {found}; expected the stores {', '.join(FOLDERS.values())}: a folder that --keep-features "
+                "wrote, or data/PROFILE/features"
+            )
         sources = Sources.open(folder)
         for kind in STORES:
             store: FeatureStore = getattr(sources, kind)

@@ -37,8 +37,8 @@ RATE, STEP = 16_000, 160  # of the sound below it: samples a second, and samples
 def check_out(out: Path, inputs: Iterable[Path]) -> None:
     """Raise RequestError unless `out` can be replaced without loss: it is not there, or empty, or has an earlier
     prediction and nothing else, and none of the inputs is in it."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        found = "a link" if out.is_symlink() else absence(out)
+    if out.is_symlink() or os.path.ismount(out) or (out.exists() and not out.is_dir()):
+        found = "a link" if out.is_symlink() else "a mount point" if os.path.ismount(out) else absence(out)
         raise RequestError(f"{out}: {found}; expected a new folder, or an earlier prediction; choose another --out")
     whole = os.path.realpath(out)
     if other := next((path for path in inputs if Path(os.path.realpath(path)).is_relative_to(whole)), None):

@@ -124,6 +124,7 @@ def _write_all(clips: list[Clip], root: Path, short_side: int) -> None:
 def _follow_parent() -> None:
     """In a worker: leave Ctrl-C to the parent, and end with it, whatever ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler
     Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import socket
 import sys
 import traceback
@@ -23,7 +22,7 @@ from samlove.predict.example import SEED, SENTENCES, write_example
 from samlove.web.files import Files
 from samlove.web.job import MAX_MB, MAX_SECONDS, MAX_SENTENCES, RATES, Result, run_job
 
-EXAMPLES = (SEED, 3)  # seeds of scenes
+EXAMPLES = (SEED, 206)  # seeds of scenes
 WAITING = 8  # requests in the queue; one is computed at a time
 LOCAL = ("127.0.0.1", "localhost")
 GRACE = 2  # seconds that open connections get at the end
@@ -95,7 +94,6 @@ def serve(checkpoint: Path | None, host: str, port: int, ready: Callable[[str], 
         )  # fmt: skip
         # At the end, uvicorn reports each connection that is still open as an error, with a traceback.
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=GRACE))
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
         ready(_url(host, listening))
         try:
             server.run(sockets=[listening])
