@@ -7,7 +7,7 @@ from typing import Any
 from latex2mathml.converter import convert
 
 EQUATION = re.compile(r"^```math\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-BLOCK = '<div style="overflow-x: auto">{}</div>'  # wide equations scroll on a narrow page
+BLOCK = '<div style="overflow: auto hidden; padding: 0.3em 0">{}</div>'  # wide equations scroll on a narrow page
 SECTION_OR_NAME = re.compile(r"^### (.+)$|^\| `((?:samlove|stores)(?:\.\w+)*\.[A-Za-z]\w*)` \|", re.MULTILINE)
 
 
