@@ -142,6 +142,7 @@ def test_refuses_an_override_that_makes_no_sense(project: Path, changes: dict, m
 # --- what is executed ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_unchanged_run_equals_the_profiles_own_stages(project: Path) -> None:
     torch.set_num_threads(1)  # as each of the local workers
     run(train.main)

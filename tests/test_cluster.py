@@ -115,7 +115,9 @@ class Dask:
         file = folder / "scheduler.json"
         self.start(folder, "scheduler", "--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0",
                    "--scheduler-file", str(file))  # fmt: skip
-        self.address = wait_for(lambda: file.exists() and json.loads(file.read_text())["address"])
+        self.address = wait_for(
+            lambda: file.exists() and file.stat().st_size and json.loads(file.read_text())["address"]
+        )
         for _ in range(2):
             self.start(workers_in, "worker", self.address, "--nthreads", "2", "--no-nanny", "--no-dashboard",
                        "--local-directory", str(folder))  # fmt: skip

@@ -245,6 +245,7 @@ def test_an_edit_is_seen_by_the_stages_that_list_it(project: Project, path: str,
         file.write_bytes(before)
 
 
+@pytest.mark.slow
 def test_an_experiment_changes_a_setting_by_option(project: Project) -> None:
     project.commit()
     option = "configs/micro/fusion.yaml:blocks=5"
@@ -300,6 +301,7 @@ def test_dvc_commands_keep_the_results_of_other_profiles(project: Project) -> No
     assert files(refavs) == before
 
 
+@pytest.mark.slow
 def test_metrics_of_two_profiles_are_shown_together(project: Project) -> None:
     for profile in ("refavs", "micro"):
         project.edit("configs/profile.yaml", profile=profile)

@@ -166,6 +166,7 @@ def test_a_full_disk_is_reported_and_survived(tmp_path: Path, small_disk: Path) 
     assert full > 3
 
 
+@pytest.mark.slow
 def test_a_file_size_limit_is_reported_and_survived(tmp_path: Path) -> None:
     """Simulates a full disk without mounting one: no file may exceed a limit, which increases from run to run.
 

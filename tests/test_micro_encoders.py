@@ -70,6 +70,7 @@ def test_bundled_roberta_recognises_what_is_asked() -> None:
     assert np.mean(right) > 0.85  # in every token and channel
 
 
+@pytest.mark.slow
 def test_words_are_whole_tokens_and_roberta_learns_the_code(tmp_path: Path) -> None:
     begun, learned = (make_roberta(tmp_path, seed=1, steps=steps)["squared_error"] for steps in (1, 60))
     assert learned < 0.9 * begun

@@ -247,7 +247,9 @@ def trained_case(request, tmp_path_factory) -> Case:
     return Case.trained(tmp_path_factory.mktemp("trained"), request.param)
 
 
-@pytest.mark.parametrize(("kind", "frame"), [*((kind, 0) for kind in KINDS), ("mask", 4), ("token", 6)])
+@pytest.mark.parametrize(
+    ("kind", "frame"), [*((kind, 0) for kind in KINDS), pytest.param("mask", 4, marks=pytest.mark.slow), ("token", 6)]
+)
 def test_agrees_with_trained_weights(trained_case, kind, frame):
     """One object at a time: the same numbers. In a batch, a last bit may change how a memory is rounded to bfloat16."""
     case = trained_case
