@@ -37,7 +37,8 @@ class RequestError(SamloveError):
 def one_line_errors(main: Callable[..., None], stopped: str = STOPPED) -> Callable[..., None]:
     """Make `main` end with one line on stderr: exit status 1 or 2 for a SamloveError, 1 for an OSError or Ctrl-C.
 
-    SIGTERM is the same as Ctrl-C, so that whatever cleans up after one also does after the other. stopped: that line.
+    SIGTERM is the same as Ctrl-C, so that whatever cleans up after one also does after the other.
+    stopped: the line for both.
     Printing never fails: a character that is missing in the locale's encoding is printed as an escape sequence.
     """
 

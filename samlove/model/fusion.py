@@ -14,12 +14,12 @@ The paper leaves five points open. This module decides them as follows:
   leave out i. Including frame i costs one token, and V_i then holds patches only.
 - **Heads.** 8 by default (`FusionConfig.heads`): 128 channels per head at the paper's width of 1024.
 - **Output head.** LayerNorm (pre-norm blocks leave the residual stream unnormalised), then Linear, ReLU, Linear, as in
-  Eq. 1. Only the first [seg] token prompts SAM 2 (section 4.4).
+  Eq. 1 (with `projections: linear`, one Linear). Only the first [seg] token prompts SAM 2 (section 4.4).
 - **Initialisation.** Tokens and time embeddings: truncated normal, std 0.02. Linear layers: Xavier, as in ViT, so that
-  narrow models start at the same scale as wide ones. In models of several blocks, the layers that write to the
-  residual stream are divided by the square root of how often they write to [seg], as in GPT-2: twice per block and
-  frame. Without this, a model of two blocks hardly learned anything in its first epochs; a model of one block learns
-  as fast without it, and listens better.
+  narrow models start at the same scale as wide ones. In models of several blocks, the weights that write to the
+  residual stream are divided by the square root of the number of writes to [seg], as in GPT-2: two per block and
+  frame. Without this, a model of two blocks hardly learned anything in its first epochs. A model of one block learns
+  as fast without it, and relies more on the audio.
 """
 
 from typing import cast

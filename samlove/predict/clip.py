@@ -6,6 +6,7 @@ item of its feature store. So at one frame a second, the features of a clip of o
 A window or item that the clip ends in repeats the last frame, as the pipeline does with short videos.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
@@ -104,3 +105,14 @@ class Clip:
     def key(self, name: str, time: float) -> str:
         """The key of the item of video `name` that begins at a time. At 0 it is the name itself, as in the pipeline."""
         return f"{name}@{time:.4f}".rstrip("0").rstrip(".") if time > TOLERANCE else name
+
+
+def sound_blocks(media: Media, clip: Clip, rate: int, size: int) -> Iterator[np.ndarray]:
+    """The sound of each window, in blocks of `size` samples: (blocks, size) float32, 1 at full scale.
+
+    Zeros fill the last block. Yields nothing without a sound track.
+    """
+    for window in clip.windows:
+        samples = media.sound(window.start, window.end - window.start, rate)
+        if samples is not None:
+            yield np.pad(samples, (0, -len(samples) % size)).reshape(-1, size)

@@ -22,6 +22,7 @@ from samlove.data.rle import encode_rle
 from samlove.errors import RequestError, absence, path_text
 from samlove.media import write_video
 from samlove.overlay import contact_sheet, draw
+from samlove.predict.clip import sound_blocks
 from samlove.predict.segment import Run, masks_of
 from samlove.predict.setup import Setup
 from samlove.predict.tracking import TrackedWindow
@@ -37,9 +38,11 @@ RATE, STEP = 16_000, 160  # of the sound below it: samples a second, and samples
 def check_out(out: Path, inputs: Iterable[Path]) -> None:
     """Raise RequestError unless `out` can be replaced without loss: it is not there, or empty, or has an earlier
     prediction and nothing else, and none of the inputs is in it."""
-    if out.is_symlink() or os.path.ismount(out) or (out.exists() and not out.is_dir()):
-        found = "a link" if out.is_symlink() else "a mount point" if os.path.ismount(out) else absence(out)
-        raise RequestError(f"{out}: {found}; expected a new folder, or an earlier prediction; choose another --out")
+    special = "a link" if out.is_symlink() else "a mount point" if os.path.ismount(out) else None
+    if special or (out.exists() and not out.is_dir()):
+        raise RequestError(
+            f"{out}: {special or absence(out)}; expected a new folder, or an earlier prediction; choose another --out"
+        )
     whole = os.path.realpath(out)
     if other := next((path for path in inputs if Path(os.path.realpath(path)).is_relative_to(whole)), None):
         raise RequestError(f"{out}: would be replaced, but has {other} in it; choose another --out")
@@ -128,14 +131,9 @@ class _Writer:
 
     def _loudness(self) -> np.ndarray | None:
         """(S,) float32: the largest amplitude of every STEP samples; None for a video without sound."""
-        parts = []
-        for window in self._run.clip.windows:
-            samples = self._run.media.sound(window.start, window.end - window.start, RATE)
-            if samples is None:
-                return None
-            padded = np.pad(samples, (0, -len(samples) % STEP))
-            parts.append(np.abs(padded).reshape(-1, STEP).max(axis=1))
-        return np.concatenate(parts)
+        blocks = sound_blocks(self._run.media, self._run.clip, RATE, STEP)
+        parts = [np.abs(block).max(axis=1) for block in blocks]
+        return np.concatenate(parts) if parts else None
 
     def summary(self) -> list[str]:
         total = self._run.clip.frames

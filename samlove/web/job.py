@@ -13,7 +13,7 @@ import numpy as np
 from samlove.errors import RequestError
 from samlove.media import Media, open_media
 from samlove.predict import Segmenter
-from samlove.predict.clip import Clip
+from samlove.predict.clip import Clip, sound_blocks
 from samlove.predict.features import Bar
 from samlove.predict.output import COCO, DESCRIPTION, MASKS, OVERLAY, write_run
 from samlove.web.plot import STEP, write_plot
@@ -113,16 +113,9 @@ def run_job(
 
 def _loudness(media: Media, clip: Clip) -> np.ndarray | None:
     """(S,) float32: the root mean square of every STEP seconds of a clip; None for a video without sound."""
-    block, parts = round(STEP * RATE), []
-    for window in clip.windows:
-        samples = media.sound(window.start, window.end - window.start, RATE)
-        if samples is None:
-            return None
-        padded = np.zeros(round((window.end - window.start) * RATE), np.float32)
-        padded[: len(samples)] = samples
-        padded = np.pad(padded, (0, -len(padded) % block))
-        parts.append(np.sqrt(np.square(padded.reshape(-1, block)).mean(axis=1)))
-    return np.concatenate(parts)
+    blocks = sound_blocks(media, clip, RATE, round(STEP * RATE))
+    parts = [np.sqrt(np.square(block).mean(axis=1)) for block in blocks]
+    return np.concatenate(parts) if parts else None
 
 
 def _bar(report: Callable[[float, str], None], stopped: Callable[[], bool]) -> Bar:
