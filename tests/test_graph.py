@@ -339,5 +339,5 @@ def test_dvc_never_deletes_the_users_dataset(project: Project, tmp_path: Path) -
     before = files(tmp_path / "mine")
     project.edit("configs/profile.yaml", profile="refavs")
     assert set(project.logged("dvc", "repro", "--force", "--single-item", "dataset", "index")) == {"dataset", "index"}
-    project.run("dvc", "checkout", "--force")
+    project.run("dvc", "checkout", "--force", "dataset", "index")
     assert place.is_symlink() and files(tmp_path / "mine") == before
