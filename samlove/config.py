@@ -171,6 +171,7 @@ class TrainConfig(Section):
     lr: float = Field(1e-4, gt=0, le=1e3)  # peak learning rate
     sam2_lr_scale: Factor = 1.0  # SAM 2's parts learn at lr times this; the paper has one rate for all
     weight_decay: Factor = 0.0
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the fusion module's matrices, AdamW for the rest
     warmup_steps: int = Field(100, ge=0, le=2**20)  # of linear warm-up; then lr decays linearly to 0
     clip_norm: float | None = Field(None, gt=0, le=1e6)  # largest norm of the gradient; None: no clipping
     train_prompt_encoder: Switch = True  # Table 6

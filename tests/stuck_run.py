@@ -27,6 +27,6 @@ if __name__ == "__main__":
     start = origin(Path(sam2), workers=int(workers))
     torch.manual_seed(start.train.seed)
     trainer = Trainer(start.build(), start, samples(StuckItems(10, seed=1)), torch.device("cpu"), Path(scratch))
-    trainer.optimizer.register_step_post_hook(lambda *_: print("first step", flush=True))
+    trainer.optimizer.parts[0].register_step_post_hook(lambda *_: print("first step", flush=True))
     with Live(f"{scratch}_live", save_dvc_exp=False, dvcyaml=None) as live:
         one_line_errors(trainer.run)(live)

@@ -106,12 +106,19 @@ def test_presence_learns_what_refers_to_nothing_and_keeps_its_threshold(sam2, tm
 
 
 @pytest.mark.parametrize(
-    ("split", "reads", "workers", "consumed"),
-    [("train", 2, 0, 0), ("train", 8, 0, 6), ("train", 18, 0, 6), ("train", 18, 2, None), ("val", 3, 0, 10)],
-    ids=["step1", "step2", "epoch2", "threads", "val"],
+    ("split", "reads", "consumed", "settings"),
+    [
+        ("train", 2, 0, {}),
+        ("train", 8, 6, {}),
+        ("train", 18, 6, {}),
+        ("train", 18, 6, {"optimizer": "muon"}),
+        ("train", 18, None, {"workers": 2}),
+        ("val", 3, 10, {}),
+    ],
+    ids=["step1", "step2", "epoch2", "muon", "threads", "val"],
 )
-def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(sam2, tmp_path, split, reads, workers, consumed):
-    start = origin(sam2, clip_norm=1.0, workers=workers)
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(sam2, tmp_path, split, reads, consumed, settings):
+    start = origin(sam2, clip_norm=1.0, **{"workers": 0, **settings})
     whole = new_trainer(start, tmp_path / "whole")
     whole.run(live(tmp_path / "live_whole"))
 
@@ -217,6 +224,25 @@ def test_sam2_learns_at_its_scaled_rate(sam2, tmp_path):
     for name in whole:
         share = 0.1 if name.startswith("sam2.") else 1.0
         assert tenth[name] == pytest.approx(share * whole[name], rel=1e-2, abs=1e-7), name
+
+
+def test_muon_takes_orthogonal_steps_with_the_fusion_matrices_and_those_of_adamw_elsewhere(sam2, tmp_path):
+    def moved(optimizer: str) -> dict[str, torch.Tensor]:
+        trainer = new_trainer(origin(sam2, optimizer=optimizer, lr=0.01, warmup_steps=0), tmp_path / optimizer)
+        before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+        trainer._step([collate([samples().train[i] for i in range(3)])], 3)
+        return {name: p.detach() - before[name] for name, p in trainer.parameters.items()}
+
+    adamw, muon = moved("adamw"), moved("muon")
+    matrices = {n for n, p in adamw.items() if n.startswith("fusion.") and n.endswith("weight") and p.ndim == 2}
+    assert len(matrices) > 8
+    for name, update in muon.items():
+        if name in matrices:
+            unit = 0.01 * 0.2 * max(update.shape) ** 0.5  # of a step's singular values; Muon's are 0.7 to 1.2 of it
+            first, *_ = torch.linalg.svdvals(update) / unit
+            assert 0.6 < first < 1.3, name
+        else:
+            assert torch.equal(update, adamw[name]), name
 
 
 @pytest.mark.parametrize("prompt_encoder", [True, False])

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from samlove.model.checkpoint import read_tensors, write_tensors
+from samlove.model.optimizer import Optimizers
 from stores.fingerprint import differing, flat
 
 STATE, MADE_BY = "state.safetensors", "made_by.json"
@@ -33,7 +34,7 @@ class Progress:
 
 
 def save_state(
-    path: Path, progress: Progress, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+    path: Path, progress: Progress, parameters: Mapping[str, torch.nn.Parameter], optimizer: Optimizers
 ) -> None:
     """Write the state of a run atomically. parameters: all that `optimizer` trains, by name, on one device."""
     tensors: dict[str, Tensor] = {"random": torch.get_rng_state()}
@@ -47,9 +48,7 @@ def save_state(
     write_tensors(path, tensors, asdict(progress))
 
 
-def restore_state(
-    path: Path, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> Progress:
+def restore_state(path: Path, parameters: Mapping[str, torch.nn.Parameter], optimizer: Optimizers) -> Progress:
     """Set the parameters, the optimiser and torch's random states as `save_state` found them. Returns the progress."""
     tensors, progress = read_tensors(path)
     device = _device(parameters)
