@@ -250,6 +250,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
     return found
 
 
+@pytest.mark.slow
 def test_another_worker_resumes_the_run_of_one_that_was_killed(project: Path) -> None:
     """Two worker processes; the one that trains the first run is killed after its state was saved."""
     write_ablations({"base": {"train": {"epochs": 40}}, "no_cls": RUNS["no_cls"]})

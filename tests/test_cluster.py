@@ -236,6 +236,7 @@ def test_a_missing_scheduler_gives_one_line(
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_worker_that_always_dies_gives_one_line(tmp_path: Path) -> None:
     sources = write_wavs(tmp_path / "inputs", WAVS)
     encoder = Deadly(audio_config(tmp_path / "inputs" / "weights"), 1, CPU)

@@ -209,7 +209,10 @@ def test_first_run_is_everything_and_the_second_nothing(project: Project) -> Non
     ("path", "values", "ran"),
     [
         ("configs/micro/fusion.yaml", {"blocks": 3}, AFTER_PACK),
-        ("configs/micro/visual.yaml", {"model": "vit_small_patch16_224"}, {"visual", "pack", *AFTER_PACK}),
+        pytest.param(
+            *("configs/micro/visual.yaml", {"model": "vit_small_patch16_224"}, {"visual", "pack", *AFTER_PACK}),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_edited_setting_reruns_its_stage_and_those_downstream(

@@ -148,6 +148,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported_and_survived(tmp_path: Path, small_disk: Path) -> None:
     """The disk grows by 8 kB per run, so that it fills up at each step: shards, checksums, manifest."""
     trial = Trial(tmp_path, incremental=False)

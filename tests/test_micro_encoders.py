@@ -202,6 +202,7 @@ def test_the_command_writes_a_clip_in_the_format_of_transformers(
         assert encoder.network
 
 
+@pytest.mark.slow
 def test_an_untrained_clip_learns_which_sentence_belongs_to_which_frame(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,7 +190,14 @@ def test_every_category_has_a_shape_a_colour_and_a_timbre() -> None:
     assert len(COLOURS) == 8
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGINT, signal.SIGINT], [signal.SIGTERM]])
+@pytest.mark.parametrize(
+    "signals",
+    [
+        [signal.SIGTERM],
+        pytest.param([signal.SIGINT], marks=pytest.mark.slow),
+        pytest.param([signal.SIGINT, signal.SIGINT], marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupt_ends_the_command_and_its_workers_at_once(signals: list[int], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "samlove.cli.main", "synth", "--out", str(tmp_path / "new"), "--seed", "0"]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
