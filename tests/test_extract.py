@@ -41,6 +41,8 @@ class Numbers:
     def load(self, source: Path) -> float:
         if not source.exists():
             raise SamloveError(f"{source}: no such file")
+        if source.read_text() == "broken":
+            raise SamloveError(f"{source}: broken")
         return float(source.read_text())
 
     def encode(self, items: list[float]) -> list[Arrays]:
@@ -132,7 +134,23 @@ def test_only_changed_items_are_recomputed(tmp_path: Path, sources: dict[str, Pa
     assert encoder.computed == [7, *range(200, 250)]
     again = Numbers(factor=2)
     assert run(again, sources, tmp_path).read("k001")["x"][0] == 2
-    assert len(again.computed) == 250
+    assert len(again.computed) == 249  # k000 and k007 have the same content
+
+
+def test_items_with_the_same_content_are_computed_once_in_a_shard(tmp_path: Path, sources: dict[str, Path]) -> None:
+    """As the frames of a video are, and of its versions that refer to nothing; what cannot be read fails for all."""
+    for number, content in {10: "7", 50: "7", 150: "7", 20: "broken", 30: "broken"}.items():
+        sources[f"k{number:03}"].write_text(content)
+    encoder = Numbers()
+    store = run(encoder, sources, tmp_path)
+    assert [store.read(key)["x"][0] for key in ("k007", "k010", "k050", "k150")] == [7] * 4
+    assert encoder.computed.count(7) == 2  # one in each of two shards
+    assert len(encoder.computed) == 246 and len(store) == 248
+    assert [failure.key for failure in store.failures] == ["k020", "k030"]
+    again = Numbers()
+    sources["k050"].write_text("8")
+    assert run(again, sources, tmp_path).read("k050")["x"][0] == 8
+    assert again.computed == [8]
 
 
 def test_the_error_for_a_value_out_of_range_names_array_and_items(tmp_path: Path, sources: dict[str, Path]) -> None:

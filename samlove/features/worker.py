@@ -153,19 +153,26 @@ class Extraction(WorkerPlugin):
     def shard(self, number: int, planned: Mapping[str, str], sources: Mapping[str, Any]) -> Shard | None:
         """Compute and write the items of shard `number` that are still missing; returns None if the run has ended.
 
-        planned: {key: id} of the shard's items. sources: {key: what encoder.load takes} of the same items. Raises
-        SamloveError if this worker does not see the run's files or a value does not fit the store, OSError if the shard
-        cannot be written.
+        planned: {key: id} of the shard's items; of several with the same id, such as the frames of a video and of its
+        null versions, one is computed. sources: {key: what encoder.load takes} of the same items. Raises SamloveError
+        if this worker does not see the run's files or a value does not fit the store, OSError if the shard cannot be
+        written.
         """
         check_place(self.worker, self.lock, self.token)
         # A worker that died may have written the shard, or have removed the rows that it had.
-        missing = {key: sources[key] for key in self.staging.missing(number, planned)}
+        missing = self.staging.missing(number, planned)
+        first = {planned[key] or key: key for key in reversed(missing)}  # of each id; an unreadable source has none
+        alike = {key: first[planned[key] or key] for key in missing}
         done = Shard(number, [], Timing())
         ahead = max(2 * self.batch_size, self.batch_size + READERS)
-        with ReadAhead(self.encoder, missing, ahead) as reading, self.turn:
+        computed = {key: sources[key] for key in missing if alike[key] == key}
+        with ReadAhead(self.encoder, computed, ahead) as reading, self.turn:
             items = self._compute(reading, done)
         if self.stopped.is_set():
             return None
+        errors = {failure.key: failure for failure in done.failures}
+        done.failures = [errors[alike[key]]._replace(key=key) for key in missing if alike[key] in errors]
+        items = {key: items[alike[key]] for key in missing if alike[key] in items}
         began = time.perf_counter()
         done.timing.shards_written += self.staging.write(number, planned, items)
         done.timing.write_s += time.perf_counter() - began
