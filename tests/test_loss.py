@@ -35,6 +35,17 @@ def test_a_samples_loss_does_not_depend_on_its_batch():
     torch.testing.assert_close(together, alone)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_an_empty_mask_is_left_to_the_object_score_if_that_is_trained(weight):
+    logits = torch.randn(2, 1, 8, 8, requires_grad=True)
+    score = torch.zeros(2, requires_grad=True)
+    mask = torch.stack([torch.zeros(16, 16), torch.ones(16, 16)])
+    mask_loss(single(logits, score), mask, LossConfig(object_score=weight)).total.sum().backward()
+    assert logits.grad is not None and score.grad is not None
+    moved = [bool(logits.grad[b].any()) for b in range(2)]
+    assert moved == [weight == 0, True] and bool(score.grad.all()) == (weight > 0)
+
+
 @pytest.mark.parametrize("full", [0.0, 1.0])
 def test_a_correct_answer_has_no_loss_on_empty_and_full_masks(full):
     mask = torch.full((1, 16, 16), full)

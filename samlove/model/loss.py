@@ -44,7 +44,8 @@ def mask_loss(answer: FirstFrame, mask: Tensor, config: LossConfig) -> Losses:
 
     mask (B,S,S) is float, 0 or 1. BCE is the mean over the pixels of the upsampled logits. Dice is
     1 - (2|pm| + 1) / (|p| + |m| + 1). The target of the object score's BCE is whether the mask has any pixel; its
-    weight is 0 in the paper's configuration.
+    weight is 0 in the paper's configuration. If it has a weight, an empty mask counts for the object score only, as in
+    SAM 2's training (sam2, training/loss_fns.py): the object score says whether the target is there, the mask where.
 
     Of several masks, only the one with the lowest loss counts, and the expected IoU of all of them is compared with
     their true IoU (L1), as in SAM 2's training.
@@ -63,6 +64,8 @@ def mask_loss(answer: FirstFrame, mask: Tensor, config: LossConfig) -> Losses:
         best = of_masks.argmin(1, keepdim=True)
         bce, dice, total = (values.gather(1, best)[:, 0] for values in (bce, dice, of_masks))
         total = total + (answer.iou - _iou(logits > 0, target > 0)).abs().mean(1)
+    if config.object_score:
+        total = total * present
     return Losses(total + config.object_score * score, bce, dice, score)
 
 
