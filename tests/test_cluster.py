@@ -177,6 +177,7 @@ def test_a_killed_worker_does_not_change_the_store(
     assert report.workers == 1  # at the end
 
 
+@pytest.mark.slow
 def test_a_killed_local_worker_does_not_change_the_store(
     tmp_path: Path, encoder: Watched, make: Callable, expected: dict[str, bytes]
 ) -> None:
@@ -209,6 +210,7 @@ def test_a_lost_scheduler_gives_one_line_and_the_run_resumes(
     assert tree(tmp_path / "lost" / "store") == expected
 
 
+@pytest.mark.slow
 def test_workers_started_in_another_folder_are_refused(
     tmp_path: Path, encoder: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -648,6 +648,7 @@ def test_a_sam2_checkpoint_of_another_size_is_refused(tmp_path: Path) -> None:
         _ = Sam2ImageEncoder(config.model_copy(update={"config": str(other)}), CPU).network
 
 
+@pytest.mark.slow
 def test_a_sam2_checkpoint_of_the_hub_equals_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local = small.sam2_config(tmp_path)
     asked = []

@@ -60,7 +60,9 @@ class Trial:
         return len(staged)
 
 
-@pytest.fixture(params=[False, True], ids=["from_nothing", "incremental"])
+@pytest.fixture(
+    params=[pytest.param(False, id="from_nothing", marks=pytest.mark.slow), pytest.param(True, id="incremental")]
+)
 def trial(request: pytest.FixtureRequest, tmp_path: Path) -> Trial:
     return Trial(tmp_path, request.param)
 

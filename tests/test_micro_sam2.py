@@ -103,6 +103,7 @@ def test_loss_falls_for_correct_masks_and_jaccard_counts_empty_as_correct():
     assert pretrain_sam2.jaccard(right, truth[:, 0] > 0).tolist() == pytest.approx([1.0, 1.0], abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_from_its_checkpoint(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(pretrain_sam2, "CHECKPOINT_EVERY", 0)
     monkeypatch.setattr(pretrain_sam2, "SCORE_EVERY", 1e9)

@@ -107,6 +107,7 @@ def test_time_does_not_depend_on_how_many_sources_there_are(tmp_path: Path) -> N
     assert seconds_an_item(encoder, ["the dog", "the cat", "the bird"], 2) > 0
 
 
+@pytest.mark.slow
 def test_plan_of_the_embedded_profile_lists_stores_and_splits() -> None:
     done = samlove("plan", "--no-calibrate")
     assert done.returncode == 0, done.stderr
