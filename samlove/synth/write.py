@@ -45,7 +45,7 @@ class Scale:
 
 SCALES = {
     "small": Scale({"train": 12, "val": 4, "test_s": 6, "test_u": 6, "test_n": 4}, 96, 4, 4),
-    "demo": Scale({"train": 1000, "val": 40, "test_s": 64, "test_u": 64, "test_n": 64}, 128, 6, 16),
+    "demo": Scale({"train": 900, "val": 40, "test_s": 64, "test_u": 64, "test_n": 64}, 128, 6, 16),
     "large": Scale({"train": 2767, "val": 257, "test_s": 273, "test_u": 269, "test_n": 257}, 480, 6, 6),
 }
 NULL_SHARE = {"train": 0.8, "val": 0.4}  # fraction of the videos that also get a null version
