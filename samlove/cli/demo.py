@@ -26,16 +26,16 @@ class Part(NamedTuple):
 
 # Times of `make demo` on the reference machine, 2 cores of an AMD EPYC (Zen 4), from the rates in docs/benchmarks.md.
 PARTS = (
-    Part("dataset", "generate LAVS-synth, audit and index it", {"dataset": 50, "index": 35}),
+    Part("dataset", "generate LAVS-synth, audit and index it", {"dataset": 40, "index": 38}),
     Part(
         "features",
         "run the frozen encoders once: audio, visual, text, SAM 2",
-        {"audio": 42, "visual": 54, "text": 10, "sam2": 86},
+        {"audio": 34, "visual": 40, "text": 10, "sam2": 66},
     ),
     Part("packing", "write training shards", {"pack": 20}),
-    Part("training", "fusion transformer, SAM 2's prompt encoder and mask decoder", {"train": 208}),
+    Part("training", "fusion transformer, SAM 2's prompt encoder and mask decoder", {"train": 170}),
     Part("inference", "masks of all frames, also with swapped audio and text", {"infer": 200}),
-    Part("report", "scores and one HTML page", {"evaluate": 20, "report": 6}),
+    Part("report", "scores and one HTML page", {"evaluate": 38, "report": 6}),
 )
 REFERENCE_S = 0.0012  # the fastest round of `machine_speed` on the reference machine, idle; the best of five tests
 
