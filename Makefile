@@ -31,7 +31,7 @@ ablations: $(INSTALLED) ## run the ablations of the active profile in parallel; 
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m dvc repro pipelines/ablations/dvc.yaml
 
 test: $(INSTALLED) ## run the test suite
-	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -q -n auto --dist loadfile
+	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -q -n auto --dist loadfile
 
 lint: $(INSTALLED) ## run ruff, mypy and import-linter, as CI does
 	@$(BIN)/ruff check
