@@ -22,7 +22,7 @@ from samlove.predict.example import SEED, SENTENCES, write_example
 from samlove.web.files import Files
 from samlove.web.job import MAX_MB, MAX_SECONDS, MAX_SENTENCES, RATES, Result, run_job
 
-EXAMPLES = (SEED, 73)  # seeds of scenes
+EXAMPLES = (SEED, 10)  # seeds of scenes
 WAITING = 8  # requests in the queue; one is computed at a time
 LOCAL = ("127.0.0.1", "localhost")
 GRACE = 2  # seconds that open connections get at the end
